@@ -1,0 +1,7 @@
+"""manic: Mechanic, the learning rate tuner, for sharded training."""
+
+from manic.mechanic import Mechanic
+from manic.mechanize import is_mechanized, mechanize
+
+__all__ = ["Mechanic", "__version__", "is_mechanized", "mechanize"]
+__version__ = "0.1.0"

@@ -1,0 +1,156 @@
+"""The ranks compare, once, what they hold and how they are set; if they differ, all raise the same error.
+
+This is the only communication besides the step's all_reduce, and it takes place at the first step and after
+parameters were added. It makes no choice for the user but one: how often FSDP1's shards are replicated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+
+from manic.layout import Layout, is_fsdp1, local
+
+__all__ = ["agree"]
+
+
+def agree(parameters: Sequence[Tensor], settings: str, layout: Layout, device: torch.device) -> None:
+    """Check over the group that all ranks hold what ``layout`` says, and run with the same settings.
+
+    Args:
+        parameters: All parameters of the optimizer, in order.
+        settings: Whatever else must be equal, in words.
+        layout: Its ``fsdp1_replicas`` is set here.
+        device: Where the group's backend takes tensors from.
+
+    Raises:
+        ValueError: on every rank alike, if settings, parameters, shapes, dtypes or placements differ between ranks
+            that should hold the same, or if plain parameters that should be copies are not.
+    """
+    group = layout.group
+    if group is None:
+        return
+    if dist.get_world_size(group) % layout.pipeline_stages:
+        raise ValueError(
+            f"pipeline_stages={layout.pipeline_stages} does not divide the process group's "
+            f"{dist.get_world_size(group)} ranks"
+        )
+    common = f"{settings}, plain={layout.plain}, pipeline_stages={layout.pipeline_stages}"
+    held = [_describe(parameter, layout) for parameter in parameters]
+    held = [description for description in held if description is not None]
+
+    rows = _gather(torch.tensor([_digest(common), _digest("\n".join(held))], device=device), group)
+    _compare([int(row[0]) for row in rows], 1, "settings", [common], group)
+    _compare([int(row[1]) for row in rows], layout.pipeline_stages, "parameters", held, group)
+
+    for parameter in parameters:
+        layout.replicas(parameter)  # raises, alike on all ranks, if the group can't hold it evenly
+    if layout.plain == "replicated":
+        replicated = [p for p in parameters if not isinstance(p, DTensor) and not is_fsdp1(p)]
+        if layout.pipeline_stages == 1:
+            _check_copies(replicated, group, device)
+        layout.fsdp1_replicas = _find_fsdp1_replicas([p for p in parameters if is_fsdp1(p)], group, device)
+
+
+def _describe(parameter: Tensor, layout: Layout) -> str | None:
+    """What must be equal on all ranks of a stage about ``parameter``; ``None`` if nothing need be."""
+    kind = f"{parameter.dtype}, {'trainable' if parameter.requires_grad else 'frozen'}"
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        return f"DTensor {tuple(parameter.shape)} {kind}, {parameter.placements} on a mesh {tuple(mesh.shape)}"
+    if layout.plain == "sharded":
+        return None
+    if is_fsdp1(parameter):
+        return f"FSDP1 {kind}"
+    return f"{tuple(parameter.shape)} {kind}"
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+def _gather(row: Tensor, group: ProcessGroup) -> list[Tensor]:
+    """Every rank's ``row``, on the host."""
+    rows = [torch.empty_like(row) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(rows, row, group=group)
+    return list(torch.stack(rows).cpu().unbind())
+
+
+def _compare(digests: list[int], stages: int, what: str, mine: list[str], group: ProcessGroup) -> None:
+    """Raise the same error everywhere unless each digest belongs to whole stages."""
+    size = len(digests) // stages
+    counts = Counter(digests)
+    if all(count % size == 0 for count in counts.values()):
+        return
+    everyone: list[list[str]] = [[] for _ in digests]
+    dist.all_gather_object(everyone, mine, group=group)
+    odd = min((digest for digest in counts if counts[digest] % size), key=counts.__getitem__)
+    other = digests.index(odd)
+    reference = next(rank for rank, digest in enumerate(digests) if digest != odd)
+    first, second = everyone[reference], everyone[other]
+    index = next((i for i, pair in enumerate(zip(first, second)) if pair[0] != pair[1]), min(len(first), len(second)))
+
+    def at(lines: list[str]) -> str:
+        return f"{len(lines)}, number {index} being {lines[index] if index < len(lines) else 'missing'}"
+
+    raise ValueError(
+        f"ranks of the process group hold different {what}: rank {reference} has {at(first)}; rank {other} has "
+        f"{at(second)}. Every rank must build the same model and optimizer. If each rank is to hold other plain "
+        'parameters (ZeRO), pass plain="sharded"; if a pipeline splits the model, pass pipeline_stages; if these ranks '
+        "do not train one model, pass their process_group"
+    )
+
+
+def _moments(parameters: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Element count, sum, sum of squares and whether elements differ, for each parameter: [n, 4] float64."""
+    rows = []
+    for parameter in parameters:
+        x = local(parameter)
+        varied = x.numel() > 1 and bool((x != x.reshape(-1)[0]).any())
+        wide = x.double() if x.device.type != "mps" else x.float()
+        rows.append([x.numel(), wide.sum().item(), wide.square().sum().item(), float(varied)])
+    return torch.tensor(rows, dtype=torch.float64).reshape(-1, 4).nan_to_num().to(device)
+
+
+def _check_copies(parameters: Sequence[Tensor], group: ProcessGroup, device: torch.device) -> None:
+    """Raise everywhere if parameters that should be copies of each other differ between ranks."""
+    moments = torch.stack(_gather(_moments(parameters, device), group))[..., 1:3]
+    spread = moments.amax(dim=0) - moments.amin(dim=0)
+    # Copies are equal bit for bit; the margin is for ranks whose devices sum in another order.
+    differs = (spread > 1e-6 * (moments.abs().amax(dim=0) + spread.new_tensor(1e-12))).any(dim=-1)
+    if differs.any():
+        index = int(differs.nonzero()[0])
+        raise ValueError(
+            f"plain parameter {index} of shape {tuple(parameters[index].shape)} differs between the ranks of the "
+            "process group, so it is no replica: if each rank holds another part of the model (ZeRO), pass "
+            'plain="sharded"; if replicas were meant, start them equal (DistributedDataParallel does); if these ranks '
+            "do not train one model, pass their process_group"
+        )
+
+
+def _find_fsdp1_replicas(parameters: Sequence[Tensor], group: ProcessGroup, device: torch.device) -> int:
+    """How many ranks hold each FSDP1 shard: 1 for FULL_SHARD, the number of replicas for HYBRID_SHARD.
+
+    FSDP1's parameters say nothing of their group, but ranks that hold one shard hold the same numbers.
+    """
+    if not parameters:
+        return 1
+    moments = torch.stack(_gather(_moments(parameters, device), group))
+    counts = set()
+    for column in moments.unbind(dim=1):
+        varied = [tuple(row.tolist()) for row in column if row[3]]
+        counts.update(Counter(varied).values())
+    if len(counts) == 1 and dist.get_world_size(group) % max(counts) == 0:
+        return counts.pop()
+    raise ValueError(
+        "cannot tell from the values of the FSDP1 parameters how often each shard is replicated: "
+        + ("all are constant" if not counts else f"some parameters are held {sorted(counts)} times")
+        + '. Pass plain="sharded" and process_group=<the FSDP sharding group>, over which the model is held once'
+    )

@@ -1,0 +1,241 @@
+"""Checkpointer: sharded checkpoints of a training run through ``torch.distributed.checkpoint``.
+
+It works with any optimizer, and any layout that DCP knows; what it writes can be loaded on another number of ranks. It
+knows what a directory of checkpoints looks like, and nothing of Mechanic.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.optim import Optimizer
+
+__all__ = ["Checkpointer"]
+
+_STEP = re.compile(r"step_(\d+)")
+
+
+class Checkpointer:
+    """Saves and loads the whole state of a run: model, optimizer, the random state, and what else is given.
+
+    Every step gets a directory of its own, ``step_00000100``, which appears when it is complete and is never written
+    over. All methods but :meth:`steps` and :meth:`latest` must be called on all ranks.
+
+    Args:
+        directory: Where checkpoints live; made when the first one is saved. On several nodes: a shared one.
+        model: The model, sharded or wrapped in whatever way.
+        optimizer: Its optimizer, or several.
+        objects: Whatever else has ``state_dict`` and ``load_state_dict``, the same on all ranks: a scheduler, say.
+        keep_latest: How many checkpoints to keep, the newest ones; ``None``: all.
+        keep_every: Keep those whose step is a multiple of this as well.
+
+    Raises:
+        ValueError: if ``keep_latest`` or ``keep_every`` is not positive.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        *,
+        objects: Mapping[str, Stateful] | None = None,
+        keep_latest: int | None = None,
+        keep_every: int | None = None,
+    ) -> None:
+        for name, value in (("keep_latest", keep_latest), ("keep_every", keep_every)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be positive or None, got {value}")
+        self.directory = Path(directory)
+        self.model = model
+        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        # ZeRO's own state dict is gathered on one rank; the optimizer inside holds this rank's share of it.
+        self.optimizers = [o.optim if isinstance(o, ZeroRedundancyOptimizer) else o for o in optimizers]
+        self.objects = dict(objects or {})
+        self.keep_latest = keep_latest
+        self.keep_every = keep_every
+
+    def steps(self) -> list[int]:
+        """The steps that there are complete checkpoints of, ascending."""
+        if not self.directory.is_dir():
+            return []
+        found = (_STEP.fullmatch(path.name) for path in self.directory.iterdir())
+        return sorted(int(match[1]) for match in found if match)
+
+    def latest(self) -> int | None:
+        """The newest step that there is a complete checkpoint of."""
+        return max(self.steps(), default=None)
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of ``step`` is, or would be."""
+        return self.directory / f"step_{step:08d}"
+
+    def save(self, step: int) -> Path:
+        """Save the state of the run after ``step`` steps.
+
+        Args:
+            step: How many steps were taken; not negative.
+
+        Returns:
+            The checkpoint's directory.
+
+        Raises:
+            FileExistsError: on every rank, if there is a checkpoint of that step.
+            OSError: on every rank, if it cannot be written.
+        """
+        path = self.path(step)
+        partial = path.with_name(f".incomplete_{path.name}")
+
+        def prepare() -> None:
+            if path.exists():
+                raise FileExistsError(f"{path} exists; checkpoints are never written over")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+        def publish() -> None:
+            partial.rename(path)
+            self._retire()
+
+        _on_first_rank(prepare)
+        dcp.save(self._state(), checkpoint_id=partial)
+        _on_first_rank(publish)
+        return path
+
+    def load(self, step: int | Literal["latest"] | Path = "latest") -> None:
+        """Load a checkpoint into model, optimizer and objects, whatever number of ranks it was saved on.
+
+        Where it holds no random state of this rank, the present one is kept.
+
+        Args:
+            step: Which one: a step, ``"latest"``, or the path of a checkpoint anywhere.
+
+        Raises:
+            FileNotFoundError: if there is no such checkpoint.
+            ValueError: on every rank, if it is of another model; nothing is loaded then.
+        """
+        if isinstance(step, Path):
+            path = step
+        else:
+            chosen = self.latest() if step == "latest" else step
+            if chosen is None:
+                raise FileNotFoundError(f"there is no checkpoint in {self.directory}")
+            path = self.path(chosen)
+        if not (path / ".metadata").is_file():
+            raise FileNotFoundError(f"{path} is no checkpoint: it has no .metadata file; there are steps {self.steps()}")
+
+        saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        state = self._state()
+        _raise_everywhere(_mismatch(state["model"], saved, path))
+        if not any(key.startswith(f"random.{_rank()}.") for key in saved):
+            del state["random"]
+        dcp.load(state, checkpoint_id=path)
+
+        set_state_dict(
+            self.model,
+            self.optimizers,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=StateDictOptions(flatten_optimizer_state_dict=True),
+        )
+        for name, thing in self.objects.items():
+            thing.load_state_dict(state["objects"][name])
+        if "random" in state:
+            _set_random_state(state["random"][str(_rank())])
+
+    def _state(self) -> dict[str, Any]:
+        # Flat, so that every value stands under its parameter's name and ranks may own different parameters.
+        options = StateDictOptions(flatten_optimizer_state_dict=True)
+        model, optimizer = get_state_dict(self.model, self.optimizers, options=options)
+        return {
+            "model": model,
+            "optimizer": optimizer,
+            "objects": {name: thing.state_dict() for name, thing in self.objects.items()},
+            "random": {str(_rank()): _random_state()},
+        }
+
+    def _retire(self) -> None:
+        """Remove what is not to be kept."""
+        if self.keep_latest is None:
+            return
+        for step in self.steps()[: -self.keep_latest]:
+            if self.keep_every is None or step % self.keep_every:
+                # Out of sight first: a directory that is half removed must not look like a checkpoint.
+                doomed = self.path(step).rename(self.directory / f".removed_{self.path(step).name}")
+                shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _on_first_rank(action: Callable[[], None]) -> None:
+    """Do it on rank 0; an error there is raised on every rank."""
+    error: OSError | None = None
+    if _rank() == 0:
+        try:
+            action()
+        except OSError as caught:
+            error = caught
+    if dist.is_initialized():
+        box = [error]
+        dist.broadcast_object_list(box, src=0)
+        error = box[0]
+    if error is not None:
+        raise error
+
+
+def _raise_everywhere(message: str | None) -> None:
+    messages: list[str | None] = [message]
+    if dist.is_initialized():
+        messages = [None] * dist.get_world_size()
+        dist.all_gather_object(messages, message)
+    for text in messages:
+        if text is not None:
+            raise ValueError(text)
+
+
+def _mismatch(model: Mapping[str, Any], saved: Mapping[str, Any], path: Path) -> str | None:
+    """In what the model differs from the one in the checkpoint, in words; ``None``: in nothing."""
+    for name, value in model.items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        there = saved.get(f"model.{name}")
+        if there is None:
+            return f"{path} was saved from another model: it has no {name}"
+        if tuple(there.size) != tuple(value.shape):
+            return (
+                f"{path} was saved from another model: {name} has shape {tuple(there.size)} there and "
+                f"{tuple(value.shape)} in this model"
+            )
+    names = [set(model)]
+    if dist.is_initialized():  # a pipeline's ranks hold different parts
+        names = [set()] * dist.get_world_size()
+        dist.all_gather_object(names, set(model))
+    unknown = {key.removeprefix("model.") for key in saved if key.startswith("model.")} - set().union(*names)
+    return f"{path} was saved from another model: this one has no {min(unknown)}" if unknown else None
+
+
+def _random_state() -> dict[str, Any]:
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,233 @@
+"""From x to Delta and back: how the base optimizer's update is taken, and x = x_ref + S * Delta written.
+
+It works on the plain local tensors of one rank. It knows no process group and no placements, and takes S as given.
+
+*Displacement space.* An update that does not depend on where the parameters are can be made on Delta instead of on
+x: the parameter's own storage holds a displacement while the base optimizer steps. No copy, and no cancellation.
+
+*Snapshot.* For every other update: keep x aside for the length of the step and take the difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+__all__ = ["Iterate", "Update", "chunks", "resolve_update", "stepping", "working_dtype", "write_back"]
+
+Update = Literal["snapshot", "decoupled", "coupled"]
+"""How an optimizer's update is taken: by the difference of a snapshot, or in displacement space with weight decay
+that acts on the parameter (decoupled) or through the gradient (coupled)."""
+
+# Elements worked on at a time. On a CPU the operands of one chunk stay in the core's cache, so that several
+# operations cost one pass over memory; elsewhere a chunk bounds the scratch and is large enough to fill the device.
+_CPU_CHUNK = 1 << 16
+_DEVICE_CHUNK = 1 << 24
+
+# The optimizers whose source was read (torch 2.6 to 2.13): the update is a function of gradients and state alone,
+# apart from the weight decay named here. Adafactor (scales by the parameter's RMS) and ASGD (averages parameters)
+# read the position and are not among them.
+_DISPLACEMENT_SPACE: dict[str, Literal["decoupled", "coupled", "by group"]] = {
+    "SGD": "coupled",
+    "Adam": "by group",
+    "AdamW": "decoupled",
+    "NAdam": "by group",
+    "RAdam": "by group",
+    "Adamax": "coupled",
+    "Adagrad": "coupled",
+    "RMSprop": "coupled",
+    "Adadelta": "coupled",
+    "Rprop": "coupled",
+    "Muon": "decoupled",
+}
+
+
+def resolve_update(optimizer: Optimizer, update: str) -> str:
+    """Choose how ``optimizer``'s update is taken.
+
+    Args:
+        optimizer: A base optimizer.
+        update: ``"auto"``, or one of :data:`Update` to decide it yourself. ``"auto"`` takes displacement space for the
+            optimizers of ``torch.optim`` that allow it (the classes themselves; a subclass may do anything), and a
+            snapshot for all others.
+
+    Returns:
+        One of :data:`Update`, or ``"by group"`` where each param group says whether its decay is decoupled.
+
+    Raises:
+        ValueError: if ``update`` is none of these.
+    """
+    if update == "auto":
+        known = getattr(torch.optim, type(optimizer).__name__, None) is type(optimizer)
+        return _DISPLACEMENT_SPACE.get(type(optimizer).__name__, "snapshot") if known else "snapshot"
+    if update not in get_args(Update):
+        raise ValueError(f"update must be 'auto' or one of {get_args(Update)}, got {update!r}")
+    return update
+
+
+@dataclass(eq=False)
+class Iterate:
+    """One parameter's local shard in Mechanic's coordinates: x = x_ref + S * Delta.
+
+    All tensors are plain, of the shard's shape and on its device.
+    """
+
+    parameter: Tensor
+    """The parameter as the base optimizer holds it; a DTensor where it is sharded."""
+    group: dict[str, Any]
+    """The param group it belongs to."""
+    update: Update
+    x: Tensor
+    """The parameter's local storage, of its dtype."""
+    gradient: Tensor | None
+    x_ref: Tensor
+    """x_1, of the parameter's dtype."""
+    delta: Tensor | None
+    """Delta_t, at least float32; ``None`` where it is recomputed from x, x_ref and S."""
+    replicas: float
+    """How many ranks of the group hold each element."""
+    scale: Tensor
+    """S_t: 0-dim."""
+    eps: float
+    """Added to S_t where Delta is recomputed."""
+    x_before: Tensor | None = None
+    """The snapshot of x_t, during the base step."""
+
+    def delta_from(self, x: Tensor, x_ref: Tensor) -> Tensor:
+        """Recompute Delta_t from chunks of x_t and x_ref: a new tensor of their shape, in the working dtype."""
+        dtype = working_dtype(x)
+        return (x.to(dtype) - x_ref).div_((self.scale + self.eps).to(dtype))
+
+
+def working_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which ``tensor``'s elements are multiplied: float64 for float64, float32 for all others."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def chunks(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Cut tensors of one shape into aligned pieces that are views of them.
+
+    Args:
+        tensors: Tensors of one shape; a ``None`` stays a ``None`` in every piece.
+
+    Yields:
+        A tuple as long as ``tensors``. Contiguous tensors are cut flat; others come whole.
+    """
+    present = [tensor for tensor in tensors if tensor is not None]
+    size = _CPU_CHUNK if present[0].is_cpu else _DEVICE_CHUNK
+    total = present[0].numel()
+    if total == 0:
+        return
+    if total <= size or not all(tensor.is_contiguous() for tensor in present):
+        yield tensors
+        return
+    flat = [None if tensor is None else tensor.view(-1) for tensor in tensors]
+    for start in range(0, total, size):
+        yield tuple(None if tensor is None else tensor[start : start + size] for tensor in flat)
+
+
+@contextmanager
+def stepping(iterates: Sequence[Iterate]) -> Iterator[None]:
+    """Let the base optimizers step inside: afterwards each ``x`` holds what :func:`write_back` needs.
+
+    Weight decay that the base optimizer would compute from the parameter's storage is made here, from x, and its
+    setting is 0 inside. If the base step raises, x, gradients and settings are put back before the error leaves.
+
+    Args:
+        iterates: Every iterate that the base optimizers may move.
+    """
+    entered: list[Iterate] = []
+    decays: list[tuple[dict[str, Any], Any]] = []
+    gradients: list[tuple[Tensor, Tensor | None]] = []
+    try:
+        for iterate in iterates:
+            if iterate.update == "coupled" and iterate.gradient is not None and _weight_decay(iterate):
+                gradients.append((iterate.parameter, iterate.parameter.grad))
+                iterate.parameter.grad = _decayed_gradient(iterate)
+            entered.append(iterate)
+            _enter(iterate)
+        for group in {id(it.group): it.group for it in iterates if it.update != "snapshot"}.values():
+            if "weight_decay" in group:
+                decays.append((group, group["weight_decay"]))
+                group["weight_decay"] = 0.0
+        yield
+    except BaseException:
+        for iterate in entered:
+            _undo(iterate)
+        raise
+    finally:
+        for group, weight_decay in decays:
+            group["weight_decay"] = weight_decay
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+def write_back(iterates: Sequence[Iterate], scale: Tensor) -> None:
+    """Add the base optimizer's update to Delta and write x = x_ref + S * Delta.
+
+    Args:
+        iterates: What :func:`stepping` was given.
+        scale: S_{t+1}, a 0-dim tensor.
+    """
+    for iterate in iterates:
+        factor = scale.to(working_dtype(iterate.x))
+        for x, x_ref, delta, x_before in chunks(iterate.x, iterate.x_ref, iterate.delta, iterate.x_before):
+            if x_before is None:
+                moved = x if delta is None else delta.add_(x)
+            elif delta is None:
+                moved = (x - x_before).add_(iterate.delta_from(x_before, x_ref))
+            else:
+                moved = delta.add_(x.to(delta.dtype) - x_before)
+            _write(x, x_ref, moved, factor)
+        iterate.x_before = None
+
+
+def _write(x: Tensor, x_ref: Tensor, delta: Tensor, factor: Tensor) -> None:
+    if x.dtype == delta.dtype == factor.dtype:
+        torch.addcmul(x_ref, delta, factor, out=x)
+    else:  # low precision: one rounding, at the end
+        x.copy_(torch.addcmul(x_ref.to(factor.dtype), delta.to(factor.dtype), factor))
+
+
+def _enter(iterate: Iterate) -> None:
+    """Make ``x`` ready for the base step: a snapshot, or the displacement that the update is added to."""
+    if iterate.update == "snapshot":
+        iterate.x_before = iterate.x.clone()
+        return
+    decay = _weight_decay(iterate) if iterate.update == "decoupled" and iterate.gradient is not None else 0.0
+    if decay:
+        decay = decay * iterate.group["lr"]
+    for x, x_ref, delta in chunks(iterate.x, iterate.x_ref, iterate.delta):
+        if delta is None:
+            x.copy_(iterate.delta_from(x, x_ref).sub_(x * decay))
+        else:
+            x.mul_(-decay)
+
+
+def _undo(iterate: Iterate) -> None:
+    """Put x_t back after a base step that raised: exactly where a snapshot or Delta is kept, closely elsewhere."""
+    factor = (iterate.scale + (iterate.eps if iterate.delta is None else 0.0)).to(working_dtype(iterate.x))
+    for x, x_ref, delta, x_before in chunks(iterate.x, iterate.x_ref, iterate.delta, iterate.x_before):
+        if x_before is None:
+            _write(x, x_ref, x if delta is None else delta, factor)
+        else:
+            x.copy_(x_before)
+    iterate.x_before = None
+
+
+def _weight_decay(iterate: Iterate) -> Any:
+    return iterate.group.get("weight_decay", 0.0)
+
+
+def _decayed_gradient(iterate: Iterate) -> Tensor:
+    """The gradient with coupled weight decay in it, of the parameter's kind; the user's own is left as it is."""
+    parameter = iterate.parameter
+    assert parameter.grad is not None
+    sign = -1.0 if iterate.group.get("maximize", False) else 1.0
+    return parameter.grad.add(parameter.detach(), alpha=sign * float(_weight_decay(iterate)))

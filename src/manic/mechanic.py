@@ -1,0 +1,325 @@
+"""Mechanic: Algorithm 1 of Cutkosky, Defazio and Mehta (NeurIPS 2023, arXiv 2306.00144) on sharded parameters.
+
+:meth:`Mechanic.step` is the algorithm. What the ranks hold is layout.py's business, the sums are reduction.py's, the
+scale is tuner.py's, and taking the base optimizer's update is displacement.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.optim import Optimizer
+
+from manic.agreement import agree
+from manic.displacement import Iterate, resolve_update, stepping, working_dtype, write_back
+from manic.layout import Layout, Plain, local, local_gradient
+from manic.reduction import Reduction, gradient_sums, position_sums
+from manic.tuner import Tuner
+from manic.wrapper import OptimizerWrapper, is_creating_state
+
+__all__ = ["Mechanic"]
+
+X_REF = "mechanic_x_ref"
+DELTA = "mechanic_delta"
+# The number of updates in a saved tuner whose checkpoint holds no training yet, only the shape of its state.
+_PLACEHOLDER = -1.0
+
+
+class Mechanic(OptimizerWrapper):
+    """Learns the scale of any first-order optimizer's learning rate while it trains.
+
+    The base optimizer keeps its schedule, weight decay and groups; its ``lr`` may be 1.0. The parameters may be
+    DTensors on any mesh, FSDP1's, or plain. The scale is the one that a single process would compute.
+
+    Args:
+        optimizer: The base optimizer, or several over disjoint parameters, which then share one scale.
+        betas: Decay factors of the tuner's averages, each in (0, 1).
+        s_init: Initial scale, positive. Default: the variant's, 1e-6 or 1e-8.
+        s_decay: lambda of the paper.
+        eps: Added to denominators.
+        variant: ``"optax"``, what the paper's experiments ran, or ``"pytorch"``, mechanic-pytorch 0.0.1.
+        store_delta: Keep Delta, one copy of the parameters in at least float32. Otherwise it is recomputed as
+            ``(x - x_ref) / (S + eps)``, as both published implementations do: inexact in the first steps, and in
+            low precision.
+        process_group: All ranks that hold the model between them. Default: all ranks there are.
+        plain: ``"replicated"`` if tensors that are no DTensors are the same on all ranks (DDP), ``"sharded"`` if
+            each rank holds other ones (inside ``ZeroRedundancyOptimizer``). FSDP1's are recognised by themselves.
+        pipeline_stages: Into how many stages a pipeline splits ``process_group``.
+        update: How the base optimizer's update is taken: ``"auto"``, or ``"snapshot"`` for any optimizer, or
+            ``"decoupled"`` / ``"coupled"`` for one whose update does not depend on where the parameters are, apart from
+            weight decay of that kind. ``variant="pytorch"`` always takes a snapshot.
+
+    Raises:
+        TypeError: if ``optimizer`` is no optimizer, or one that Mechanic cannot scale.
+        ValueError: if an argument is out of its range, or there is nothing to train.
+    """
+
+    STATE_KEYS = (X_REF, DELTA)
+    GROUP_KEY = "mechanic"
+
+    def __init__(
+        self,
+        optimizer: Optimizer | Sequence[Optimizer],
+        *,
+        betas: Sequence[float] = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999),
+        s_init: float | None = None,
+        s_decay: float = 0.01,
+        eps: float = 1e-8,
+        variant: str = "optax",
+        store_delta: bool = True,
+        process_group: ProcessGroup | None = None,
+        plain: Plain = "replicated",
+        pipeline_stages: int = 1,
+        update: str = "auto",
+    ) -> None:
+        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        _check_bases(optimizers, may_be_empty=plain == "sharded")
+        self._tuner = Tuner(betas, s_init, s_decay, eps, variant)
+        self._layout = Layout(process_group, plain, pipeline_stages)
+        self._store_delta = bool(store_delta)
+        snapshot = self._tuner.variant.x_after_base_step
+        self._updates = ["snapshot" if snapshot else resolve_update(base, update) for base in optimizers]
+        # Bases that came with a state keep it; that of the others may be a placeholder, see _create_state.
+        self._came_with_state = [bool(base.state) for base in optimizers]
+        self._state_is_placeholder = False
+        self._agreed_on: list[int] = []
+        super().__init__(optimizers)
+        self._tuner.to(self._home_device())
+        self._share_global_state()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Take one step of Algorithm 1.
+
+        Every rank of the process group must call it, with gradients or without. Apart from the first step there is
+        one collective, an all_reduce of four numbers, and the host waits for nothing on the device.
+
+        Args:
+            closure: Computes the gradients and returns the loss; called once, with gradients enabled.
+
+        Returns:
+            What ``closure`` returned, or ``None``.
+
+        Raises:
+            TypeError: if a gradient is sparse or complex.
+            ValueError: at the first step, if the ranks do not hold what they are said to.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        iterates = self._prepare()
+        if iterates is None:  # checkpointing wants a state to be created, and nothing else
+            return loss
+        tuner, like = self._tuner, self._tuner.state
+
+        gradient = gradient_sums(iterates, like)
+        if tuner.variant.x_after_base_step:
+            with stepping(iterates):
+                self._step_bases()
+                reduction = self._reduce(gradient, position_sums(iterates, like))
+        else:
+            reduction = self._reduce(gradient, position_sums(iterates, like))
+            with stepping(iterates):  # the all_reduce hides behind the base step
+                self._step_bases()
+
+        scale = tuner.update(reduction.wait())
+        write_back(iterates, scale)
+        return loss
+
+    @property
+    def scale(self) -> Tensor:
+        """S, the factor learned for the learning rate: a new 0-dim tensor on the parameters' device, no sync."""
+        return self._tuner.scale
+
+    def metrics(self) -> dict[str, Tensor]:
+        """What to log: 0-dim tensors on the parameters' device, the same on every rank; no sync, no communication.
+
+        Returns:
+            ``scale``; ``h``, ``grad_norm`` and ``param_norm`` of the last step, over the whole model (nan before
+            the first); ``effective_lr/<i>``, S * lr of param group i.
+        """
+        scale, sums = self.scale, self._tuner.sums
+        metrics = {
+            "scale": scale,
+            "h": self._tuner.h.clone(),
+            "grad_norm": sums.grad_square.sqrt(),
+            "param_norm": sums.x_square.sqrt(),
+        }
+        for index, group in enumerate(self.param_groups):
+            metrics[f"effective_lr/{index}"] = scale * group.get("lr", 1.0)
+        return metrics
+
+    def _step_bases(self) -> None:
+        with self._own_state_hidden():
+            for optimizer in self.optimizers:
+                optimizer.step()
+
+    def _reduce(self, gradient: Tensor, position: Tensor) -> Reduction:
+        device = self._layout.communication_device(gradient.device)
+        return Reduction(gradient, position, self._layout.group, device)
+
+    def _prepare(self) -> list[Iterate] | None:
+        """Everything that the first step has to do, and the local shards of this one."""
+        creating = not self._has_state() and is_creating_state()
+        if not creating:
+            self._share_global_state()
+            self._agree()
+            if self._state_is_placeholder:
+                self._drop_placeholders()
+        home = self._home_device()
+        if self._tuner.state.device != home:
+            self._tuner.to(home)
+            self._share_global_state()
+
+        scale = self._tuner.state[3].sum()
+        iterates = []
+        for optimizer, update in zip(self.optimizers, self._updates):
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    iterate = self._iterate(optimizer, group, parameter, update, scale)
+                    if iterate is not None:
+                        iterates.append(iterate)
+        if creating:
+            self._create_state(iterates)
+            return None
+        return iterates
+
+    def _iterate(
+        self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor, update: str, scale: Tensor
+    ) -> Iterate | None:
+        """The local shard of ``parameter`` with its x_ref and Delta, or ``None`` if the step leaves it alone."""
+        gradient = local_gradient(parameter)
+        if gradient is None and not parameter.requires_grad:
+            # Frozen: it stays where it is, and starts anew from there if it is ever trained again.
+            for key in self.STATE_KEYS:
+                optimizer.state.get(parameter, {}).pop(key, None)
+            return None
+        state = optimizer.state.setdefault(parameter, {})
+        if X_REF not in state:
+            state[X_REF] = parameter.detach().clone()
+            state.pop(DELTA, None)
+        if self._store_delta and DELTA not in state:
+            state[DELTA] = torch.zeros_like(parameter, dtype=working_dtype(parameter), requires_grad=False)
+        if gradient is None and not self._tuner.variant.moves_without_gradient:
+            return None
+        if update == "by group":
+            update = "decoupled" if group["decoupled_weight_decay"] else "coupled"
+        return Iterate(
+            parameter=parameter,
+            group=group,
+            update=update,  # type: ignore[arg-type]
+            x=local(parameter),
+            gradient=gradient,
+            x_ref=local(state[X_REF]),
+            delta=local(state[DELTA]) if self._store_delta else None,
+            replicas=self._layout.replicas(parameter),
+            scale=scale,
+            eps=self._tuner.eps,
+        )
+
+    def _agree(self) -> None:
+        """Compare notes with the other ranks, at the first step and when parameters were added."""
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        identities = [id(parameter) for parameter in parameters]
+        if identities == self._agreed_on:
+            return
+        home = self._home_device()
+        agree(parameters, self._settings(), self._layout, self._layout.communication_device(home))
+        self._agreed_on = identities
+
+    def _create_state(self, iterates: list[Iterate]) -> None:
+        """Let base optimizers without a state create it, and change nothing else.
+
+        Theirs then counts a step that was none. It is a placeholder that shows a checkpoint what names and shapes
+        there are, is marked as one in the tuner's state, and is made again at the first real step.
+        """
+        with self._own_state_hidden():
+            for optimizer in self.optimizers:
+                if not optimizer.state:
+                    optimizer.step()
+                    self._state_is_placeholder = True
+        for iterate in iterates:
+            iterate.x.copy_(iterate.x_ref)
+        if self._state_is_placeholder:
+            self._tuner.state[-1].fill_(_PLACEHOLDER)
+
+    def _drop_placeholders(self) -> None:
+        for optimizer, came_with_state in zip(self.optimizers, self._came_with_state):
+            if not came_with_state:
+                optimizer.state.clear()
+            for state in optimizer.state.values():
+                for key in self.STATE_KEYS:
+                    state.pop(key, None)
+        self._tuner.reset()
+        self._state_is_placeholder = False
+
+    def _global_state(self) -> Tensor:
+        return self._tuner.state
+
+    def _load_global_state(self, saved: Tensor | None) -> None:
+        if saved is None:
+            self._tuner.reset()
+            self._state_is_placeholder = False
+        else:
+            self._tuner.load(saved)
+            self._state_is_placeholder = float(saved[-1, 0]) == _PLACEHOLDER
+
+    def _home_device(self) -> torch.device:
+        """The device of the first parameter; of the process group's backend where this rank has none."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                return local(parameter).device
+        return self._layout.communication_device(torch.device("cpu"))
+
+    def _settings(self) -> str:
+        tuner = self._tuner
+        return (
+            f", variant={tuner.variant.name}, betas={tuner.betas}, s_init={tuner.s_init}, s_decay={tuner.s_decay}, "
+            f"eps={tuner.eps}, store_delta={self._store_delta}"
+        )
+
+
+# What cannot be wrapped, by the name of a class in torch.optim, and why.
+_UNSUPPORTED = {
+    "LBFGS": "it is no first-order optimizer: a step evaluates the loss at many points",
+    "SparseAdam": "its gradients are sparse; use Adam with dense gradients",
+}
+
+
+def _check_bases(optimizers: list[Optimizer], may_be_empty: bool) -> None:
+    if not optimizers:
+        raise ValueError("Mechanic needs at least one optimizer to wrap, got an empty list")
+    seen: set[int] = set()
+    for optimizer in optimizers:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"Mechanic wraps torch.optim.Optimizer objects, got {type(optimizer).__name__}")
+        if isinstance(optimizer, Mechanic):
+            raise TypeError("the optimizer is a Mechanic already; wrap the base optimizer once")
+        for cls in type(optimizer).__mro__:
+            if cls.__module__.startswith("torch.optim") and cls.__name__ in _UNSUPPORTED:
+                raise TypeError(f"Mechanic cannot wrap {cls.__name__}: {_UNSUPPORTED[cls.__name__]}")
+            if cls.__name__ == "ZeroRedundancyOptimizer":
+                raise TypeError(
+                    "Mechanic goes inside of ZeroRedundancyOptimizer: pass "
+                    'optimizer_class=mechanize(AdamW, plain="sharded")'
+                )
+        for group in optimizer.param_groups:
+            if group.get("differentiable", False):
+                raise ValueError("differentiable=True is not supported: Mechanic's step cannot be differentiated")
+            for parameter in group["params"]:
+                if parameter.is_complex():
+                    raise TypeError(f"a parameter of shape {tuple(parameter.shape)} is complex; Mechanic needs real ones")
+                if id(parameter) in seen:
+                    raise ValueError(
+                        f"a parameter of shape {tuple(parameter.shape)} is in more than one group; each must be in one"
+                    )
+                seen.add(id(parameter))
+    trainable = any(p.requires_grad for base in optimizers for group in base.param_groups for p in group["params"])
+    if not trainable and not may_be_empty:
+        raise ValueError("no parameter requires a gradient; there is nothing to train")

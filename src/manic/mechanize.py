@@ -1,0 +1,90 @@
+"""mechanize(AdamW): Mechanic as a class, for code that wants a class; the drop-in of mechanic-pytorch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim import Optimizer
+
+from manic.mechanic import Mechanic
+
+__all__ = ["is_mechanized", "mechanize"]
+
+logger = logging.getLogger(__name__)
+
+
+def _log_scale(data: dict[str, Any]) -> None:
+    logger.info("(iter=%d), s_sum (global scaling): %g", data["iter_count"], data["s"])
+
+
+def mechanize(
+    optimizer_class: Callable[..., Optimizer],
+    *,
+    log_func: Callable[[dict[str, Any]], Any] | None = None,
+    log_every: int = 0,
+    **options: Any,
+) -> type[Mechanic]:
+    """Make a class that builds ``optimizer_class`` and wraps it in :class:`~manic.Mechanic`.
+
+    Args:
+        optimizer_class: A class of optimizers, or a function that makes one.
+        log_func: Called with ``{"iter_count": int, "s": float}``; default: ``logging`` at level info.
+        log_every: After how many steps to call it; 0: never. Each call waits for the device.
+        **options: For :class:`~manic.Mechanic`. Inside ``ZeroRedundancyOptimizer``: ``plain="sharded"``.
+
+    Returns:
+        A subclass of :class:`~manic.Mechanic` that takes the arguments of ``optimizer_class``.
+
+    Raises:
+        ValueError: if ``log_every`` is negative.
+        TypeError: if ``optimizer_class`` is mechanized already.
+    """
+    if log_every < 0:
+        raise ValueError(f"log_every must be 0 or more steps, got {log_every}")
+    if isinstance(optimizer_class, type) and issubclass(optimizer_class, Mechanic):
+        raise TypeError(f"{optimizer_class.__name__} is mechanized already; pass the base class")
+    log = log_func or _log_scale
+
+    class Mechanized(Mechanic):
+        def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
+            super().__init__(optimizer_class(params, *args, **kwargs), **options)
+            self._log_steps()
+
+        def __setstate__(self, state: dict[str, Any]) -> None:
+            super().__setstate__(state)
+            self._log_steps()
+
+        def __reduce__(self) -> Any:
+            # The class is made by a call, so a pickle has to make that call again.
+            recipe = (optimizer_class, {"log_func": log_func, "log_every": log_every, **options})
+            return _rebuild, recipe, self.__getstate__()
+
+        def _log_steps(self) -> None:
+            if log_every == 0:
+                return
+
+            count: int | None = None
+
+            def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+                nonlocal count
+                count = int(self._tuner.updates) if count is None else count + 1
+                if count % log_every == 0:
+                    log({"iter_count": count, "s": self.scale.item()})
+
+            self.register_step_post_hook(hook)
+
+    Mechanized.__name__ = Mechanized.__qualname__ = f"Mechanized{getattr(optimizer_class, '__name__', '')}"
+    Mechanized.__doc__ = f"{getattr(optimizer_class, '__name__', 'An optimizer')} with its learning rate's scale learned."
+    return Mechanized
+
+
+def _rebuild(optimizer_class: Any, options: dict[str, Any]) -> Mechanic:
+    cls = mechanize(optimizer_class, **options)
+    return cls.__new__(cls)
+
+
+def is_mechanized(optimizer: object) -> bool:
+    """Whether ``optimizer`` is a :class:`~manic.Mechanic`, however it was made."""
+    return isinstance(optimizer, Mechanic)

@@ -1,0 +1,262 @@
+"""Ranks on one CPU for pytest: run a function on n gloo processes as if it were an ordinary test.
+
+    from manic.testing import ranks
+
+    @ranks(2)
+    def test_my_sharded_training():
+        model = fully_shard(MyModel())   # torch.distributed is initialised, this is rank 0 or 1
+        ...
+
+The processes are kept warm between tests and have nothing in common with other pytest-xdist workers: no port is
+fixed, every test gets a process group of its own. A failing rank fails the test with its traceback and output;
+a hanging one is killed at the timeout and shows where it hung.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import faulthandler
+import functools
+import importlib
+import multiprocessing
+import os
+import pickle
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["RankError", "ranks", "run", "shutdown"]
+
+DEFAULT_TIMEOUT = 120.0
+# After one rank has failed, how long the others may take to fail or finish as well.
+_GRACE = 3.0
+
+
+class RankError(AssertionError):
+    """A function failed on one rank or more, or did not come back; the message has every rank's account."""
+
+
+def ranks(world_size: int, *, timeout: float = DEFAULT_TIMEOUT) -> Callable[[Callable[..., Any]], Callable[..., None]]:
+    """Decorate a test to run on ``world_size`` gloo ranks.
+
+    The test must be at the top level of its module; its arguments (from ``pytest.mark.parametrize``, or fixtures)
+    must be picklable.
+
+    Args:
+        world_size: How many processes.
+        timeout: Seconds until the test fails.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def on_all_ranks(*args: Any, **kwargs: Any) -> None:
+            __tracebackhide__ = True
+            run(on_all_ranks, world_size, *args, timeout=timeout, **kwargs)
+
+        return on_all_ranks
+
+    return decorate
+
+
+def run(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = DEFAULT_TIMEOUT, **kwargs: Any
+) -> list[Any]:
+    """Call ``function(*args, **kwargs)`` on ``world_size`` gloo ranks.
+
+    Args:
+        function: Importable: at the top level of a module.
+        world_size: How many processes.
+        *args: Picklable.
+        timeout: Seconds until all ranks are killed.
+        **kwargs: Picklable.
+
+    Returns:
+        What it returned, by rank.
+
+    Raises:
+        RankError: if it raised, died or hung on any rank.
+        ValueError: if ``function`` cannot be found by its name, or ``world_size`` is not positive.
+    """
+    if world_size < 1:
+        raise ValueError(f"world_size must be positive, got {world_size}")
+    if "<" in function.__qualname__:
+        raise ValueError(f"{function.__qualname__} must be at the top level of a module, where another process finds it")
+    __tracebackhide__ = True
+    with tempfile.TemporaryDirectory(prefix="manic-ranks-") as folder:
+        call = _Call(_importable(function.__module__), function.__qualname__, args, kwargs, world_size, timeout, folder)
+        return _pool.run(call)
+
+
+def shutdown() -> None:
+    """End the warm processes; they are started again when needed. Called at exit."""
+    _pool.kill()
+
+
+def _importable(module: str) -> str:
+    """The name by which another process imports ``module``: a script's own, where it is the main module."""
+    file = getattr(sys.modules["__main__"], "__file__", None)
+    return Path(file).stem if module == "__main__" and file else module
+
+
+class _Call:
+    """What a rank is told to do."""
+
+    def __init__(
+        self, module: str, name: str, args: Any, kwargs: Any, world_size: int, timeout: float, folder: str
+    ) -> None:
+        self.module, self.name, self.args, self.kwargs = module, name, args, kwargs
+        self.world_size, self.timeout, self.folder = world_size, timeout, folder
+        self.path = list(sys.path)
+
+    def output(self, rank: int) -> Path:
+        return Path(self.folder, f"rank{rank}.txt")
+
+    def execute(self, rank: int) -> Any:
+        sys.path[:] = self.path
+        target: Any = importlib.import_module(self.module)
+        for part in self.name.split("."):
+            target = getattr(target, part)
+        target = getattr(target, "__wrapped__", target)
+        store = dist.FileStore(os.path.join(self.folder, "store"), self.world_size)
+        dist.init_process_group(
+            "gloo", store=store, rank=rank, world_size=self.world_size, timeout=timedelta(seconds=self.timeout)
+        )
+        try:
+            return target(*self.args, **self.kwargs)
+        finally:
+            # Without a barrier: a rank that failed must not wait for others.
+            dist.destroy_process_group()
+
+
+class _Pool:
+    """Warm processes, as many as any call so far has needed; all replaced after one was lost or left in doubt."""
+
+    def __init__(self) -> None:
+        self._workers: list[tuple[Any, Connection]] = []
+
+    def _grow(self, count: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        while len(self._workers) < count:
+            here, there = context.Pipe()
+            # The main module is not wanted in the ranks: it may be pytest itself, or a script without a guard.
+            with _without_main():
+                process = context.Process(target=_serve, args=(there, len(self._workers)), daemon=True)
+                process.start()
+            there.close()
+            self._workers.append((process, here))
+
+    def kill(self) -> None:
+        for process, connection in self._workers:
+            process.kill()
+            connection.close()
+        for process, _ in self._workers:
+            process.join()
+        self._workers.clear()
+
+    def run(self, call: _Call) -> list[Any]:
+        __tracebackhide__ = True
+        if any(not process.is_alive() for process, _ in self._workers):
+            self.kill()
+        self._grow(call.world_size)
+        workers = self._workers[: call.world_size]
+        message = pickle.dumps(call)
+        for _, connection in workers:
+            connection.send_bytes(message)
+
+        results: dict[int, tuple[bool, Any]] = {}
+        failed = False
+        deadline = time.monotonic() + call.timeout + 1.0  # a rank dumps its stack at the timeout, and is then killed
+        while len(results) < len(workers) and time.monotonic() < deadline:
+            pending = {workers[rank][1]: rank for rank in range(len(workers)) if rank not in results}
+            for ready in wait(list(pending), timeout=max(0.0, deadline - time.monotonic())):
+                rank = pending[ready]  # type: ignore[index]
+                try:
+                    results[rank] = pickle.loads(workers[rank][1].recv_bytes())
+                except (EOFError, OSError):
+                    results[rank] = (False, f"died (exit code {_exit_code(workers[rank][0])})")
+                if not results[rank][0] and not failed:
+                    failed, deadline = True, min(deadline, time.monotonic() + _GRACE)
+        lost = len(results) < len(workers) or any(not process.is_alive() for process, _ in workers)
+        if lost:
+            self.kill()
+        if lost or failed:
+            raise RankError(_report(call, results))
+        return [results[rank][1] for rank in range(len(workers))]
+
+
+def _report(call: _Call, results: dict[int, tuple[bool, Any]]) -> str:
+    parts = [f"{call.module}.{call.name} failed on {call.world_size} ranks"]
+    for rank in range(call.world_size):
+        fine, account = results.get(rank, (False, f"did not come back within {call.timeout:g} s or after another failed"))
+        parts.append(f"---- rank {rank}: {'finished' if fine else account}")
+        output = call.output(rank).read_text(errors="replace").strip() if call.output(rank).exists() else ""
+        if output:
+            parts.append(f"---- rank {rank} wrote:\n{output[-8000:]}")
+    return "\n".join(parts)
+
+
+def _exit_code(process: Any) -> Any:
+    process.join(timeout=1.0)
+    return process.exitcode
+
+
+@contextlib.contextmanager
+def _without_main() -> Any:
+    main = sys.modules["__main__"]
+    saved = {name: main.__dict__.pop(name) for name in ("__file__", "__spec__") if name in main.__dict__}
+    main.__dict__.setdefault("__spec__", None)
+    try:
+        yield
+    finally:
+        main.__dict__.update(saved)
+
+
+def _serve(connection: Connection, rank: int) -> None:
+    """A rank's life: wait for a call, make it, send back what came of it."""
+    torch.set_num_threads(1)
+    while True:
+        try:
+            call: _Call = pickle.loads(connection.recv_bytes())
+        except (EOFError, KeyboardInterrupt):
+            return
+        with open(call.output(rank), "w", buffering=1) as output, _redirected(output.fileno()):
+            faulthandler.dump_traceback_later(call.timeout, file=output)
+            try:
+                answer = pickle.dumps((True, call.execute(rank)))
+            except BaseException:
+                answer = pickle.dumps((False, traceback.format_exc()))
+            finally:
+                faulthandler.cancel_dump_traceback_later()
+        connection.send_bytes(answer)
+
+
+@contextlib.contextmanager
+def _redirected(target: int) -> Any:
+    """Send file descriptors 1 and 2, and so the output of any library, to ``target``."""
+    saved = [os.dup(1), os.dup(2)]
+    try:
+        for descriptor in (1, 2):
+            os.dup2(target, descriptor)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for descriptor, original in zip((1, 2), saved):
+            os.dup2(original, descriptor)
+            os.close(original)
+
+
+_pool = _Pool()
+atexit.register(shutdown)
+
+

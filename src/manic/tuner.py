@@ -1,0 +1,175 @@
+"""Mechanic's tuner: r, m, v, s and how they turn one step's sums into the next scale S.
+
+It knows four numbers a step and nothing of where they come from: no parameter, no process group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["VARIANTS", "Sums", "Tuner", "Variant"]
+
+
+class Sums(NamedTuple):
+    """The four inner products of a step, each over every element of the model once.
+
+    All are 0-dim tensors of the tuner's dtype and device.
+    """
+
+    delta_grad: Tensor
+    """<Delta_t, g_t>"""
+    grad_square: Tensor
+    """|g_t|^2"""
+    delta_x: Tensor
+    """<Delta_t, x_t>"""
+    x_square: Tensor
+    """|x_t|^2"""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Where two published implementations of Mechanic differ (docs/variants.md has the table)."""
+
+    name: str
+    s_init: float
+    """Default of ``s_init``."""
+    s_starts_at_init: bool
+    """``s_1`` is ``s_init`` for every beta; otherwise 0."""
+    m_start: float
+    clips_h: bool
+    """The reward takes ``h`` clamped to [-m, m] with the previous ``m``, and ``m`` takes ``|h| + eps``."""
+    keeps_negative_reward: bool
+    """``r`` is stored as it is and clamped at 0 only in the wealth; otherwise it is stored clamped."""
+    x_after_base_step: bool
+    """The lambda term reads ``x`` where the base optimizer left it; otherwise where the gradient was taken."""
+    moves_without_gradient: bool
+    """A parameter without a gradient counts as gradient 0 and follows S; otherwise it is left out and stays."""
+
+
+VARIANTS = {
+    "optax": Variant("optax", 1e-6, True, 0.0, True, True, False, True),
+    "pytorch": Variant("pytorch", 1e-8, False, 1e-6, False, False, True, False),
+}
+
+
+class Tuner:
+    """The state of Algorithm 1 that is not a parameter, and its update.
+
+    Args:
+        betas: Decay factors, each in (0, 1). One (r, m, v, s) is kept for each.
+        s_init: Initial scale, positive. ``None``: the variant's default.
+        s_decay: lambda of the paper, the strength of the pull towards the origin.
+        eps: Added to denominators.
+        variant: A name in :data:`VARIANTS`.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        betas: Sequence[float],
+        s_init: float | None = None,
+        s_decay: float = 0.01,
+        eps: float = 1e-8,
+        variant: str = "optax",
+    ) -> None:
+        if variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {sorted(VARIANTS)}, got {variant!r}")
+        self.variant = VARIANTS[variant]
+        s_init = self.variant.s_init if s_init is None else float(s_init)
+        betas = tuple(float(beta) for beta in betas)
+        if not betas or not all(0.0 < beta < 1.0 for beta in betas):
+            raise ValueError(f"betas must be one or more numbers strictly between 0 and 1, got {betas}")
+        if not (s_init > 0.0 and math.isfinite(s_init)):
+            raise ValueError(f"s_init must be positive and finite, got {s_init}")
+        if not (s_decay >= 0.0 and math.isfinite(s_decay)):
+            raise ValueError(f"s_decay must be non-negative and finite, got {s_decay}")
+        if not (eps > 0.0 and math.isfinite(eps)):
+            raise ValueError(f"eps must be positive and finite, got {eps}")
+        self.betas, self.s_init, self.s_decay, self.eps = betas, s_init, float(s_decay), float(eps)
+        # One tensor, so that a checkpoint holds the tuner whole or not at all.
+        # Rows r, m, v, s and the number of updates made; a column for each beta.
+        self.state = torch.zeros(5, len(betas), dtype=torch.float64)
+        # The last step's h and sums, for whoever watches; nan before the first step.
+        self.h = torch.full((), math.nan, dtype=torch.float64)
+        self.sums = Sums(self.h, self.h, self.h, self.h)
+        self._beta = torch.tensor(betas, dtype=torch.float64)
+        self.reset()
+
+    def reset(self) -> None:
+        """Go back to the start, in place."""
+        self.state.zero_()
+        self.state[1].fill_(self.variant.m_start)
+        if self.variant.s_starts_at_init:
+            self.state[3].fill_(self.s_init)
+
+    def to(self, device: torch.device) -> None:
+        """Move to ``device``, in float64, or in float32 where the device has no float64."""
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.state = self.state.to(device, dtype)
+        self._beta = self._beta.to(device, dtype)
+        self.h = self.h.to(device, dtype)
+        self.sums = Sums(*(value.to(device, dtype) for value in self.sums))
+
+    def load(self, state: Tensor) -> None:
+        """Copy a saved :attr:`state` into this one, in place.
+
+        Raises:
+            ValueError: if it was saved with another number of betas.
+        """
+        if state.shape != self.state.shape:
+            raise ValueError(
+                f"the saved tuner has shape {tuple(state.shape)}, this one {tuple(self.state.shape)}: "
+                "it was saved with another number of betas; pass the same betas"
+            )
+        self.state.copy_(state)
+
+    @property
+    def updates(self) -> Tensor:
+        """Number of updates made: 0-dim."""
+        return self.state[4, 0]
+
+    @property
+    def scale(self) -> Tensor:
+        """S, the factor on Delta: 0-dim, a new tensor."""
+        scale = self.state[3].sum()
+        return scale if self.variant.keeps_negative_reward else scale.clamp(min=0.0)
+
+    def update(self, sums: Sums) -> Tensor:
+        """Take one step of Algorithm 1 (lines 8 to 14) and return the new S.
+
+        Args:
+            sums: The step's inner products over the whole model.
+
+        Returns:
+            S_{t+1}: 0-dim. No host synchronisation takes place.
+        """
+        r, m, v, s, updates = self.state.unbind()
+        beta = self._beta
+
+        decay = self.s_decay * s.sum() * sums.grad_square.sqrt() / (sums.x_square.sqrt() + self.eps)
+        h = sums.delta_grad + decay * sums.delta_x
+
+        if self.variant.clips_h:
+            rewarded = torch.clamp(h, min=-m, max=m)
+            m.copy_(torch.maximum(beta * m, h.abs() + self.eps))
+        else:
+            rewarded = h
+            m.copy_(torch.maximum(beta * m, h.abs()))
+        v.copy_(beta * beta * v + h * h)
+        r.copy_(beta * r - rewarded * s)
+        if not self.variant.keeps_negative_reward:
+            r.clamp_(min=0.0)
+        wealth = self.s_init / len(self.betas) * m + r.clamp(min=0.0)
+        s.copy_(wealth / (v.sqrt() + self.eps))
+
+        updates.add_(1)
+        self.h, self.sums = h, sums
+        return self.scale

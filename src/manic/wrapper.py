@@ -1,0 +1,261 @@
+"""An Optimizer around other optimizers: one list of param groups, one state, one state dict.
+
+It knows what torch and its checkpointing expect of an optimizer, and nothing of what a step does.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+__all__ = ["JointState", "OptimizerWrapper", "is_creating_state"]
+
+
+def is_creating_state() -> bool:
+    """Whether ``torch.distributed.checkpoint`` is stepping a fresh optimizer only to make it create its state.
+
+    ``get_optimizer_state_dict`` and ``set_optimizer_state_dict`` do that with zero gradients and a learning rate of 0.
+    The values alone can't tell: a warm-up starts at 0 too, and a rank's gradients may all be zero.
+    """
+    from torch.distributed.checkpoint import state_dict
+
+    # The function has no public name; tests/test_wrapper.py fails if it is renamed.
+    code = getattr(getattr(state_dict, "_init_optim_state", None), "__code__", None)
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None
+
+
+class JointState(MutableMapping[Any, Any]):
+    """The states of several optimizers as one mapping from parameter to dict; what is written arrives in theirs.
+
+    Args:
+        optimizers: The optimizers, over disjoint parameters.
+        is_complete: Tells whether every state that a checkpoint needs exists by now.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer], is_complete: Any) -> None:
+        self._optimizers = optimizers
+        self._is_complete = is_complete
+
+    def _home(self, key: Any) -> MutableMapping[Any, Any]:
+        for optimizer in self._optimizers:
+            if key in optimizer.state:
+                return optimizer.state
+        for optimizer in self._optimizers:
+            if any(key is parameter for group in optimizer.param_groups for parameter in group["params"]):
+                return optimizer.state
+        return self._optimizers[0].state
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._home(key)[key]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._home(key)[key] = value
+
+    def __delitem__(self, key: Any) -> None:
+        del self._home(key)[key]
+
+    def __contains__(self, key: object) -> bool:
+        return any(key in optimizer.state for optimizer in self._optimizers)
+
+    def __iter__(self) -> Iterator[Any]:
+        for optimizer in self._optimizers:
+            yield from list(optimizer.state)
+
+    def __len__(self) -> int:
+        return sum(len(optimizer.state) for optimizer in self._optimizers)
+
+    def __bool__(self) -> bool:
+        # Torch's checkpointing asks a false state to be created by a step; some bases fill theirs in the constructor.
+        return bool(self._is_complete())
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+class OptimizerWrapper(Optimizer):
+    """A ``torch.optim.Optimizer`` that stands for one or several others.
+
+    Param groups are the base optimizers' own dicts, whatever was loaded or added, so a scheduler may hold either.
+    A subclass keeps per-parameter tensors in ``state`` under :attr:`STATE_KEYS`, and one tensor for the whole model in
+    every param group under :attr:`GROUP_KEY`, where checkpointing finds it on any rank.
+
+    Args:
+        optimizers: The base optimizers, over disjoint parameters.
+    """
+
+    STATE_KEYS: tuple[str, ...] = ()
+    GROUP_KEY: str = ""
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        # Not Optimizer.__init__, which would make groups and a state of its own; __setstate__ makes the rest.
+        self.optimizers = list(optimizers)
+        super().__setstate__({"defaults": dict(optimizers[0].defaults) if len(optimizers) == 1 else {}})
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The base optimizers' param groups, in their order; the dicts themselves."""
+        if len(self.optimizers) == 1:
+            return self.optimizers[0].param_groups
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @property
+    def state(self) -> JointState:  # type: ignore[override]
+        """The base optimizers' state and the wrapper's, by parameter."""
+        return JointState(self.optimizers, self._has_state)
+
+    def _has_state(self) -> bool:
+        return any(key in state for state in self.state.values() for key in self.STATE_KEYS)
+
+    @contextmanager
+    def _own_state_hidden(self) -> Iterator[None]:
+        """Show base optimizers no state where only the wrapper has any: many initialise theirs where they find none."""
+        own = set(self.STATE_KEYS)
+        hidden = [
+            (optimizer.state, parameter, optimizer.state.pop(parameter))
+            for optimizer in self.optimizers
+            for parameter, state in list(optimizer.state.items())
+            if isinstance(state, dict) and state.keys() <= own
+        ]
+        try:
+            yield
+        finally:
+            for states, parameter, state in hidden:
+                states.setdefault(parameter, {}).update(state)
+
+    def _global_state(self) -> Tensor:
+        """The tensor kept in every param group."""
+        raise NotImplementedError
+
+    def _load_global_state(self, saved: Tensor | None) -> None:
+        """Copy a loaded one into it; ``None``: the checkpoint is of the base optimizers alone."""
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group to the base optimizer.
+
+        Raises:
+            ValueError: with several base optimizers; call ``add_param_group`` of the one that shall own the group.
+        """
+        if len(self.optimizers) > 1:
+            names = ", ".join(type(optimizer).__name__ for optimizer in self.optimizers)
+            raise ValueError(
+                f"which of {names} shall own the new group? Call add_param_group on that optimizer; "
+                f"{type(self).__name__} takes the group in at its next step"
+            )
+        self.optimizers[0].add_param_group(param_group)
+        self._share_global_state()
+
+    def _share_global_state(self) -> None:
+        """Put the wrapper's tensor into groups that lack it, taking over one that was loaded behind our back."""
+        live = self._global_state()
+        for group in self.param_groups:
+            found = group.get(self.GROUP_KEY)
+            if found is not live and isinstance(found, Tensor):
+                self._load_global_state(found)
+                break
+        live = self._global_state()
+        for group in self.param_groups:
+            group[self.GROUP_KEY] = live
+
+    @torch._disable_dynamo  # as Optimizer.load_state_dict: hooks and dict work that is not worth a graph
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict()`` gave, or a state dict of the base optimizer alone.
+
+        The wrapper's tensors keep the dtype they were saved with. A state dict of the base optimizer alone puts the
+        wrapper's own state back to its start.
+
+        Args:
+            state_dict: Of an optimizer with as many groups and parameters.
+
+        Raises:
+            ValueError: if groups or shapes do not fit.
+        """
+        state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+
+        states = state_dict["state"]
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        if len(groups) != len(self.param_groups):
+            raise ValueError(
+                f"the state dict has {len(groups)} parameter groups, the optimizer {len(self.param_groups)}"
+            )
+        saved = [group.pop(self.GROUP_KEY, None) for group in groups]
+        own = self._own_state_to_load(states, groups)
+
+        known = {key for group in groups for key in group["params"]}
+        rest = {key: value for key, value in states.items() if key not in known}
+        start = 0
+        for optimizer in self.optimizers:
+            mine = groups[start : start + len(optimizer.param_groups)]
+            start += len(mine)
+            state: dict[Any, Any] = {
+                key: {name: value for name, value in states[key].items() if name not in self.STATE_KEYS}
+                if isinstance(states[key], dict)
+                else states[key]
+                for group in mine
+                for key in group["params"]
+                if key in states
+            }
+            optimizer.load_state_dict({"state": {**state, **rest}, "param_groups": mine})
+            rest = {}
+        for parameter, tensors in own.items():
+            self.state[parameter].update(tensors)
+
+        self._load_global_state(next((tensor for tensor in saved if tensor is not None), None))
+        self._share_global_state()
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def _own_state_to_load(self, states: Any, groups: list[dict[str, Any]]) -> dict[Tensor, dict[str, Tensor]]:
+        """Copies of the wrapper's tensors in ``states``, by parameter; each checked before anything changes."""
+        own: dict[Tensor, dict[str, Tensor]] = {}
+        for group, live in zip(groups, self.param_groups):
+            if len(group["params"]) != len(live["params"]):
+                raise ValueError(
+                    f"a parameter group of the state dict has {len(group['params'])} parameters, "
+                    f"the optimizer's {len(live['params'])}"
+                )
+            for key, parameter in zip(group["params"], live["params"]):
+                state = states.get(key)
+                for name in self.STATE_KEYS:
+                    value = state.get(name) if isinstance(state, dict) else None
+                    if value is None:
+                        continue
+                    if value.shape != parameter.shape:
+                        raise ValueError(
+                            f"{name} of parameter {key} has shape {tuple(value.shape)} in the state dict, the parameter "
+                            f"{tuple(parameter.shape)}: saved from another model, or from other shards (use "
+                            "torch.distributed.checkpoint to change the layout)"
+                        )
+                    own.setdefault(parameter, {})[name] = value.to(parameter.device, copy=True)
+        return own
+
+    def __repr__(self) -> str:
+        bases = ", ".join(type(optimizer).__name__ for optimizer in self.optimizers)
+        lines = [f"{type(self).__name__}({bases}{self._settings()}) ("]
+        for index, group in enumerate(self.param_groups):
+            lines.append(f"Parameter Group {index}")
+            lines += [f"    {key}: {group[key]}" for key in sorted(group) if key not in ("params", self.GROUP_KEY)]
+        return "\n".join(lines) + "\n)"
+
+    def _settings(self) -> str:
+        return ""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # As torch's optimizers: hooks, and a scheduler's wrapper of step, belong to this object and stay behind.
+        return {
+            key: value
+            for key, value in self.__dict__.items()
+            if not key.startswith(("_optimizer_", "_zero_grad_profile_name")) and key != "step"
+        }

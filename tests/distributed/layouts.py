@@ -1,0 +1,225 @@
+"""One small model spread over the ranks in every way that manic supports, and trained for a few steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+from manic import Mechanic, mechanize
+
+BATCH = 24
+
+
+class Net(nn.Module):
+    """Rows of 16, 7 and 3: over two to four ranks the shards are even, uneven and empty. ``unused`` gets no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 16)
+        self.down = nn.Linear(16, 7)
+        self.norm = nn.LayerNorm(7)
+        self.head = nn.Linear(7, 3)
+        self.frozen = nn.Linear(3, 3)
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.frozen(self.head(self.norm(self.down(torch.tanh(self.up(x))))))
+
+
+def make_net(dtype: torch.dtype = torch.float64) -> Net:
+    torch.manual_seed(0)
+    return Net().to(dtype)
+
+
+def batch(step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(BATCH, 6, generator=generator, dtype=torch.float64)
+    y = torch.stack((x[:, 0] * x[:, 1], x[:, 2].sin(), x.sum(dim=1)), dim=1)
+    return x.to(dtype), y.to(dtype)
+
+
+def make_base(name: str, parameters: Any) -> torch.optim.Optimizer:
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, lr=1.0, weight_decay=0.1)
+    if name == "sgd":
+        return torch.optim.SGD(parameters, lr=1.0, momentum=0.9, nesterov=True, weight_decay=0.01)
+    if name == "adafactor-like":  # reads its parameters: a snapshot is taken
+        return torch.optim.ASGD(parameters, lr=1.0, lambd=0.01)
+    raise AssertionError(name)
+
+
+@dataclass
+class Trained:
+    scale: float
+    metrics: dict[str, float]
+    parameters: dict[str, Tensor]
+    collectives: list[tuple[str, int]] = field(default_factory=list)
+
+
+@dataclass
+class Setup:
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    mechanic: Mechanic
+    data_rank: int
+    data_size: int
+    gather: Callable[[], dict[str, Tensor]]
+    forward: Callable[[Tensor], Tensor] | None = None
+
+
+def full(parameter: Tensor) -> Tensor:
+    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().clone()
+
+
+def setup(layout: str, base: str, dtype: torch.dtype, **options: Any) -> Setup:
+    """Spread the model in ``layout`` over the ranks there are, and wrap its base optimizer."""
+    model: nn.Module = make_net(dtype)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    data = (rank, world)
+
+    def gather() -> dict[str, Tensor]:
+        return {name.removeprefix("module."): full(p) for name, p in model.named_parameters()}
+
+    if layout == "fsdp2":
+        for child in (model.up, model.down, model.norm):
+            fully_shard(child)
+        fully_shard(model)
+    elif layout == "hsdp":
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+        fully_shard(model.up, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    elif layout in ("tp", "tp+fsdp2"):
+        data = (0, 1)
+        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
+        if layout == "tp+fsdp2":
+            mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("dp", "tp"))
+            data = (mesh["dp"].get_local_rank(), 2)
+        parallelize_module(model, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        if layout == "tp+fsdp2":
+            fully_shard(model.up, mesh=mesh["dp"])
+            fully_shard(model, mesh=mesh["dp"])
+    elif layout == "mixed":  # one layer sharded over all ranks, one over half of them, the rest plain
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("outer", "inner"))
+        fully_shard(model.up)
+        fully_shard(model.down, mesh=mesh["inner"])
+        managed = {id(p) for child in (model.up, model.down) for p in child.parameters()}
+        for parameter in model.parameters():
+            if parameter.requires_grad and id(parameter) not in managed:
+                parameter.register_post_accumulate_grad_hook(_average_gradient)
+        inner = {id(p) for p in model.down.parameters()}
+        for parameter in model.parameters():
+            if id(parameter) in inner:
+                parameter.register_post_accumulate_grad_hook(
+                    lambda p: _average_local_gradient(p, mesh["outer"].get_group())
+                )
+    elif layout == "ddp":
+        model = DistributedDataParallel(model)
+    elif layout == "zero1":
+        model = DistributedDataParallel(model)
+        zero = ZeroRedundancyOptimizer(
+            [p for p in model.parameters() if p.requires_grad],
+            optimizer_class=mechanize(lambda params, **kw: make_base(base, params), plain="sharded", **options),
+        )
+        return Setup(model, zero, zero.optim, *data, gather)
+    elif layout.startswith("fsdp1"):
+        strategy = ShardingStrategy.FULL_SHARD
+        arguments: dict[str, Any] = {}
+        if layout == "fsdp1-hybrid":
+            strategy = ShardingStrategy.HYBRID_SHARD
+            arguments["device_mesh"] = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+        module = model
+        for name in ("up", "down"):
+            wrapped = FullyShardedDataParallel(
+                getattr(module, name), sharding_strategy=strategy, use_orig_params=layout != "fsdp1-flat",
+                device_id=torch.device("cpu"), **arguments,
+            )  # fmt: skip
+            setattr(module, name, wrapped)
+        model = FullyShardedDataParallel(
+            module, sharding_strategy=strategy, use_orig_params=layout != "fsdp1-flat",
+            device_id=torch.device("cpu"), ignored_modules=[module.frozen], **arguments,
+        )  # fmt: skip
+
+        def gather() -> dict[str, Tensor]:
+            with FullyShardedDataParallel.summon_full_params(model):
+                return {
+                    name.replace("_fsdp_wrapped_module.", ""): p.detach().clone()
+                    for name, p in model.named_parameters()
+                }
+
+    elif layout == "pipeline":  # two stages, each replicated over half of the ranks
+        return _setup_pipeline(base, dtype, rank, world, options)
+    else:
+        assert layout == "single", layout
+
+    optimizer = Mechanic(make_base(base, model.parameters()), **options)
+    return Setup(model, optimizer, optimizer, *data, gather)
+
+
+def _average_gradient(parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    dist.all_reduce(parameter.grad)
+    parameter.grad /= dist.get_world_size()
+
+
+def _average_local_gradient(parameter: Tensor, group: dist.ProcessGroup) -> None:
+    assert isinstance(parameter.grad, DTensor)
+    local = parameter.grad.to_local()
+    if local.numel():
+        dist.all_reduce(local, group=group)
+        local /= dist.get_world_size(group)
+    else:
+        dist.all_reduce(local, group=group)
+
+
+def _setup_pipeline(base: str, dtype: torch.dtype, rank: int, world: int, options: dict[str, Any]) -> Setup:
+    """Every rank computes all gradients, and its optimizer owns those of its stage: the layout without a schedule."""
+    model = make_net(dtype)
+    per_stage = world // 2
+    stage = rank // per_stage
+    stages = [[model.up], [model.down, model.norm, model.head, model.frozen]]
+    owned = [p for child in stages[stage] for p in child.parameters()]
+    names = {id(p): name for name, p in model.named_parameters()}
+    optimizer = Mechanic(make_base(base, owned), pipeline_stages=2, **options)
+
+    def send_to_other_stages(*_: Any) -> None:
+        with torch.no_grad():
+            for index, children in enumerate(stages):
+                for child in children:
+                    for parameter in child.parameters():
+                        dist.broadcast(parameter, src=index * per_stage)
+
+    optimizer.register_step_post_hook(send_to_other_stages)
+
+    def gather() -> dict[str, Tensor]:
+        return {names[id(p)]: full(p) for p in model.parameters()}
+
+    return Setup(model, optimizer, optimizer, 0, 1, gather)
+
+
+def train(
+    layout: str, base: str, steps: int, dtype: torch.dtype = torch.float64, options: dict[str, Any] | None = None
+) -> Trained:
+    """Train for ``steps`` steps and gather the whole model on every rank."""
+    setup_ = setup(layout, base, dtype, **(options or {}))
+    model, optimizer = setup_.model, setup_.optimizer
+    for step in range(steps):
+        x, y = batch(step, dtype)
+        share = BATCH // setup_.data_size
+        part = slice(setup_.data_rank * share, (setup_.data_rank + 1) * share)
+        optimizer.zero_grad()
+        (model(x[part]) - y[part]).square().mean().backward()
+        optimizer.step()
+    metrics = {name: value.item() for name, value in setup_.mechanic.metrics().items()}
+    return Trained(setup_.mechanic.scale.item(), metrics, setup_.gather())
