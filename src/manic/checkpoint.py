@@ -17,7 +17,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
@@ -25,6 +30,8 @@ from torch.optim import Optimizer
 __all__ = ["Checkpointer"]
 
 _STEP = re.compile(r"step_(\d+)")
+# Flat, so that every value stands under its parameter's name, and ranks may own different parameters.
+_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 class Checkpointer:
@@ -60,9 +67,7 @@ class Checkpointer:
                 raise ValueError(f"{name} must be positive or None, got {value}")
         self.directory = Path(directory)
         self.model = model
-        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-        # ZeRO's own state dict is gathered on one rank; the optimizer inside holds this rank's share of it.
-        self.optimizers = [o.optim if isinstance(o, ZeroRedundancyOptimizer) else o for o in optimizers]
+        self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         self.objects = dict(objects or {})
         self.keep_latest = keep_latest
         self.keep_every = keep_every
@@ -137,32 +142,41 @@ class Checkpointer:
 
         saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
         state = self._state()
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, ZeroRedundancyOptimizer):
+                _ask_for_groups(optimizer, self._names(), state["optimizer"])
         _raise_everywhere(_mismatch(state["model"], saved, path))
-        if not any(key.startswith(f"random.{_rank()}.") for key in saved):
-            del state["random"]
+        if any(f"random.{_rank()}.{name}" not in saved for name in state["random"][str(_rank())]):
+            del state["random"]  # saved on fewer ranks, or on other devices
         dcp.load(state, checkpoint_id=path)
 
-        set_state_dict(
-            self.model,
-            self.optimizers,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-            options=StateDictOptions(flatten_optimizer_state_dict=True),
-        )
+        set_model_state_dict(self.model, state["model"])
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, ZeroRedundancyOptimizer):
+                _load_zero(optimizer, self._names(), state["optimizer"])
+            else:
+                set_optimizer_state_dict(self.model, optimizer, state["optimizer"], options=_FLAT)
         for name, thing in self.objects.items():
             thing.load_state_dict(state["objects"][name])
         if "random" in state:
             _set_random_state(state["random"][str(_rank())])
 
     def _state(self) -> dict[str, Any]:
-        # Flat, so that every value stands under its parameter's name and ranks may own different parameters.
-        options = StateDictOptions(flatten_optimizer_state_dict=True)
-        model, optimizer = get_state_dict(self.model, self.optimizers, options=options)
+        # ZeRO's own state dict is gathered on one rank; the optimizer inside holds this rank's share of it.
+        inner = [o.optim if isinstance(o, ZeroRedundancyOptimizer) else o for o in self.optimizers]
+        model, optimizer = get_state_dict(self.model, inner, options=_FLAT)
         return {
             "model": model,
             "optimizer": optimizer,
             "objects": {name: thing.state_dict() for name, thing in self.objects.items()},
             "random": {str(_rank()): _random_state()},
+        }
+
+    def _names(self) -> dict[int, str]:
+        """The name in a checkpoint of each parameter, by identity: what DDP and compilation prefix is left out."""
+        return {
+            id(parameter): re.sub(r"(^|\.)(module\.|_orig_mod\.)", r"\1", name)
+            for name, parameter in self.model.named_parameters()
         }
 
     def _retire(self) -> None:
@@ -174,6 +188,31 @@ class Checkpointer:
                 # Out of sight first: a directory that is half removed must not look like a checkpoint.
                 doomed = self.path(step).rename(self.directory / f".removed_{self.path(step).name}")
                 shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _ask_for_groups(zero: ZeroRedundancyOptimizer, names: Mapping[int, str], flat: dict[str, Any]) -> None:
+    """Add the settings of every param group to what is to be loaded: a rank may own no parameter of a group."""
+    for group, mine in zip(zero.param_groups, zero.optim.param_groups):
+        first = names[id(group["params"][0])]
+        for key, value in mine.items():
+            if key != "params":
+                value = value.clone() if isinstance(value, torch.Tensor) else value
+                flat.setdefault(f"param_groups.{first}.{key}", value)
+
+
+def _load_zero(zero: ZeroRedundancyOptimizer, names: Mapping[int, str], flat: Mapping[str, Any]) -> None:
+    """Load this rank's share of a ZeRO optimizer, which torch's own loader can't where a group has none of its."""
+    groups, state = [], {}
+    for group, mine in zip(zero.param_groups, zero.optim.param_groups):
+        first = names[id(group["params"][0])]
+        settings = {key: flat[f"param_groups.{first}.{key}"] for key in mine if key != "params"}
+        groups.append({**settings, "params": [names[id(parameter)] for parameter in mine["params"]]})
+        for parameter in mine["params"]:
+            name = names[id(parameter)]
+            state[name] = {key: flat[f"state.{name}.{key}"] for key in zero.optim.state[parameter]}
+    zero.optim.load_state_dict({"state": state, "param_groups": groups})
+    for group, mine in zip(zero.param_groups, zero.optim.param_groups):
+        group.update({key: value for key, value in mine.items() if key != "params"})
 
 
 def _rank() -> int:
@@ -208,21 +247,19 @@ def _raise_everywhere(message: str | None) -> None:
 
 def _mismatch(model: Mapping[str, Any], saved: Mapping[str, Any], path: Path) -> str | None:
     """In what the model differs from the one in the checkpoint, in words; ``None``: in nothing."""
+    names: list[set[str]] = [set(model)]
+    if dist.is_initialized():  # a pipeline's ranks hold different parts
+        names = [set()] * dist.get_world_size()
+        dist.all_gather_object(names, set(model))
     for name, value in model.items():
-        if not isinstance(value, torch.Tensor):
-            continue
         there = saved.get(f"model.{name}")
         if there is None:
             return f"{path} was saved from another model: it has no {name}"
-        if tuple(there.size) != tuple(value.shape):
+        if isinstance(value, torch.Tensor) and tuple(there.size) != tuple(value.shape):
             return (
                 f"{path} was saved from another model: {name} has shape {tuple(there.size)} there and "
                 f"{tuple(value.shape)} in this model"
             )
-    names = [set(model)]
-    if dist.is_initialized():  # a pipeline's ranks hold different parts
-        names = [set()] * dist.get_world_size()
-        dist.all_gather_object(names, set(model))
     unknown = {key.removeprefix("model.") for key in saved if key.startswith("model.")} - set().union(*names)
     return f"{path} was saved from another model: this one has no {min(unknown)}" if unknown else None
 

@@ -86,6 +86,7 @@ class Mechanic(OptimizerWrapper):
         # Bases that came with a state keep it; that of the others may be a placeholder, see _create_state.
         self._came_with_state = [bool(base.state) for base in optimizers]
         self._state_is_placeholder = False
+        self._started = False
         self._agreed_on: list[int] = []
         super().__init__(optimizers)
         self._tuner.to(self._home_device())
@@ -172,6 +173,7 @@ class Mechanic(OptimizerWrapper):
             self._agree()
             if self._state_is_placeholder:
                 self._drop_placeholders()
+            self._started = True
         home = self._home_device()
         if self._tuner.state.device != home:
             self._tuner.to(home)
@@ -259,16 +261,20 @@ class Mechanic(OptimizerWrapper):
         self._tuner.reset()
         self._state_is_placeholder = False
 
+    def _has_state(self) -> bool:
+        return self._started or super()._has_state()
+
     def _global_state(self) -> Tensor:
         return self._tuner.state
 
     def _load_global_state(self, saved: Tensor | None) -> None:
         if saved is None:
             self._tuner.reset()
-            self._state_is_placeholder = False
+            self._state_is_placeholder = self._started = False
         else:
             self._tuner.load(saved)
             self._state_is_placeholder = float(saved[-1, 0]) == _PLACEHOLDER
+            self._started = not self._state_is_placeholder
 
     def _home_device(self) -> torch.device:
         """The device of the first parameter; of the process group's backend where this rank has none."""

@@ -1,0 +1,120 @@
+"""The ways to spread a model over ranks: what a user's own script would call for each."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from model import GPT, Block
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    ShardingStrategy,
+    fully_shard,
+)
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+MODES = ("fsdp2", "hsdp", "tp", "fsdp1", "ddp", "zero1", "none")
+
+
+@dataclass
+class Parallel:
+    """A model spread over the ranks, and which share of the batch this one takes."""
+
+    model: nn.Module
+    data_rank: int
+    data_size: int
+    autocast: contextlib.AbstractContextManager[Any]
+    """To be entered around a forward pass, as often as wanted."""
+
+    def part(self, batch_size: int) -> slice:
+        """This rank's sequences of the global batch."""
+        share = batch_size // self.data_size
+        return slice(self.data_rank * share, (self.data_rank + 1) * share)
+
+
+def parallelize(model: GPT, mode: str, device: torch.device, dtype: str) -> Parallel:
+    """Spread ``model``, which is the same on all ranks, over them.
+
+    Args:
+        model: On ``device``, in float32.
+        mode: One of :data:`MODES`. ``"none"`` trains the same model on the same batch on every rank.
+        device: This rank's.
+        dtype: ``"bf16"`` computes in bfloat16; parameters stay float32.
+
+    Raises:
+        ValueError: if the ranks cannot be arranged so.
+    """
+    world, rank = dist.get_world_size(), dist.get_rank()
+    low = torch.bfloat16 if dtype == "bf16" else None
+    autocast = torch.autocast(device.type, torch.bfloat16) if low else contextlib.nullcontext()
+    ids = [device.index] if device.type == "cuda" else None
+
+    if mode in ("fsdp2", "hsdp"):
+        shape = (world,) if mode == "fsdp2" else _hybrid_shape(world)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+        return Parallel(model, rank, world, contextlib.nullcontext())
+    if mode == "fsdp1":
+        wrapped = FullyShardedDataParallel(
+            model,
+            sharding_strategy=ShardingStrategy.FULL_SHARD,
+            auto_wrap_policy=ModuleWrapPolicy({Block}),
+            mixed_precision=MixedPrecision(param_dtype=low, reduce_dtype=torch.float32) if low else None,
+            device_id=device,
+            use_orig_params=True,
+        )
+        return Parallel(wrapped, rank, world, contextlib.nullcontext())
+    if mode == "tp":
+        heads = model.blocks[0].attention.query.out_features // model.blocks[0].attention.head_size
+        if heads % world:
+            raise ValueError(f"--parallel tp splits the heads: --heads {heads} is not a multiple of {world} ranks")
+        mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("tp",))
+        plan = {f"attention.{name}": ColwiseParallel() for name in ("query", "key", "value")}
+        plan |= {"attention.out": RowwiseParallel(), "mlp.up": ColwiseParallel(), "mlp.down": RowwiseParallel()}
+        for block in model.blocks:
+            parallelize_module(block, mesh, plan)
+        return Parallel(model, 0, 1, autocast)
+    if mode in ("ddp", "zero1"):
+        return Parallel(DistributedDataParallel(model, device_ids=ids), rank, world, autocast)
+    if mode == "none":
+        return Parallel(model, 0, 1, autocast)
+    raise ValueError(f"--parallel must be one of {MODES}, got {mode!r}")
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale all gradients so that their norm over the whole model is at most ``max_norm``; return the norm before."""
+    if isinstance(model, FullyShardedDataParallel):
+        return model.clip_grad_norm_(max_norm)
+    # One norm for each mesh: DTensors of different meshes, and plain tensors, cannot be combined.
+    by_mesh: dict[Any, list[Tensor]] = {}
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
+            by_mesh.setdefault(mesh, []).append(parameter.grad)
+    norms = [torch.nn.utils.get_total_norm(gradients) for gradients in by_mesh.values()]
+    norm = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for gradients in by_mesh.values():
+        for gradient in gradients:
+            (gradient.to_local() if isinstance(gradient, DTensor) else gradient).mul_(factor)
+    return norm
+
+
+@functools.cache
+def _hybrid_shape(world: int) -> tuple[int, int]:
+    """Two replicas where the ranks can be halved."""
+    return (2, world // 2) if world % 2 == 0 else (1, world)

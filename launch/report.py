@@ -1,0 +1,110 @@
+"""What a run shows and leaves behind: a progress bar, JSON lines, a plot. Only rank 0 has one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+
+class Report:
+    """Args:
+    steps: Of the whole run.
+    done: Steps taken before this start.
+    metrics: JSON lines are appended to it; lines of steps after ``done`` are dropped first.
+    tensorboard: A folder for TensorBoard's events.
+    """
+
+    def __init__(self, steps: int, done: int, metrics: Path | None, tensorboard: Path | None) -> None:
+        self._metrics = metrics
+        self._bar: Any = None
+        if importlib.util.find_spec("tqdm"):
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, mininterval=1.0)
+        self._events: Any = None
+        if tensorboard is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(tensorboard))
+        if metrics is not None:
+            metrics.parent.mkdir(parents=True, exist_ok=True)
+            earlier = [record for record in read_records(metrics) if record["step"] <= done] if metrics.exists() else []
+            metrics.write_text("".join(json.dumps(record) + "\n" for record in earlier))
+
+    def advance(self) -> None:
+        """Count a step."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Show and write what is known at ``record["step"]``."""
+        if self._metrics is not None:
+            with self._metrics.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        if self._events is not None:
+            for name, value in record.items():
+                self._events.add_scalar(name, value, record["step"])
+        shown = {name: f"{record[name]:.4g}" for name in ("loss", "scale", "lr", "tokens_per_s") if name in record}
+        if "eval_loss" in record:
+            self.say(f"step {record['step']}: held-out loss {record['eval_loss']:.4f}")
+        elif self._bar is not None:
+            self._bar.set_postfix(shown, refresh=False)
+        else:
+            print(f"step {record['step']}", *(f"{name} {value}" for name, value in shown.items()), flush=True)
+
+    def say(self, text: str) -> None:
+        """Print ``text`` without tearing the bar."""
+        if self._bar is not None:
+            self._bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Finish the bar, and draw the plot if matplotlib is there."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._events is not None:
+            self._events.close()
+        if self._metrics is not None and importlib.util.find_spec("matplotlib"):
+            plot(self._metrics, self._metrics.with_suffix(".png"))
+
+
+def read_records(metrics: Path) -> list[dict[str, Any]]:
+    """The records of a file of JSON lines; a line that a kill cut short is left out."""
+    records = []
+    for line in metrics.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def plot(metrics: Path, image: Path) -> None:
+    """Draw loss and scale against the step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = read_records(metrics)
+    training = [r for r in records if "loss" in r]
+    held_out = [r for r in records if "eval_loss" in r]
+    figure, (top, bottom) = pyplot.subplots(2, 1, sharex=True, figsize=(7, 5), height_ratios=(2, 1))
+    top.plot([r["step"] for r in training], [r["loss"] for r in training], linewidth=1, label="training loss")
+    if held_out:
+        top.plot([r["step"] for r in held_out], [r["eval_loss"] for r in held_out], "o-", label="held-out loss")
+    top.set_ylabel("nats per token")
+    top.legend()
+    top.grid(alpha=0.3)
+    bottom.plot([r["step"] for r in training], [r["scale"] for r in training], linewidth=1, label="scale S")
+    bottom.plot([r["step"] for r in training], [r["lr"] for r in training], linewidth=1, label="S x scheduled lr")
+    bottom.set_yscale("log")
+    bottom.set_xlabel("step")
+    bottom.legend()
+    bottom.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(image, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,310 @@
+"""Train a byte-level GPT on any number of ranks, with its learning rate found for it.
+
+torchrun --standalone --nproc-per-node 2 launch/train.py
+
+Without --data it trains on the source of Python's standard library. Stop it with Ctrl-C and start it again with the same
+--checkpoint-dir, on any number of ranks: it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from data import Corpus
+from model import GPT
+from optimizers import BASES, SCHEDULES, make_optimizer, make_scheduler, mechanic_of
+from parallel import MODES, Parallel, clip_gradients, parallelize
+from report import Report
+from torch import Tensor
+
+from manic.checkpoint import Checkpointer
+
+# A rank that is lost should end the others in minutes, not in the default half hour.
+TIMEOUT = timedelta(minutes=5)
+EVAL_BATCHES = 16
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--steps", type=int, default=600, help="optimizer steps in all")
+    add("--batch-size", type=int, default=16, help="sequences per step, over all ranks")
+    add("--seq-len", type=int, default=128, help="tokens per sequence")
+    add("--layers", type=int, default=4)
+    add("--width", type=int, default=128)
+    add("--heads", type=int, default=4)
+    add("--tied", action="store_true", help="share the embedding's weight with the head")
+    add("--lr", type=float, help="base learning rate (default: 1.0 with the tuner, 0.003 without)")
+    add("--weight-decay", type=float, default=0.1)
+    add("--schedule", choices=SCHEDULES, default="cosine")
+    add("--warmup", type=int, help="steps (default: a twentieth of --steps)")
+    add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no clipping")
+    add("--base-optimizer", choices=BASES, default="adamw")
+    add("--tuner", choices=("mechanic", "none"), default="mechanic")
+    add("--variant", choices=("optax", "pytorch"), default="optax")
+    add("--parallel", choices=MODES, default="fsdp2")
+    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the computation; parameters are fp32")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--data", type=Path, help="file or folder of text, or .u16 file of tokens (default: the standard library)")
+    add("--seed", type=int, default=0)
+    add("--checkpoint-dir", type=Path, help="where to save checkpoints (default: nowhere)")
+    add("--checkpoint-every", type=int, default=100, help="steps")
+    add("--keep-latest", type=int, default=2, help="checkpoints")
+    add("--resume", default="auto", help="auto, never, or the path of a checkpoint or of a folder of them")
+    add("--metrics", type=Path, help="JSON lines; a plot goes beside it")
+    add("--tensorboard", type=Path, help="folder for TensorBoard's events")
+    add("--log-every", type=int, default=10, help="steps")
+    add("--eval-every", type=int, default=100, help="steps; 0: at the end only")
+    options = parser.parse_args(arguments)
+    for name in ("steps", "batch_size", "seq_len", "layers", "width", "heads", "checkpoint_every", "log_every"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(options, name)}")
+    if options.lr is None:
+        options.lr = 1.0 if options.tuner == "mechanic" else 0.003
+    if options.warmup is None:
+        options.warmup = options.steps // 20
+    return options
+
+
+class StopSignal:
+    """Ctrl-C or SIGTERM, on whatever rank it arrives, as something that all ranks learn at the same step."""
+
+    def __init__(self) -> None:
+        self._seen = torch.zeros(1, dtype=torch.int32)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self._seen.fill_(1)
+        signal.signal(number, signal.SIG_DFL)  # the second one means it
+
+    def everywhere(self) -> bool:
+        """Whether any rank has been told to stop; a collective on the host, which does not wait for a GPU."""
+        seen = self._seen.clone()
+        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+        return bool(seen)
+
+
+def set_up(choice: str) -> torch.device:
+    """Join the process group, of one rank if torchrun did not start this, and return this rank's device."""
+    cuda = torch.cuda.is_available() if choice == "auto" else choice == "cuda"
+    if cuda and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+    return device
+
+
+def next_token_loss(parallel: Parallel, tokens: Tensor) -> Tensor:
+    """Mean nats per token of sequences [n, time + 1]."""
+    with parallel.autocast:
+        logits = parallel.model(tokens[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+def rehearse(parallel: Parallel, tokens: Tensor) -> None:
+    """Let DDP see the order in which gradients come, which it sums in from the second step on.
+
+    Otherwise the first step after a resume would sum in another order than the same step of a run that went on.
+    """
+    next_token_loss(parallel, tokens).backward()
+    parallel.model.zero_grad()
+
+
+def over_ranks(loss: Tensor, parallel: Parallel) -> float:
+    """The mean of the ranks' losses."""
+    total = loss.detach().clone()
+    if parallel.data_size > 1:
+        dist.all_reduce(total)
+        total /= parallel.data_size
+    return total.item()
+
+
+@torch.no_grad()
+def evaluate(corpus: Corpus, parallel: Parallel, options: argparse.Namespace, device: torch.device) -> float:
+    """Mean nats per token over fixed batches of held-out text."""
+    parallel.model.eval()
+    part = parallel.part(options.batch_size)
+    losses = [
+        next_token_loss(parallel, corpus.batch(0, index, options.batch_size, part, held_out=True).to(device))
+        for index in range(EVAL_BATCHES)
+    ]
+    parallel.model.train()
+    return over_ranks(torch.stack(losses).mean(), parallel)
+
+
+def resume(checkpointer: Checkpointer | None, choice: str, progress: Progress) -> None:
+    """Load what --resume asks for."""
+    if choice == "never":
+        if checkpointer is not None and checkpointer.latest() is not None:
+            raise ValueError(
+                f"--resume never: {checkpointer.directory} holds a run already; choose another --checkpoint-dir"
+            )
+        return
+    if choice == "auto":
+        if checkpointer is not None and checkpointer.latest() is not None:
+            checkpointer.load()
+        return
+    if checkpointer is None:
+        raise ValueError("--resume PATH needs a --checkpoint-dir to go on saving to")
+    path = Path(choice)
+    if not (path / ".metadata").is_file():
+        folder = Checkpointer(path, checkpointer.model, checkpointer.optimizers)
+        latest = folder.latest()
+        if latest is None:
+            raise FileNotFoundError(f"--resume {path}: neither a checkpoint nor a folder of checkpoints")
+        path = folder.path(latest)
+    checkpointer.load(path)
+
+
+class Progress:
+    """How far the run is. The next batch follows from it, and from the seed."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.step = 0
+        self.identity = {"seed": options.seed, "batch_size": options.batch_size}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, **self.identity}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in self.identity.items():
+            if state[name] != value:
+                flag = name.replace("_", "-")
+                raise ValueError(
+                    f"the checkpoint was made with --{flag} {state[name]}, this run has --{flag} {value}: it would see "
+                    "other batches than it would have seen"
+                )
+        self.step = state["step"]
+
+
+def train(options: argparse.Namespace, device: torch.device) -> None:
+    """The main job."""
+    stop = StopSignal()
+    corpus = Corpus(options.data, options.seq_len)
+    torch.manual_seed(options.seed)
+    model = GPT(corpus.vocabulary, options.seq_len, options.layers, options.width, options.heads, options.tied)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    parallel = parallelize(model.to(device), options.parallel, device, options.dtype)
+    if options.batch_size % parallel.data_size:
+        raise ValueError(f"--batch-size {options.batch_size} is not a multiple of {parallel.data_size} ranks")
+    optimizer = make_optimizer(
+        parallel.model, options.base_optimizer, options.lr, options.weight_decay, options.tuner, options.variant,
+        options.parallel,
+    )  # fmt: skip
+    optimizers = optimizer if isinstance(optimizer, list) else [optimizer]
+    schedulers = [make_scheduler(each, options.schedule, options.warmup, options.steps) for each in optimizers]
+    mechanic = mechanic_of(optimizer)
+
+    part = parallel.part(options.batch_size)
+    if options.parallel in ("ddp", "zero1"):
+        rehearse(parallel, corpus.batch(options.seed, 0, options.batch_size, part).to(device))
+    progress = Progress(options)
+    checkpointer = None
+    if options.checkpoint_dir is not None:
+        objects = {"progress": progress} | {f"scheduler{i}": each for i, each in enumerate(schedulers)}
+        checkpointer = Checkpointer(
+            options.checkpoint_dir, parallel.model, optimizers, objects=objects, keep_latest=options.keep_latest
+        )
+    resume(checkpointer, options.resume, progress)
+
+    report = None
+    if dist.get_rank() == 0:
+        report = Report(options.steps, progress.step, options.metrics, options.tensorboard)
+        report.say(
+            f"{size:,} parameters, {corpus.tokens.numel():,} tokens, {dist.get_world_size()} rank(s), "
+            f"--parallel {options.parallel}, {device.type}; unigram entropy {corpus.unigram_entropy():.4f} nats"
+        )
+        if progress.step:
+            report.say(f"resumed at step {progress.step}")
+
+    since, since_step, last_loss = time.perf_counter(), progress.step, math.nan
+    stopped = False
+    while progress.step < options.steps and not stopped:
+        tokens = corpus.batch(options.seed, progress.step, options.batch_size, part).to(device)
+        loss = next_token_loss(parallel, tokens)
+        loss.backward()
+        if options.clip > 0:
+            clip_gradients(parallel.model, options.clip)
+        lr = optimizers[0].param_groups[0]["lr"]
+        for each in optimizers:
+            each.step()
+            each.zero_grad()
+        for each in schedulers:
+            each.step()
+        progress.step += 1
+        stopped = stop.everywhere()
+
+        last = stopped or progress.step == options.steps
+        if report is not None:
+            report.advance()
+        if progress.step % options.log_every == 0 or last:
+            last_loss = over_ranks(loss, parallel)
+            metrics = {name: value.item() for name, value in mechanic.metrics().items()} if mechanic else {}
+            now = time.perf_counter()
+            if report is not None:
+                scale = metrics.pop("scale", 1.0)
+                speed = (progress.step - since_step) * options.batch_size * options.seq_len / (now - since)
+                record = {"step": progress.step, "loss": last_loss, "scale": scale, "lr": scale * lr, "base_lr": lr}
+                report.record({**record, "tokens_per_s": speed, **metrics})
+            since, since_step = now, progress.step
+        if options.eval_every and progress.step % options.eval_every == 0 and not last:
+            eval_loss = evaluate(corpus, parallel, options, device)
+            if report is not None:
+                report.record({"step": progress.step, "eval_loss": eval_loss})
+            since, since_step = time.perf_counter(), progress.step
+        if checkpointer is not None and (progress.step % options.checkpoint_every == 0 or last):
+            if progress.step not in checkpointer.steps():
+                checkpointer.save(progress.step)
+            since, since_step = time.perf_counter(), progress.step
+
+    if stopped and progress.step < options.steps:
+        if report is not None:
+            where = f"; saved in {options.checkpoint_dir}" if checkpointer else "; nothing saved: no --checkpoint-dir"
+            report.say(f"stopped after step {progress.step}{where}")
+            report.close()
+        return
+    eval_loss = evaluate(corpus, parallel, options, device)
+    if report is not None:
+        report.record({"step": progress.step, "eval_loss": eval_loss})
+        report.say(f"train loss {last_loss:.4f}, held-out loss {eval_loss:.4f}")
+        report.close()
+
+
+def main() -> int:
+    """Run, and turn a user's mistake into one line on every rank."""
+    options = parse()
+    device = set_up(options.device)
+    try:
+        train(options, device)
+    except (ValueError, OSError) as error:
+        print(f"rank {dist.get_rank()}: {error}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

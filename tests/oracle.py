@@ -1,0 +1,87 @@
+"""Algorithm 1 written down once more, in float64 and plain loops, with nothing of manic's own code in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+BETAS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
+EPS = 1e-8
+
+
+class Oracle:
+    """Mechanic around ``base``, which steps on ``parameters``: plain float64 tensors that require gradients."""
+
+    def __init__(
+        self, parameters: list[Tensor], base: torch.optim.Optimizer, variant: str, s_init: float, s_decay: float = 0.01
+    ) -> None:
+        self.parameters, self.base, self.variant = parameters, base, variant
+        self.s_init, self.s_decay = s_init, s_decay
+        n = len(BETAS)
+        self.r, self.v = [0.0] * n, [0.0] * n
+        self.m = [0.0 if variant == "optax" else 1e-6] * n
+        self.s = [s_init if variant == "optax" else 0.0] * n
+        self.x_ref = [p.detach().clone() for p in parameters]
+        self.delta = [torch.zeros_like(p) for p in parameters]
+
+    @property
+    def scale(self) -> float:
+        return sum(self.s) if self.variant == "optax" else max(sum(self.s), 0.0)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        moved = [i for i, p in enumerate(self.parameters) if p.grad is not None]
+        counted = list(range(len(self.parameters))) if self.variant == "optax" else moved
+        x = [p.clone() for p in self.parameters]
+        g = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.parameters]
+        signs = {id(p): -1.0 if group.get("maximize") else 1.0 for group in self.base.param_groups for p in group["params"]}
+        self.base.step()
+        after = [p.clone() for p in self.parameters]
+        y = x if self.variant == "optax" else after
+
+        norm_g = math.sqrt(sum(float((g[i] ** 2).sum()) for i in counted))
+        norm_x = math.sqrt(sum(float((y[i] ** 2).sum()) for i in counted))
+        pull = self.s_decay * sum(self.s) * norm_g / (norm_x + EPS)
+        h = sum(
+            float((self.delta[i] * (signs[id(self.parameters[i])] * g[i] + pull * y[i])).sum()) for i in counted
+        )
+        for i in moved:
+            self.delta[i] += after[i] - x[i]
+        self._tune(h)
+        for i in counted:
+            self.parameters[i].copy_(self.x_ref[i] + self.scale * self.delta[i])
+
+    def _tune(self, h: float) -> None:
+        for i, beta in enumerate(BETAS):
+            rewarded = h
+            if self.variant == "optax":
+                rewarded = min(max(h, -self.m[i]), self.m[i])
+                self.m[i] = max(beta * self.m[i], abs(h) + EPS)
+            else:
+                self.m[i] = max(beta * self.m[i], abs(h))
+            self.v[i] = beta**2 * self.v[i] + h**2
+            self.r[i] = beta * self.r[i] - rewarded * self.s[i]
+            if self.variant == "pytorch":
+                self.r[i] = max(self.r[i], 0.0)
+            wealth = self.s_init / len(BETAS) * self.m[i] + max(self.r[i], 0.0)
+            self.s[i] = wealth / (math.sqrt(self.v[i]) + EPS)
+
+
+def problem(dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], Callable[[int], Tensor]]:
+    """Two matrices and a function of the step that gives a noisy loss of them."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    parameters = [draw(6, 5).mul_(0.5).requires_grad_(), draw(5, 4).mul_(0.5).requires_grad_()]
+    inputs, targets = draw(20, 30, 6), draw(20, 30, 4)
+
+    def loss(step: int) -> Tensor:
+        x, y = inputs[step % 20], targets[step % 20]
+        return (torch.tanh(x @ parameters[0]) @ parameters[1] - x[:, :4] - 0.1 * y).square().mean()
+
+    return parameters, loss
