@@ -155,15 +155,23 @@ class Checkpointer:
             if isinstance(optimizer, ZeroRedundancyOptimizer):
                 _load_zero(optimizer, self._names(), state["optimizer"])
             else:
-                set_optimizer_state_dict(self.model, optimizer, state["optimizer"], options=_FLAT)
+                # Not strict: whatever has a state here was asked for and found, and SGD without momentum has none.
+                options = StateDictOptions(strict=False)
+                set_optimizer_state_dict(self.model, optimizer, _nested(state["optimizer"]), options=options)
         for name, thing in self.objects.items():
             thing.load_state_dict(state["objects"][name])
         if "random" in state:
             _set_random_state(state["random"][str(_rank())])
 
     def _state(self) -> dict[str, Any]:
-        # ZeRO's own state dict is gathered on one rank; the optimizer inside holds this rank's share of it.
-        inner = [o.optim if isinstance(o, ZeroRedundancyOptimizer) else o for o in self.optimizers]
+        inner = []
+        for each in self.optimizers:
+            if isinstance(each, ZeroRedundancyOptimizer):
+                # ZeRO's own state dict is gathered on one rank; the optimizer inside holds this rank's share of it, but
+                # hears of a scheduler's changes only at the next step.
+                _copy_settings(each.param_groups, each.optim.param_groups)
+                each = each.optim
+            inner.append(each)
         model, optimizer = get_state_dict(self.model, inner, options=_FLAT)
         return {
             "model": model,
@@ -200,19 +208,49 @@ def _ask_for_groups(zero: ZeroRedundancyOptimizer, names: Mapping[int, str], fla
                 flat.setdefault(f"param_groups.{first}.{key}", value)
 
 
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The optimizer state as torch nests it, with a param group for each parameter.
+
+    Torch's own inverse asks the live state for names, and with FSDP1 ranks then gather different ones.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for key, value in flat.items():
+        kind, path = key.split(".", 1)
+        if kind == "param_groups":
+            name, setting = path.rsplit(".", 1)
+            groups.setdefault(name, {"params": [name]})[setting] = value
+    state: dict[str, dict[str, Any]] = {}
+    for key, value in flat.items():
+        kind, path = key.split(".", 1)
+        if kind == "state":
+            name, rest = path, []
+            while name not in groups:
+                name, part = name.rsplit(".", 1)
+                rest.insert(0, part)
+            place = state.setdefault(name, {})
+            for part in rest[:-1]:
+                place = place.setdefault(part, {})
+            place[rest[-1]] = value
+    return {"state": state, "param_groups": list(groups.values())}
+
+
 def _load_zero(zero: ZeroRedundancyOptimizer, names: Mapping[int, str], flat: Mapping[str, Any]) -> None:
-    """Load this rank's share of a ZeRO optimizer, which torch's own loader can't where a group has none of its."""
-    groups, state = [], {}
+    """Load this rank's share of a ZeRO optimizer, of whose groups it may own nothing."""
+    nested = _nested(flat)
+    settings = {group["params"][0]: group for group in nested["param_groups"]}
+    groups = []
     for group, mine in zip(zero.param_groups, zero.optim.param_groups):
-        first = names[id(group["params"][0])]
-        settings = {key: flat[f"param_groups.{first}.{key}"] for key in mine if key != "params"}
-        groups.append({**settings, "params": [names[id(parameter)] for parameter in mine["params"]]})
-        for parameter in mine["params"]:
-            name = names[id(parameter)]
-            state[name] = {key: flat[f"state.{name}.{key}"] for key in zero.optim.state[parameter]}
+        own = [names[id(parameter)] for parameter in mine["params"]]
+        groups.append({**settings[names[id(group["params"][0])]], "params": own})
+    owned = {name for group in groups for name in group["params"]}
+    state = {name: value for name, value in nested["state"].items() if name in owned}
     zero.optim.load_state_dict({"state": state, "param_groups": groups})
-    for group, mine in zip(zero.param_groups, zero.optim.param_groups):
-        group.update({key: value for key, value in mine.items() if key != "params"})
+    _copy_settings(zero.optim.param_groups, zero.param_groups)
+
+
+def _copy_settings(source: Sequence[dict[str, Any]], target: Sequence[dict[str, Any]]) -> None:
+    for theirs, mine in zip(source, target):
+        mine.update({key: value for key, value in theirs.items() if key != "params"})
 
 
 def _rank() -> int:

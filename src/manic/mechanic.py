@@ -87,7 +87,7 @@ class Mechanic(OptimizerWrapper):
         self._came_with_state = [bool(base.state) for base in optimizers]
         self._state_is_placeholder = False
         self._started = False
-        self._agreed_on: list[int] = []
+        self._agreed_on: list[int] | None = None
         super().__init__(optimizers)
         self._tuner.to(self._home_device())
         self._share_global_state()

@@ -40,6 +40,8 @@ __all__ = ["RankError", "ranks", "run", "shutdown"]
 DEFAULT_TIMEOUT = 120.0
 # After one rank has failed, how long the others may take to fail or finish as well.
 _GRACE = 3.0
+# Until a fresh process has imported torch, on a machine that is busy with others.
+_START_TIMEOUT = 300.0
 
 
 class RankError(AssertionError):
@@ -60,7 +62,6 @@ def ranks(world_size: int, *, timeout: float = DEFAULT_TIMEOUT) -> Callable[[Cal
     def decorate(function: Callable[..., Any]) -> Callable[..., None]:
         @functools.wraps(function)
         def on_all_ranks(*args: Any, **kwargs: Any) -> None:
-            __tracebackhide__ = True
             run(on_all_ranks, world_size, *args, timeout=timeout, **kwargs)
 
         return on_all_ranks
@@ -146,6 +147,7 @@ class _Pool:
 
     def _grow(self, count: int) -> None:
         context = multiprocessing.get_context("spawn")
+        fresh = range(len(self._workers), count)
         while len(self._workers) < count:
             here, there = context.Pipe()
             # The main module is not wanted in the ranks: it may be pytest itself, or a script without a guard.
@@ -154,6 +156,11 @@ class _Pool:
                 process.start()
             there.close()
             self._workers.append((process, here))
+        for rank in fresh:  # importing torch takes seconds, which are no test's own
+            if not self._workers[rank][1].poll(_START_TIMEOUT):
+                self.kill()
+                raise RankError(f"rank {rank} did not start within {_START_TIMEOUT:g} s")
+            self._workers[rank][1].recv_bytes()
 
     def kill(self) -> None:
         for process, connection in self._workers:
@@ -224,6 +231,7 @@ def _without_main() -> Any:
 def _serve(connection: Connection, rank: int) -> None:
     """A rank's life: wait for a call, make it, send back what came of it."""
     torch.set_num_threads(1)
+    connection.send_bytes(b"ready")
     while True:
         try:
             call: _Call = pickle.loads(connection.recv_bytes())

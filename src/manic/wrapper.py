@@ -170,7 +170,8 @@ class OptimizerWrapper(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict()`` gave, or a state dict of the base optimizer alone.
 
-        The wrapper's tensors keep the dtype they were saved with. A state dict of the base optimizer alone puts the
+        The wrapper's tensors keep the dtype they were saved with. As with torch's optimizers, tensors that need no copy
+        are taken over as they are: copy the state dict first if it is to be loaded again. A state dict of the base optimizer alone puts the
         wrapper's own state back to its start.
 
         Args:
@@ -218,7 +219,7 @@ class OptimizerWrapper(Optimizer):
             hook(self)
 
     def _own_state_to_load(self, states: Any, groups: list[dict[str, Any]]) -> dict[Tensor, dict[str, Tensor]]:
-        """Copies of the wrapper's tensors in ``states``, by parameter; each checked before anything changes."""
+        """The wrapper's tensors in ``states``, by parameter; each checked before anything changes."""
         own: dict[Tensor, dict[str, Tensor]] = {}
         for group, live in zip(groups, self.param_groups):
             if len(group["params"]) != len(live["params"]):
@@ -238,7 +239,7 @@ class OptimizerWrapper(Optimizer):
                             f"{tuple(parameter.shape)}: saved from another model, or from other shards (use "
                             "torch.distributed.checkpoint to change the layout)"
                         )
-                    own.setdefault(parameter, {})[name] = value.to(parameter.device, copy=True)
+                    own.setdefault(parameter, {})[name] = value.to(parameter.device)
         return own
 
     def __repr__(self) -> str:

@@ -15,6 +15,8 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from manic import Mechanic, mechanize
 
@@ -54,9 +56,23 @@ def make_base(name: str, parameters: Any) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameters, lr=1.0, weight_decay=0.1)
     if name == "sgd":
         return torch.optim.SGD(parameters, lr=1.0, momentum=0.9, nesterov=True, weight_decay=0.01)
-    if name == "adafactor-like":  # reads its parameters: a snapshot is taken
+    if name == "asgd":  # reads its parameters: a snapshot is taken
         return torch.optim.ASGD(parameters, lr=1.0, lambd=0.01)
     raise AssertionError(name)
+
+
+class CollectiveLog(TorchDispatchMode):
+    """Notes the collectives that are called within, functional ones too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            tensors = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
+            self.calls.append((func.__name__.split(".")[0], sum(t.numel() * t.element_size() for t in tensors)))
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass
@@ -64,7 +80,8 @@ class Trained:
     scale: float
     metrics: dict[str, float]
     parameters: dict[str, Tensor]
-    collectives: list[tuple[str, int]] = field(default_factory=list)
+    collectives: list[list[tuple[str, int]]] = field(default_factory=list)
+    """Of each optimizer step: what was called, and with how many bytes."""
 
 
 @dataclass
@@ -75,7 +92,6 @@ class Setup:
     data_rank: int
     data_size: int
     gather: Callable[[], dict[str, Tensor]]
-    forward: Callable[[Tensor], Tensor] | None = None
 
 
 def full(parameter: Tensor) -> Tensor:
@@ -129,7 +145,7 @@ def setup(layout: str, base: str, dtype: torch.dtype, **options: Any) -> Setup:
     elif layout == "zero1":
         model = DistributedDataParallel(model)
         zero = ZeroRedundancyOptimizer(
-            [p for p in model.parameters() if p.requires_grad],
+            model.parameters(),
             optimizer_class=mechanize(lambda params, **kw: make_base(base, params), plain="sharded", **options),
         )
         return Setup(model, zero, zero.optim, *data, gather)
@@ -214,12 +230,15 @@ def train(
     """Train for ``steps`` steps and gather the whole model on every rank."""
     setup_ = setup(layout, base, dtype, **(options or {}))
     model, optimizer = setup_.model, setup_.optimizer
+    collectives = []
     for step in range(steps):
         x, y = batch(step, dtype)
         share = BATCH // setup_.data_size
         part = slice(setup_.data_rank * share, (setup_.data_rank + 1) * share)
         optimizer.zero_grad()
         (model(x[part]) - y[part]).square().mean().backward()
-        optimizer.step()
+        with CollectiveLog() as log:
+            optimizer.step()
+        collectives.append(log.calls)
     metrics = {name: value.item() for name, value in setup_.mechanic.metrics().items()}
-    return Trained(setup_.mechanic.scale.item(), metrics, setup_.gather())
+    return Trained(setup_.mechanic.scale.item(), metrics, setup_.gather(), collectives)

@@ -1,0 +1,164 @@
+"""Ranks that do not fit together: one clear error on every rank, at the first step, and nothing has changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from manic import Mechanic, mechanize
+from manic.testing import ranks
+
+
+def parameters(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def assert_all_ranks_raise(optimizer: torch.optim.Optimizer, words: str) -> None:
+    """Step, and see the same error on all ranks and the parameters where they were."""
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    before = [p.detach().clone() for p in held]
+    for p in held:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match=words) as caught:
+        optimizer.step()
+    messages: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, str(caught.value))
+    assert len(set(messages)) == 1
+    for p, q in zip(held, before):
+        assert torch.equal(p.detach(), q)
+
+
+@ranks(3)
+@pytest.mark.parametrize("difference", ["number", "shape", "dtype", "frozen"])
+def test_different_parameters(difference: str) -> None:
+    odd = dist.get_rank() == 1
+    mine = parameters((3, 4), (5,))
+    if odd:
+        mine = {
+            "number": lambda: parameters((3, 4)),
+            "shape": lambda: parameters((3, 4), (6,)),
+            "dtype": lambda: parameters((3, 4), (5,), dtype=torch.float64),
+            "frozen": lambda: [mine[0], mine[1].requires_grad_(False)],
+        }[difference]()
+    assert_all_ranks_raise(Mechanic(torch.optim.SGD(mine, lr=1.0)), "different parameters: rank . has .*; rank 1 has")
+
+
+@ranks(2)
+@pytest.mark.parametrize("option", [
+    {"s_init": 0.5}, {"betas": (0.9, 0.99)}, {"variant": "pytorch"}, {"store_delta": False}, {"plain": "sharded"},
+], ids=str)  # fmt: skip
+def test_different_settings(option: dict[str, Any]) -> None:
+    options = option if dist.get_rank() == 1 else {}
+    assert_all_ranks_raise(Mechanic(torch.optim.SGD(parameters((3,)), lr=1.0), **options), "different settings")
+
+
+@ranks(2)
+def test_plain_parts_that_were_not_declared() -> None:
+    mine = [p * (1 + dist.get_rank()) for p in parameters((3, 4))]  # equal shapes, other values
+    held = [p.detach().requires_grad_() for p in mine]
+    assert_all_ranks_raise(Mechanic(torch.optim.SGD(held, lr=1.0)), "is no replica.*plain=\"sharded\"")
+
+
+@ranks(2)
+def test_zero_without_the_declaration() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2))
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=mechanize(torch.optim.SGD), lr=1.0)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match='pass plain="sharded"'):
+        optimizer.step()
+
+
+@ranks(2)
+def test_zero_inside_of_mechanic_is_turned_round() -> None:
+    optimizer = ZeroRedundancyOptimizer(parameters((3,), (4,)), optimizer_class=torch.optim.SGD, lr=1.0)
+    with pytest.raises(TypeError, match="goes inside of ZeroRedundancyOptimizer"):
+        Mechanic(optimizer)
+
+
+@ranks(4)
+def test_a_pipeline_that_was_not_declared_and_one_declared_wrong() -> None:
+    stage = dist.get_rank() // 2
+    mine = parameters((3, 4 + stage))
+    assert_all_ranks_raise(Mechanic(torch.optim.SGD(mine, lr=1.0)), "pass pipeline_stages")
+    optimizer = Mechanic(torch.optim.SGD(parameters((3, 4 + stage)), lr=1.0), pipeline_stages=3)
+    assert_all_ranks_raise(optimizer, "does not divide")
+    fine = Mechanic(torch.optim.SGD(parameters((3, 4 + stage)), lr=1.0), pipeline_stages=2)
+    fine.step()
+
+
+@ranks(4)
+def test_a_group_that_does_not_hold_the_model_whole() -> None:
+    mesh = init_device_mesh("cpu", (4,))
+    halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    model = nn.Linear(8, 8)
+    fully_shard(model, mesh=mesh)
+    mine = halves[dist.get_rank() // 2]
+    optimizer = Mechanic(torch.optim.SGD(model.parameters(), lr=1.0), process_group=mine)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match="do not hold a parameter of shape"):
+        optimizer.step()
+
+
+@ranks(4)
+def test_a_group_that_holds_one_replica_of_several_is_enough() -> None:
+    """HSDP with the sharding group alone: each replica sums for itself, and all find the same."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 6).double()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    fully_shard(model, mesh=mesh)
+    results = []
+    for group in (None, mesh["shard"].get_group()):
+        optimizer = Mechanic(torch.optim.SGD(model.parameters(), lr=0.0), process_group=group)
+        for p in model.parameters():
+            p.grad = p.detach().clone()
+        optimizer.step()
+        results.append({name: value.item() for name, value in optimizer.metrics().items()})
+    assert results[0]["param_norm"] == pytest.approx(results[1]["param_norm"], rel=1e-12)
+    assert results[0]["grad_norm"] == pytest.approx(results[1]["grad_norm"], rel=1e-12)
+
+
+@ranks(2)
+def test_fsdp1_whose_values_tell_nothing() -> None:
+    model = nn.Linear(4, 4)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+    wrapped(torch.randn(2, 4)).sum().backward()
+    optimizer = Mechanic(torch.optim.SGD(wrapped.parameters(), lr=1.0))
+    with pytest.raises(ValueError, match="cannot tell from the values"):
+        optimizer.step()
+    declared = Mechanic(torch.optim.SGD(wrapped.parameters(), lr=1.0), plain="sharded")
+    declared.step()
+
+
+@ranks(2)
+def test_parameters_that_are_added_are_compared_as_well() -> None:
+    optimizer = Mechanic(torch.optim.SGD(parameters((3,)), lr=1.0))
+    optimizer.step()
+    optimizer.add_param_group({"params": parameters((2, 2))})
+    optimizer.step()
+    optimizer.add_param_group({"params": parameters((2, 2 + dist.get_rank()))})
+    assert_all_ranks_raise(optimizer, "different parameters")
+
+
+@ranks(2)
+def test_a_partial_gradient_is_summed_before_it_counts() -> None:
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    mesh = init_device_mesh("cpu", (2,))
+    parameter = nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Replicate()]))
+    parameter.grad = DTensor.from_local(torch.full((3,), 1.0 + dist.get_rank()), mesh, [Partial()])
+    optimizer = Mechanic(torch.optim.SGD([parameter], lr=1.0))
+    optimizer.step()
+    assert optimizer.metrics()["grad_norm"].item() == pytest.approx(3.0 * 3**0.5)

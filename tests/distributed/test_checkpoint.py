@@ -1,0 +1,218 @@
+"""Stopped and started again, a run is the run that was not stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from layouts import BATCH, Setup, batch, setup
+from torch import nn
+
+from manic.checkpoint import Checkpointer
+from manic.testing import ranks, run
+
+LAYOUTS = [
+    ("single", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 4), ("hsdp", 4), ("tp", 2), ("tp+fsdp2", 4),
+    ("fsdp1-orig", 2), ("fsdp1-flat", 2), ("zero1", 2), ("zero1", 4),
+]  # fmt: skip
+
+
+class Counter:
+    def __init__(self) -> None:
+        self.step = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+
+
+class Run:
+    def __init__(self, layout: str, base: str, directory: Path, **options: Any) -> None:
+        self.setup: Setup = setup(layout, base, torch.float64, s_init=1e-3)
+        self.counter = Counter()
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.setup.optimizer, T_max=20)
+        objects = {"counter": self.counter, "scheduler": self.scheduler}
+        self.checkpointer = Checkpointer(directory, self.setup.model, self.setup.optimizer, objects=objects, **options)
+
+    def train(self, steps: int) -> None:
+        for _ in range(steps):
+            x, y = batch(self.counter.step, torch.float64)
+            share = BATCH // self.setup.data_size
+            part = slice(self.setup.data_rank * share, (self.setup.data_rank + 1) * share)
+            self.setup.optimizer.zero_grad()
+            noise = 0.01 * torch.rand(())  # from the random state, which is saved as well
+            if self.setup.data_size < dist.get_world_size():
+                noise = torch.zeros(())
+            (self.setup.model(x[part]) - y[part] - noise).square().mean().backward()
+            self.setup.optimizer.step()
+            self.scheduler.step()
+            self.counter.step += 1
+
+    def result(self) -> tuple[float, dict[str, torch.Tensor]]:
+        return self.setup.mechanic.scale.item(), self.setup.gather()
+
+
+def assert_identical(first: Any, second: Any) -> None:
+    assert first[0] == second[0]
+    for name, value in first[1].items():
+        assert torch.equal(value, second[1][name]), name
+
+
+def interrupt_and_compare(layout: str, base: str, directory: str, at: int) -> None:
+    torch.manual_seed(dist.get_rank())
+    undisturbed = Run(layout, base, Path(directory))
+    undisturbed.train(at)
+    undisturbed.checkpointer.save(at)
+    undisturbed.train(8)
+
+    torch.manual_seed(1234)
+    resumed = Run(layout, base, Path(directory))
+    resumed.train(2)  # whatever it did before is forgotten
+    resumed.checkpointer.load()
+    assert resumed.counter.step == at
+    resumed.train(8)
+    assert_identical(resumed.result(), undisturbed.result())
+
+
+@pytest.mark.parametrize("base", ["adamw", "sgd"])
+@pytest.mark.parametrize(("layout", "world_size"), LAYOUTS)
+def test_resumes_bit_for_bit(layout: str, world_size: int, base: str, tmp_path: Path) -> None:
+    run(interrupt_and_compare, world_size, layout, base, str(tmp_path), 6)
+
+
+@pytest.mark.parametrize(("layout", "world_size"), [("single", 1), ("fsdp2", 2), ("fsdp1-flat", 2), ("zero1", 2)])
+def test_a_checkpoint_from_before_the_first_step(layout: str, world_size: int, tmp_path: Path) -> None:
+    run(interrupt_and_compare, world_size, layout, "adamw", str(tmp_path), 0)
+
+
+def save_after_six(layout: str, directory: str) -> tuple[float, dict[str, torch.Tensor]]:
+    started = Run(layout, "adamw", Path(directory))
+    started.train(6)
+    started.checkpointer.save(6)
+    started.train(8)
+    return started.result()
+
+
+def load_and_go_on(layout: str, directory: str) -> tuple[float, dict[str, torch.Tensor]]:
+    resumed = Run(layout, "adamw", Path(directory))
+    resumed.checkpointer.load()
+    resumed.train(8)
+    return resumed.result()
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [
+    (("fsdp2", 4), ("fsdp2", 3)), (("fsdp2", 1), ("fsdp2", 2)), (("fsdp2", 2), ("tp+fsdp2", 4)),
+    (("zero1", 3), ("zero1", 2)), (("zero1", 2), ("ddp", 2)), (("hsdp", 4), ("single", 1)),
+], ids=str)  # fmt: skip
+def test_goes_on_over_other_ranks(saved: tuple[str, int], loaded: tuple[str, int], tmp_path: Path) -> None:
+    # Without the noise, which is each rank's own.
+    expected = run(save_without_noise, saved[1], saved[0], str(tmp_path))[0]
+    for scale, parameters in run(load_without_noise, loaded[1], loaded[0], str(tmp_path)):
+        assert scale == pytest.approx(expected[0], rel=1e-10)
+        for name, value in expected[1].items():
+            torch.testing.assert_close(parameters[name], value, rtol=1e-10, atol=1e-10)
+
+
+def save_without_noise(layout: str, directory: str) -> Any:
+    torch.rand = lambda *_: torch.zeros(())  # type: ignore[assignment]
+    return save_after_six(layout, directory)
+
+
+def load_without_noise(layout: str, directory: str) -> Any:
+    torch.rand = lambda *_: torch.zeros(())  # type: ignore[assignment]
+    return load_and_go_on(layout, directory)
+
+
+def save_each(directory: str, steps: list[int], options: dict[str, Any]) -> list[int]:
+    started = Run("fsdp2", "sgd", Path(directory), **options)
+    for step in steps:
+        started.checkpointer.save(step)
+    return started.checkpointer.steps()
+
+
+@pytest.mark.parametrize(("options", "kept"), [
+    ({}, [1, 2, 3, 4, 5, 6]), ({"keep_latest": 2}, [5, 6]), ({"keep_latest": 1, "keep_every": 3}, [3, 6]),
+], ids=str)  # fmt: skip
+def test_retention(options: dict[str, Any], kept: list[int], tmp_path: Path) -> None:
+    for found in run(save_each, 2, str(tmp_path), [1, 2, 3, 4, 5, 6], options):
+        assert found == kept
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_{step:08d}" for step in kept]
+
+
+def assert_errors(directory: str) -> None:
+    started = Run("fsdp2", "sgd", Path(directory))
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
+        started.checkpointer.load()
+    started.checkpointer.save(1)
+    with pytest.raises(FileExistsError, match="never written over"):
+        started.checkpointer.save(1)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint.*there are steps \[1\]"):
+        started.checkpointer.load(2)
+    before = started.result()
+    for other, words in (
+        (nn.Sequential(nn.Linear(2, 2)), "another model: it has no 0.weight"),
+        (nn.ModuleDict({name: nn.Linear(2, 2) for name in ("up", "down", "norm", "head", "frozen")}), "has shape"),
+        (nn.ModuleDict({"up": nn.Linear(6, 16)}), "this one has no down.bias"),
+    ):
+        optimizer = torch.optim.SGD(other.parameters(), lr=1.0)
+        kept = {name: p.detach().clone() for name, p in other.named_parameters()}
+        with pytest.raises(ValueError, match=words):
+            Checkpointer(directory, other, optimizer).load()
+        assert all(torch.equal(p, kept[name]) for name, p in other.named_parameters())
+    assert_identical(started.result(), before)
+    blocked = Path(directory, "a file")
+    if dist.get_rank() == 0:
+        blocked.write_text("")
+    dist.barrier()
+    with pytest.raises(OSError):
+        Checkpointer(blocked, started.setup.model, started.setup.optimizer).save(1)
+
+
+def test_errors_are_raised_on_every_rank(tmp_path: Path) -> None:
+    run(assert_errors, 2, str(tmp_path))
+
+
+def test_what_was_not_finished_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / ".incomplete_step_00000009").mkdir()
+    (tmp_path / "step_00000003").mkdir()
+    model = nn.Linear(2, 2)
+    checkpointer = Checkpointer(tmp_path, model, torch.optim.SGD(model.parameters(), lr=1.0))
+    assert checkpointer.latest() == 3
+    with pytest.raises(FileNotFoundError, match="no .metadata"):
+        checkpointer.load()
+
+
+def test_bad_arguments(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="keep_latest"):
+        Checkpointer(tmp_path, model, torch.optim.SGD(model.parameters(), lr=1.0), keep_latest=0)
+
+
+@ranks(2)
+def test_any_optimizer_and_several_of_them() -> None:
+    import tempfile
+
+    box = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(box)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    optimizers = [torch.optim.SGD(model[0].parameters(), lr=0.1, momentum=0.9), torch.optim.Adam(model[1].parameters())]
+    for optimizer in optimizers:
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+    checkpointer = Checkpointer(box[0], model, optimizers)
+    checkpointer.save(1)
+    before = [p.detach().clone() for p in model.parameters()]
+    momentum = optimizers[0].state[model[0].weight]["momentum_buffer"].clone()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+        optimizers[0].state[model[0].weight]["momentum_buffer"].zero_()
+    checkpointer.load()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+    assert torch.equal(optimizers[0].state[model[0].weight]["momentum_buffer"], momentum)

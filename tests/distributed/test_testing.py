@@ -1,0 +1,91 @@
+"""The ranks themselves: what passes, what fails, and how soon."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from manic.testing import RankError, ranks, run
+
+
+def reduce(value: float) -> tuple[int, float]:
+    tensor = torch.tensor(value)
+    dist.all_reduce(tensor)
+    return dist.get_rank(), tensor.item()
+
+
+def fail_on_rank_one() -> None:
+    print(f"a word from rank {dist.get_rank()}")
+    if dist.get_rank() == 1:
+        raise ValueError("the reason")
+    dist.barrier()
+
+
+def hang_on_rank_one() -> None:
+    if dist.get_rank() == 1:
+        time.sleep(600)
+    dist.barrier()
+
+
+def die_on_rank_one() -> None:
+    if dist.get_rank() == 1:
+        os._exit(7)
+
+
+def process_id() -> int:
+    return os.getpid()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_results_come_back_by_rank(world_size: int) -> None:
+    assert run(reduce, world_size, 1.5) == [(rank, 1.5 * world_size) for rank in range(world_size)]
+
+
+@ranks(2)
+@pytest.mark.parametrize("value", [3])
+def test_the_decorator_passes_parameters(value: int) -> None:
+    assert value == 3
+    assert dist.get_world_size() == 2
+
+
+def test_ranks_stay_warm() -> None:
+    first = run(process_id, 2)
+    start = time.monotonic()
+    second = run(process_id, 2)
+    assert first == second
+    assert time.monotonic() - start < 30.0  # it takes a twentieth of a second; starting new ones takes seconds
+
+
+def test_a_failing_rank_is_named_with_its_traceback_and_output() -> None:
+    with pytest.raises(RankError) as caught:
+        run(fail_on_rank_one, 2)
+    text = str(caught.value)
+    assert "rank 1: Traceback" in text
+    assert "ValueError: the reason" in text
+    assert "a word from rank 1" in text
+    assert run(process_id, 2)
+
+
+def test_a_hanging_rank_is_killed_and_shows_where_it_hung() -> None:
+    start = time.monotonic()
+    with pytest.raises(RankError, match="time.sleep|hang_on_rank_one"):
+        run(hang_on_rank_one, 2, timeout=2.0)
+    assert time.monotonic() - start < 60.0
+    assert run(reduce, 2, 1.0)[0] == (0, 2.0)
+
+
+def test_a_dead_rank_is_reported() -> None:
+    with pytest.raises(RankError, match=r"rank 1: died \(exit code 7\)"):
+        run(die_on_rank_one, 2)
+    assert run(reduce, 2, 1.0)[0] == (0, 2.0)
+
+
+def test_what_cannot_run_is_said_at_once() -> None:
+    with pytest.raises(ValueError, match="top level of a module"):
+        run(lambda: None, 2)
+    with pytest.raises(ValueError, match="world_size must be positive"):
+        run(reduce, 0)

@@ -1,0 +1,60 @@
+"""What a rank holds, without ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from manic.displacement import chunks, resolve_update
+from manic.layout import Layout, is_fsdp1, local, local_gradient
+
+
+def test_alone_every_element_is_held_once() -> None:
+    layout = Layout(None, "replicated", 1)
+    assert layout.group is None
+    assert layout.replicas(torch.ones(3)) == 1
+
+
+def test_local_shares_storage_and_has_no_history() -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    with torch.no_grad():
+        view = local(parameter)
+    assert view.data_ptr() == parameter.data_ptr()
+    assert not view.requires_grad
+    assert local_gradient(parameter) is None
+
+
+def test_torch_still_marks_fsdp1_parameters_as_we_expect() -> None:
+    from torch.distributed.fsdp._common_utils import FSDP_FLATTENED
+
+    parameter = nn.Parameter(torch.ones(3))
+    assert not is_fsdp1(parameter)
+    setattr(parameter, FSDP_FLATTENED, True)
+    assert is_fsdp1(parameter)
+
+
+@pytest.mark.parametrize("shape", [(0,), (1,), (7, 3), (1 << 16,), ((1 << 16) + 1,), (300, 700)])
+@pytest.mark.parametrize("transpose", [False, True])
+def test_chunks_cover_every_element_once(shape: tuple[int, ...], transpose: bool) -> None:
+    first, second = torch.zeros(shape), torch.zeros(shape)
+    if transpose:
+        first, second = first.t() if first.ndim == 2 else first, second
+        second = second.reshape(first.shape)
+    for a, b, nothing in chunks(first, second, None):
+        assert nothing is None
+        assert a.shape == b.shape
+        a += 1
+        b += 1
+    assert (first == 1).all()
+    assert (second == 1).all()
+
+
+def test_only_optimizers_that_were_read_step_in_displacement_space() -> None:
+    parameter = [torch.ones(2, 2, requires_grad=True)]
+    assert resolve_update(torch.optim.AdamW(parameter), "auto") == "decoupled"
+    assert resolve_update(torch.optim.SGD(parameter), "auto") == "coupled"
+    assert resolve_update(torch.optim.Adafactor(parameter), "auto") == "snapshot"
+    assert resolve_update(torch.optim.ASGD(parameter), "auto") == "snapshot"
+    assert resolve_update(type("AdamW", (torch.optim.AdamW,), {})(parameter), "auto") == "snapshot"
+    assert resolve_update(torch.optim.AdamW(parameter), "snapshot") == "snapshot"

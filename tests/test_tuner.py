@@ -1,0 +1,66 @@
+"""The tuner alone: four numbers in, S out."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import BETAS, Oracle
+
+from manic.tuner import VARIANTS, Sums, Tuner
+
+
+def sums(delta_grad: float, grad_square: float = 1.0, delta_x: float = 0.0, x_square: float = 1.0) -> Sums:
+    return Sums(*(torch.tensor(value, dtype=torch.float64) for value in (delta_grad, grad_square, delta_x, x_square)))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@given(hs=st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30), s_init=st.floats(1e-10, 1e2))
+def test_equals_the_oracle_on_any_rewards(variant: str, hs: list[float], s_init: float) -> None:
+    tuner = Tuner(BETAS, s_init=s_init, variant=variant)
+    oracle = Oracle([], None, variant, s_init)  # type: ignore[arg-type]
+    for h in hs:
+        scale = tuner.update(sums(h))
+        oracle._tune(h)
+        assert scale.item() == pytest.approx(oracle.scale, rel=1e-9, abs=1e-300)
+    assert tuner.updates.item() == len(hs)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_lambda_term_pulls_by_global_norms(variant: str) -> None:
+    tuner = Tuner(BETAS, s_init=0.5, s_decay=0.1, variant=variant)
+    tuner.update(sums(-1.0))
+    s = tuner.state[3].sum().item()
+    tuner.update(sums(2.0, grad_square=9.0, delta_x=5.0, x_square=4.0))
+    assert tuner.h.item() == pytest.approx(2.0 + 0.1 * s * 3.0 / (2.0 + 1e-8) * 5.0)
+
+
+def test_moving_against_the_gradient_grows_the_scale() -> None:
+    for variant in VARIANTS:
+        tuner = Tuner(BETAS, variant=variant)
+        scales = [tuner.update(sums(-1.0)).item() for _ in range(50)]
+        assert scales[-1] > 1e3 * scales[2]
+
+
+def test_keeps_float64_and_steps_in_place() -> None:
+    tuner = Tuner(BETAS)
+    state = tuner.state
+    tuner.update(sums(-1.0))
+    assert tuner.state is state
+    assert state.dtype == torch.float64
+    assert state.shape == (5, len(BETAS))
+
+
+def test_all_zero_sums_are_harmless() -> None:
+    for variant in VARIANTS:
+        tuner = Tuner(BETAS, variant=variant)
+        for _ in range(5):
+            assert math.isfinite(tuner.update(sums(0.0, 0.0, 0.0, 0.0)).item())
+
+
+def test_load_refuses_another_number_of_betas() -> None:
+    with pytest.raises(ValueError, match="another number of betas"):
+        Tuner((0.9, 0.99)).load(Tuner(BETAS).state)

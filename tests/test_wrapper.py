@@ -1,0 +1,182 @@
+"""State dicts, and what torch's checkpointing does to a fresh optimizer."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from oracle import problem
+from test_mechanic import adamw, assert_identical, tensors, train
+from torch import nn
+from torch.distributed.checkpoint import state_dict as dcp_state_dict
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+from manic import Mechanic
+
+BASES = {
+    "adamw": lambda ps: adamw(ps),
+    "sgd": lambda ps: torch.optim.SGD(ps, lr=1.0),
+    "adagrad": lambda ps: torch.optim.Adagrad(ps, lr=1.0),  # has a state from the start
+    "nadam": lambda ps: torch.optim.NAdam(ps, lr=1.0),  # its step changes more than a count
+    "asgd": lambda ps: torch.optim.ASGD(ps, lr=1.0),  # remembers the learning rate it started with
+    "list": lambda ps: [torch.optim.SGD(ps[:1], lr=1.0, momentum=0.9), adamw(ps[1:])],
+}
+
+
+class Model(nn.Module):
+    """The two matrices of ``problem`` as a module, which gives them names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        parameters, self.loss = problem(torch.float32)  # in float64, torch loads NAdam's float32 mu_product as float64
+        self.a, self.b = (nn.Parameter(p.detach()) for p in parameters)
+        parameters[:] = [self.a, self.b]
+
+
+def make(base: str, **options: Any) -> tuple[Model, Mechanic]:
+    model = Model()
+    return model, Mechanic(BASES[base]([model.a, model.b]), s_init=1e-3, **options)
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"store_delta": False}, {"variant": "pytorch"}], ids=str)
+@pytest.mark.parametrize("base", BASES)
+def test_saved_and_loaded_it_goes_on_bit_for_bit(base: str, options: dict[str, Any]) -> None:
+    model, optimizer = make(base, **options)
+    train(optimizer, model.loss, 7)
+    saved = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    train(optimizer, model.loss, 7, start=7)
+
+    other, resumed = make(base, **options)
+    for _ in range(2):  # loading twice, or over a run of its own, makes no difference
+        train(resumed, other.loss, 2)
+        other.load_state_dict(saved["model"])
+        resumed.load_state_dict(state_dict=copy.deepcopy(saved["optimizer"]))
+    train(resumed, other.loss, 7, start=7)
+    assert resumed.scale == optimizer.scale
+    assert_identical(tensors([other.a, other.b]), tensors([model.a, model.b]))
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("base", BASES)
+def test_asking_a_fresh_optimizer_for_its_state_changes_nothing(base: str, flat: bool) -> None:
+    options = dcp_state_dict.StateDictOptions(flatten_optimizer_state_dict=flat)
+    undisturbed, expected = make(base)
+    train(expected, undisturbed.loss, 8)
+
+    model, optimizer = make(base)
+    start = tensors([model.a, model.b])
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
+    assert_identical(tensors([model.a, model.b]), start)
+    assert any("mechanic_x_ref" in str(key) for key in (saved if flat else saved["state"]["a"]))
+    train(optimizer, model.loss, 8)
+    assert optimizer.scale == expected.scale
+    assert_identical(tensors([model.a, model.b]), tensors([undisturbed.a, undisturbed.b]))
+
+    # And a run that is resumed from what was saved then is the same run too.
+    other, resumed = make(base)
+    set_optimizer_state_dict(other, resumed, saved, options=options)
+    train(resumed, other.loss, 8)
+    assert resumed.scale == expected.scale
+    assert_identical(tensors([other.a, other.b]), tensors([undisturbed.a, undisturbed.b]))
+
+
+def test_a_warm_up_from_zero_is_a_step_like_any_other() -> None:
+    model, optimizer = make("adamw")
+    optimizer.param_groups[0]["lr"] = 0.0
+    train(optimizer, model.loss, 1)
+    assert optimizer.state[model.a]["step"] == 1
+    assert optimizer._tuner.updates == 1
+
+
+def test_a_plain_adamw_checkpoint_keeps_its_moments_and_starts_the_tuner() -> None:
+    model = Model()
+    plain = adamw([model.a, model.b], lr=1e-3)
+    train(plain, model.loss, 5)
+    saved = plain.state_dict()
+    other, optimizer = make("adamw")
+    train(optimizer, other.loss, 3)
+    other.load_state_dict(model.state_dict())
+    optimizer.load_state_dict(saved)
+    assert optimizer.scale.item() == pytest.approx(6e-3)
+    assert optimizer.state[other.a]["step"] == 5
+    assert torch.equal(optimizer.state[other.a]["exp_avg"], plain.state[model.a]["exp_avg"])
+    before = other.a.detach().clone()
+    get_optimizer_state_dict(other, optimizer)  # a checkpoint before the first step must not lose the moments
+    train(optimizer, other.loss, 1, start=5)
+    assert optimizer.state[other.a]["step"] == 6
+    assert torch.equal(optimizer.state[other.a]["mechanic_x_ref"], before)
+
+
+def test_a_mechanic_checkpoint_loads_into_plain_adamw() -> None:
+    model, optimizer = make("adamw")
+    train(optimizer, model.loss, 5)
+    other = Model()
+    plain = adamw([other.a, other.b])
+    plain.load_state_dict(optimizer.state_dict())
+    train(plain, other.loss, 1)
+    assert plain.state[other.a]["step"] == 6
+
+
+def test_bfloat16_keeps_a_float32_delta_through_a_load() -> None:
+    parameter = torch.randn(8, 8).bfloat16().requires_grad_()
+    optimizer = Mechanic(torch.optim.SGD([parameter], lr=1.0))
+    for _ in range(3):
+        parameter.grad = torch.randn(8, 8).bfloat16()
+        optimizer.step()
+    delta = optimizer.state[parameter]["mechanic_delta"].clone()
+    optimizer.load_state_dict(through_a_file(optimizer.state_dict()))
+    loaded = optimizer.state[parameter]["mechanic_delta"]
+    assert loaded.dtype == torch.float32
+    assert torch.equal(loaded, delta)
+
+
+def test_a_state_dict_that_does_not_fit_is_refused_before_anything_changes() -> None:
+    model, optimizer = make("adamw")
+    train(optimizer, model.loss, 3)
+    small = torch.ones(2, requires_grad=True)
+    for parameters, message in (([small], "parameters"), ([small, small.detach().requires_grad_()], "has shape")):
+        other = Mechanic(adamw(parameters))
+        scale = other.scale
+        with pytest.raises(ValueError, match=message):
+            other.load_state_dict(optimizer.state_dict())
+        assert other.scale == scale
+    with pytest.raises(ValueError, match="parameter groups"):
+        Mechanic(adamw([{"params": [small]}, {"params": [small.clone().detach().requires_grad_()]}])).load_state_dict(
+            optimizer.state_dict()
+        )
+
+
+def test_load_hooks_run() -> None:
+    _, optimizer = make("adamw")
+    calls = []
+    optimizer.register_load_state_dict_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_load_state_dict_post_hook(lambda *_: calls.append("after"))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert calls == ["before", "after"]
+
+
+def test_state_can_be_written_through() -> None:
+    """ZeroRedundancyOptimizer assigns to state, and into the dicts in it."""
+    model, optimizer = make("list")
+    train(optimizer, model.loss, 1)
+    optimizer.state[model.b] = {"step": torch.tensor(7.0)}
+    optimizer.state[model.b]["more"] = 1
+    assert optimizer.optimizers[1].state[model.b] == {"step": torch.tensor(7.0), "more": 1}
+    del optimizer.state[model.a]
+    assert model.a not in optimizer.optimizers[0].state
+    assert len(optimizer.state) == 1
+    assert "step" in repr(optimizer.state)
+
+
+def test_torch_still_has_the_function_whose_call_we_recognise() -> None:
+    assert callable(dcp_state_dict._init_optim_state)
