@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sysconfig
 from pathlib import Path
 
@@ -68,20 +69,25 @@ class Corpus:
         Returns:
             int64 [sequences in ``part``, seq_len + 1].
         """
-        generator = torch.Generator().manual_seed((seed << 32) + 2 * step + held_out)
+        # A generator takes 32 bits of its seed, so the three are hashed together rather than packed.
+        digest = hashlib.sha256(f"{seed}/{step}/{held_out}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
         blocks = self.held_out_blocks if held_out else self.training_blocks
         chosen = blocks[torch.randint(len(blocks), (batch_size,), generator=generator)]
         offsets = torch.randint(self.block - self.seq_len, (batch_size,), generator=generator)
         starts = (chosen * self.block + offsets)[part].tolist()
-        window = torch.stack([self.tokens[start : start + self.seq_len + 1] for start in starts]).long()
-        return window if self.tokens.dtype == torch.uint8 else window & 0xFFFF
+        return torch.stack([self._read(start, self.seq_len + 1) for start in starts])
+
+    def _read(self, start: int, length: int) -> Tensor:
+        tokens = self.tokens[start : start + length].long()
+        return tokens if self.tokens.dtype == torch.uint8 else tokens & 0xFFFF
 
     def unigram_entropy(self) -> float:
         """Nats per token of the held-out text for a model that knows only how frequent each token is."""
         count = torch.zeros(self.vocabulary, dtype=torch.float64)
         for block in self.held_out_blocks.tolist():
-            tokens = self.tokens[block * self.block : (block + 1) * self.block].long()
-            count += torch.bincount(tokens if self.tokens.dtype == torch.uint8 else tokens & 0xFFFF, minlength=len(count))
+            tokens = self._read(block * self.block, self.block)
+            count += torch.bincount(tokens, minlength=self.vocabulary)
         share = count[count > 0] / count.sum()
         return float(-(share * share.log()).sum())
 

@@ -48,7 +48,9 @@ def make_optimizer(
     ]
     if base == "muon":
         if parallel in ("fsdp1", "zero1"):
-            raise ValueError(f"--base-optimizer muon needs whole matrices; --parallel {parallel} splits them by elements")
+            raise ValueError(
+                f"--base-optimizer muon needs whole matrices; --parallel {parallel} splits them by elements"
+            )
         bases = _muon_and_adamw(trainable, lr, weight_decay)
         return Mechanic(bases, variant=variant) if tuner == "mechanic" else bases
 

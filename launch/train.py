@@ -2,8 +2,8 @@
 
 torchrun --standalone --nproc-per-node 2 launch/train.py
 
-Without --data it trains on the source of Python's standard library. Stop it with Ctrl-C and start it again with the same
---checkpoint-dir, on any number of ranks: it goes on where it was.
+Without --data it trains on the source of Python's standard library. Stop it with Ctrl-C and start it again with
+the same --checkpoint-dir, on any number of ranks: it goes on where it was.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
+
 from data import Corpus
+from manic.checkpoint import Checkpointer
 from model import GPT
 from optimizers import BASES, SCHEDULES, make_optimizer, make_scheduler, mechanic_of
 from parallel import MODES, Parallel, clip_gradients, parallelize
 from report import Report
-from torch import Tensor
-
-from manic.checkpoint import Checkpointer
 
 # A rank that is lost should end the others in minutes, not in the default half hour.
 TIMEOUT = timedelta(minutes=5)

@@ -74,7 +74,9 @@ def _cases() -> dict[str, Callable[[Any], Optimizer]]:
         for implementation in ({"foreach": False}, {"foreach": True}, {"fused": True}):
             if "fused" in implementation and cls not in (optim.SGD, optim.Adam, optim.AdamW, optim.Adagrad):
                 continue
-            name = "-".join([cls.__name__, *options, *(key if value else "loop" for key, value in implementation.items())])
+            name = "-".join(
+                [cls.__name__, *options, *(key if value else "loop" for key, value in implementation.items())]
+            )
             cases[name] = functools.partial(cls, lr=1.0, **options, **implementation)
     if hasattr(optim, "Muon"):
         cases["Muon"] = functools.partial(optim.Muon, lr=1.0, weight_decay=0.1)

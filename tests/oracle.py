@@ -37,7 +37,9 @@ class Oracle:
         counted = list(range(len(self.parameters))) if self.variant == "optax" else moved
         x = [p.clone() for p in self.parameters]
         g = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.parameters]
-        signs = {id(p): -1.0 if group.get("maximize") else 1.0 for group in self.base.param_groups for p in group["params"]}
+        signs = {
+            id(p): -1.0 if group.get("maximize") else 1.0 for group in self.base.param_groups for p in group["params"]
+        }
         self.base.step()
         after = [p.clone() for p in self.parameters]
         y = x if self.variant == "optax" else after
@@ -45,9 +47,7 @@ class Oracle:
         norm_g = math.sqrt(sum(float((g[i] ** 2).sum()) for i in counted))
         norm_x = math.sqrt(sum(float((y[i] ** 2).sum()) for i in counted))
         pull = self.s_decay * sum(self.s) * norm_g / (norm_x + EPS)
-        h = sum(
-            float((self.delta[i] * (signs[id(self.parameters[i])] * g[i] + pull * y[i])).sum()) for i in counted
-        )
+        h = sum(float((self.delta[i] * (signs[id(self.parameters[i])] * g[i] + pull * y[i])).sum()) for i in counted)
         for i in moved:
             self.delta[i] += after[i] - x[i]
         self._tune(h)

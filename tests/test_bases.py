@@ -31,7 +31,11 @@ OPTIONS = [
     {"variant": "pytorch"}, {"variant": "pytorch", "store_delta": False},
 ]  # fmt: skip
 # How the base optimizer loops over its parameters matters only to what happens in their storage.
-COMBINATIONS = [(name, o) for name in bases.CASES for o in (OPTIONS[:1] if name.endswith(("foreach", "fused")) else OPTIONS)]
+COMBINATIONS = [
+    (name, options)
+    for name in bases.CASES
+    for options in (OPTIONS[:1] if name.endswith(("foreach", "fused")) else OPTIONS)
+]
 
 
 @pytest.mark.parametrize(("name", "options"), COMBINATIONS)
@@ -47,7 +51,8 @@ def test_equals_the_oracle(name: str, options: dict[str, object]) -> None:
     for mine, theirs in zip(parameters, expected):
         torch.testing.assert_close(mine, theirs, rtol=10 * rtol, atol=rtol)
     start, _ = problem()
-    assert max(float((a - b).detach().abs().max()) for a, b in zip(start, expected)) > 1e-3, "nothing moved: nothing is shown"
+    moved = max(float((a - b).detach().abs().max()) for a, b in zip(start, expected))
+    assert moved > 1e-3, "nothing has moved: the comparison shows nothing"
     assert len(set(expected_scales)) > STEPS // 2
 
 

@@ -93,7 +93,8 @@ class TestStep:
         with torch.no_grad():
             result = optimizer.step(closure)
         assert calls == [True]
-        assert result is not None and result.item() == pytest.approx(problem()[1](0).item())
+        assert result is not None
+        assert result.item() == pytest.approx(problem()[1](0).item())
 
     def test_several_optimizers_share_one_scale(self) -> None:
         parameters, loss = problem()

@@ -37,7 +37,9 @@ def base_class(base: str) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     return torch.optim.AdamW, {"lr": 1.0, "weight_decay": 0.1}
 
 
-def trajectory(problem: str, base: str, wrap: Any, read_scale: Any, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+def trajectory(
+    problem: str, base: str, wrap: Any, read_scale: Any, dtype: torch.dtype = torch.float64
+) -> dict[str, Any]:
     """Train for STEPS steps; return S and |x| after each, and the parameters at the end."""
     x, y = (torch.tensor(array, dtype=dtype) for array in data())
     parameters = {name: torch.tensor(array, dtype=dtype, requires_grad=True) for name, array in start(problem).items()}

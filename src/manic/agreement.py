@@ -43,8 +43,7 @@ def agree(parameters: Sequence[Tensor], settings: str, layout: Layout, device: t
             f"{dist.get_world_size(group)} ranks"
         )
     common = f"{settings}, plain={layout.plain}, pipeline_stages={layout.pipeline_stages}"
-    held = [_describe(parameter, layout) for parameter in parameters]
-    held = [description for description in held if description is not None]
+    held = [text for text in (_describe(parameter, layout) for parameter in parameters) if text is not None]
 
     rows = _gather(torch.tensor([_digest(common), _digest("\n".join(held))], device=device), group)
     _compare([int(row[0]) for row in rows], 1, "settings", [common], group)
@@ -143,7 +142,7 @@ def _find_fsdp1_replicas(parameters: Sequence[Tensor], group: ProcessGroup, devi
     if not parameters:
         return 1
     moments = torch.stack(_gather(_moments(parameters, device), group))
-    counts = set()
+    counts: set[int] = set()
     for column in moments.unbind(dim=1):
         varied = [tuple(row.tolist()) for row in column if row[3]]
         counts.update(Counter(varied).values())

@@ -138,7 +138,9 @@ class Checkpointer:
                 raise FileNotFoundError(f"there is no checkpoint in {self.directory}")
             path = self.path(chosen)
         if not (path / ".metadata").is_file():
-            raise FileNotFoundError(f"{path} is no checkpoint: it has no .metadata file; there are steps {self.steps()}")
+            raise FileNotFoundError(
+                f"{path} is no checkpoint: it has no .metadata file; there are steps {self.steps()}"
+            )
 
         saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
         state = self._state()
@@ -223,7 +225,7 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in flat.items():
         kind, path = key.split(".", 1)
         if kind == "state":
-            name, rest = path, []
+            name, rest = path, list[str]()
             while name not in groups:
                 name, part = name.rsplit(".", 1)
                 rest.insert(0, part)

@@ -167,5 +167,7 @@ class Layout:
 
     def __getstate__(self) -> dict[str, Any]:
         if self._declared_group is not None:
-            raise TypeError("a Mechanic with an explicit process_group cannot be pickled; save its state_dict() instead")
+            raise TypeError(
+                "a Mechanic with an explicit process_group cannot be pickled; save its state_dict() instead"
+            )
         return {**self.__dict__, "_holders": {}}

@@ -93,7 +93,7 @@ class Mechanic(OptimizerWrapper):
         self._share_global_state()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step of Algorithm 1.
 
         Every rank of the process group must call it, with gradients or without. Apart from the first step there is
@@ -320,7 +320,9 @@ def _check_bases(optimizers: list[Optimizer], may_be_empty: bool) -> None:
                 raise ValueError("differentiable=True is not supported: Mechanic's step cannot be differentiated")
             for parameter in group["params"]:
                 if parameter.is_complex():
-                    raise TypeError(f"a parameter of shape {tuple(parameter.shape)} is complex; Mechanic needs real ones")
+                    raise TypeError(
+                        f"a parameter of shape {tuple(parameter.shape)} is complex; Mechanic needs real ones"
+                    )
                 if id(parameter) in seen:
                     raise ValueError(
                         f"a parameter of shape {tuple(parameter.shape)} is in more than one group; each must be in one"

@@ -75,8 +75,9 @@ def mechanize(
 
             self.register_step_post_hook(hook)
 
-    Mechanized.__name__ = Mechanized.__qualname__ = f"Mechanized{getattr(optimizer_class, '__name__', '')}"
-    Mechanized.__doc__ = f"{getattr(optimizer_class, '__name__', 'An optimizer')} with its learning rate's scale learned."
+    name = getattr(optimizer_class, "__name__", "")
+    Mechanized.__name__ = Mechanized.__qualname__ = f"Mechanized{name}"
+    Mechanized.__doc__ = f"{name or 'An optimizer'} with its learning rate's scale learned."
     return Mechanized
 
 

@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -91,7 +91,9 @@ def run(
     if world_size < 1:
         raise ValueError(f"world_size must be positive, got {world_size}")
     if "<" in function.__qualname__:
-        raise ValueError(f"{function.__qualname__} must be at the top level of a module, where another process finds it")
+        raise ValueError(
+            f"{function.__qualname__} must be at the top level of a module, where another process finds it"
+        )
     __tracebackhide__ = True
     with tempfile.TemporaryDirectory(prefix="manic-ranks-") as folder:
         call = _Call(_importable(function.__module__), function.__qualname__, args, kwargs, world_size, timeout, folder)
@@ -204,7 +206,9 @@ class _Pool:
 def _report(call: _Call, results: dict[int, tuple[bool, Any]]) -> str:
     parts = [f"{call.module}.{call.name} failed on {call.world_size} ranks"]
     for rank in range(call.world_size):
-        fine, account = results.get(rank, (False, f"did not come back within {call.timeout:g} s or after another failed"))
+        fine, account = results.get(
+            rank, (False, f"did not come back within {call.timeout:g} s or after another failed")
+        )
         parts.append(f"---- rank {rank}: {'finished' if fine else account}")
         output = call.output(rank).read_text(errors="replace").strip() if call.output(rank).exists() else ""
         if output:
@@ -218,14 +222,14 @@ def _exit_code(process: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _without_main() -> Any:
-    main = sys.modules["__main__"]
-    saved = {name: main.__dict__.pop(name) for name in ("__file__", "__spec__") if name in main.__dict__}
-    main.__dict__.setdefault("__spec__", None)
+def _without_main() -> Iterator[None]:
+    main = vars(sys.modules["__main__"])
+    saved: dict[str, Any] = {name: main.pop(name) for name in ("__file__", "__spec__") if name in main}
+    main["__spec__"] = None
     try:
         yield
     finally:
-        main.__dict__.update(saved)
+        main.update(saved)
 
 
 def _serve(connection: Connection, rank: int) -> None:
@@ -249,7 +253,7 @@ def _serve(connection: Connection, rank: int) -> None:
 
 
 @contextlib.contextmanager
-def _redirected(target: int) -> Any:
+def _redirected(target: int) -> Iterator[None]:
     """Send file descriptors 1 and 2, and so the output of any library, to ``target``."""
     saved = [os.dup(1), os.dup(2)]
     try:
@@ -266,5 +270,3 @@ def _redirected(target: int) -> Any:
 
 _pool = _Pool()
 atexit.register(shutdown)
-
-

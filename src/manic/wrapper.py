@@ -10,7 +10,6 @@ from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -166,13 +165,12 @@ class OptimizerWrapper(Optimizer):
         for group in self.param_groups:
             group[self.GROUP_KEY] = live
 
-    @torch._disable_dynamo  # as Optimizer.load_state_dict: hooks and dict work that is not worth a graph
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict()`` gave, or a state dict of the base optimizer alone.
 
-        The wrapper's tensors keep the dtype they were saved with. As with torch's optimizers, tensors that need no copy
-        are taken over as they are: copy the state dict first if it is to be loaded again. A state dict of the base optimizer alone puts the
-        wrapper's own state back to its start.
+        The wrapper's tensors keep the dtype they were saved with. A state dict of the base optimizer alone puts the
+        wrapper's own state back to its start. As with torch's optimizers, tensors that need no copy are taken over as
+        they are: copy the state dict first if it is to be loaded again.
 
         Args:
             state_dict: Of an optimizer with as many groups and parameters.
@@ -215,8 +213,8 @@ class OptimizerWrapper(Optimizer):
 
         self._load_global_state(next((tensor for tensor in saved if tensor is not None), None))
         self._share_global_state()
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
 
     def _own_state_to_load(self, states: Any, groups: list[dict[str, Any]]) -> dict[Tensor, dict[str, Tensor]]:
         """The wrapper's tensors in ``states``, by parameter; each checked before anything changes."""
@@ -235,8 +233,8 @@ class OptimizerWrapper(Optimizer):
                         continue
                     if value.shape != parameter.shape:
                         raise ValueError(
-                            f"{name} of parameter {key} has shape {tuple(value.shape)} in the state dict, the parameter "
-                            f"{tuple(parameter.shape)}: saved from another model, or from other shards (use "
+                            f"{name} of parameter {key} has shape {tuple(value.shape)} in the state dict, the "
+                            f"parameter {tuple(parameter.shape)}: saved from another model, or from other shards (use "
                             "torch.distributed.checkpoint to change the layout)"
                         )
                     own.setdefault(parameter, {})[name] = value.to(parameter.device)

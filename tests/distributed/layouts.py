@@ -24,7 +24,7 @@ BATCH = 24
 
 
 class Net(nn.Module):
-    """Rows of 16, 7 and 3: over two to four ranks the shards are even, uneven and empty. ``unused`` gets no gradient."""
+    """Rows of 16, 7 and 3: over two to four ranks the shards are even, uneven and empty. One layer is frozen."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -64,7 +64,7 @@ def test_different_settings(option: dict[str, Any]) -> None:
 def test_plain_parts_that_were_not_declared() -> None:
     mine = [p * (1 + dist.get_rank()) for p in parameters((3, 4))]  # equal shapes, other values
     held = [p.detach().requires_grad_() for p in mine]
-    assert_all_ranks_raise(Mechanic(torch.optim.SGD(held, lr=1.0)), "is no replica.*plain=\"sharded\"")
+    assert_all_ranks_raise(Mechanic(torch.optim.SGD(held, lr=1.0)), 'is no replica.*plain="sharded"')
 
 
 @ranks(2)

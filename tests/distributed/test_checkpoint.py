@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from layouts import BATCH, Setup, batch, setup
 from torch import nn
 
+from layouts import BATCH, Setup, batch, setup
 from manic.checkpoint import Checkpointer
 from manic.testing import ranks, run
 
@@ -183,7 +183,7 @@ def test_what_was_not_finished_is_no_checkpoint(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     checkpointer = Checkpointer(tmp_path, model, torch.optim.SGD(model.parameters(), lr=1.0))
     assert checkpointer.latest() == 3
-    with pytest.raises(FileNotFoundError, match="no .metadata"):
+    with pytest.raises(FileNotFoundError, match=r"no \.metadata"):
         checkpointer.load()
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from layouts import setup, train
 
 import manic.reduction
+from layouts import setup, train
 from manic import Mechanic
 from manic.testing import ranks, run
 

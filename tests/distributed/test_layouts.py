@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import Trained, make_net, train
 
+from layouts import Trained, make_net, train
 from manic.testing import run
 
 STEPS = 20
@@ -60,7 +60,8 @@ def test_float32(layout: str, world_size: int) -> None:
 
 
 @pytest.mark.parametrize("options", [
-    {"store_delta": False}, {"variant": "pytorch"}, {"variant": "pytorch", "store_delta": False}, {"update": "snapshot"},
+    {"store_delta": False}, {"variant": "pytorch"}, {"variant": "pytorch", "store_delta": False},
+    {"update": "snapshot"},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize(("layout", "world_size"), [("fsdp2", 4), ("tp+fsdp2", 4), ("zero1", 2), ("fsdp1-hybrid", 4)])
 def test_options(layout: str, world_size: int, options: dict[str, Any]) -> None:

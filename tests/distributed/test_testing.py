@@ -72,7 +72,7 @@ def test_a_failing_rank_is_named_with_its_traceback_and_output() -> None:
 
 def test_a_hanging_rank_is_killed_and_shows_where_it_hung() -> None:
     start = time.monotonic()
-    with pytest.raises(RankError, match="time.sleep|hang_on_rank_one"):
+    with pytest.raises(RankError, match="hang_on_rank_one"):
         run(hang_on_rank_one, 2, timeout=2.0)
     assert time.monotonic() - start < 60.0
     assert run(reduce, 2, 1.0)[0] == (0, 2.0)

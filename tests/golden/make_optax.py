@@ -15,6 +15,7 @@ jax.config.update("jax_enable_x64", True)
 import jax.numpy as jnp  # noqa: E402
 import optax  # noqa: E402
 import optax.contrib  # noqa: E402
+
 from problems import BASES, PROBLEMS, STEPS, data, start  # noqa: E402
 
 

@@ -1,0 +1,14 @@
+# Make .venv and install manic in it with the extras named by $1. For the other scripts to source.
+# Set PYTHON to choose the interpreter, PIP_EXTRA_INDEX_URL to choose where torch comes from.
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if [ ! -x .venv/bin/python ]; then
+    "${PYTHON:-python3}" -c 'import sys; assert sys.version_info >= (3, 11), "manic needs Python 3.11 or newer"'
+    "${PYTHON:-python3}" -m venv .venv
+fi
+# Without an NVIDIA GPU, PyTorch's CPU build is a tenth of the download.
+cpu_index=https://download.pytorch.org/whl/cpu
+if [ "$(uname)" = Linux ] && [ -z "${PIP_EXTRA_INDEX_URL:-}" ] && ! command -v nvidia-smi >/dev/null &&
+    curl --silent --fail --head --max-time 5 --output /dev/null "$cpu_index/torch/"; then
+    export PIP_EXTRA_INDEX_URL=$cpu_index
+fi
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$1]"

@@ -1,0 +1,88 @@
+"""On CUDA: the same numbers as on a CPU, no host sync in a step, NCCL on whatever GPUs there are."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import problem
+
+from manic import Mechanic
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+HERE = Path(__file__).parent
+
+
+def train(device: str, dtype: torch.dtype, steps: int = 30, **options: Any) -> tuple[Mechanic, list[torch.Tensor]]:
+    cpu_parameters, _ = problem(dtype)
+    parameters = [p.detach().to(device).requires_grad_() for p in cpu_parameters]
+    optimizer = Mechanic(torch.optim.AdamW(parameters, lr=1.0, weight_decay=0.1), s_init=1e-3, **options)
+    for step in range(steps):
+        set_gradients(parameters, step)
+        optimizer.step()
+    return optimizer, parameters
+
+
+def set_gradients(parameters: list[torch.Tensor], step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for p in parameters:
+        noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        p.grad = p.detach() + 0.1 * noise.to(p.device, p.dtype)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"store_delta": False}, {"variant": "pytorch"}, {"update": "snapshot"}], ids=str
+)
+def test_equals_the_cpu(options: dict[str, Any]) -> None:
+    on_cpu, cpu_parameters = train("cpu", torch.float64, **options)
+    on_gpu, gpu_parameters = train("cuda", torch.float64, **options)
+    assert on_gpu.scale.item() == pytest.approx(on_cpu.scale.item(), rel=1e-9)
+    assert on_gpu.scale.device.type == "cuda"
+    for a, b in zip(gpu_parameters, cpu_parameters):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options", [{}, {"store_delta": False}, {"variant": "pytorch"}, {"update": "snapshot"}], ids=str
+)
+def test_a_step_does_not_wait_for_the_device(options: dict[str, Any], dtype: torch.dtype) -> None:
+    optimizer, parameters = train("cuda", dtype, steps=2, **options)
+    set_gradients(parameters, 3)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+        optimizer.metrics()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def torchrun(*arguments: str) -> str:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    done = subprocess.run(
+        [*command, str(torch.cuda.device_count()), *arguments], capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+def test_fsdp2_over_nccl_equals_one_gpu() -> None:
+    assert "equal" in torchrun(str(HERE / "distributed" / "nccl_worker.py"))
+
+
+@pytest.mark.parametrize("parallel", ["fsdp2", "ddp", "fsdp1"])
+def test_the_main_job_over_nccl(parallel: str, tmp_path: Path) -> None:
+    text = torchrun(
+        str(HERE.parent / "launch" / "train.py"), "--device", "cuda", "--dtype", "bf16", "--parallel", parallel,
+        "--steps", "60", "--checkpoint-dir", str(tmp_path), "--checkpoint-every", "30",
+    )  # fmt: skip
+    assert "held-out loss" in text
+    assert (tmp_path / "step_00000060").is_dir()
