@@ -18,6 +18,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
 HERE = Path(__file__).parent
+OPTIONS = [{}, {"store_delta": False}, {"variant": "pytorch"}, {"update": "snapshot"}]
 
 
 def train(device: str, dtype: torch.dtype, steps: int = 30, **options: Any) -> tuple[Mechanic, list[torch.Tensor]]:

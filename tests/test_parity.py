@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,9 @@ import torch
 from torch import Tensor
 
 from manic import Mechanic
+from problems import BASES, PROBLEMS, STEPS, data, learning_rate, start
 
-GOLDEN = Path(__file__).with_name("golden")
-sys.path.insert(0, str(GOLDEN))
-from problems import BASES, PROBLEMS, STEPS, data, learning_rate, start  # noqa: E402
-
-OPTAX = json.loads((GOLDEN / "optax.json").read_text())
+OPTAX = json.loads(Path(__file__).with_name("golden").joinpath("optax.json").read_text())
 
 
 def loss(problem: str, p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -15,17 +16,17 @@ from typing import Any
 import pytest
 import torch
 
-LAUNCH = Path(__file__).parents[2] / "launch"
-sys.path.insert(0, str(LAUNCH))
 from manic.testing import RankError, run
+from parallel import MODES
 from report import read_records
 from train import parse, train
 
+LAUNCH = Path(__file__).parents[2] / "launch"
 SMALL = (
     "--layers 2 --width 32 --heads 4 --seq-len 32 --batch-size 8 --device cpu --log-every 1 --eval-every 0 "
     f"--data {Path(__file__).parents[1] / 'golden'} --lr 300"  # from a scale of 6e-6: parameters move in few steps
 ).split()
-MODES = ["fsdp2", "hsdp", "tp", "fsdp1", "ddp", "zero1", "none"]
+ADAMW = [(mode, "adamw") for mode in MODES]
 
 
 def job(*arguments: str) -> None:
@@ -146,8 +147,8 @@ def test_stopped_by_a_signal_it_goes_on_bit_for_bit(number: signal.Signals, tmp_
 
     file = tmp_path / "stopped.jsonl"
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(LAUNCH / "train.py"),
-        *SMALL, *arguments, "--checkpoint-dir", str(tmp_path / "run"), "--metrics", str(file),
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        str(LAUNCH / "train.py"), *SMALL, *arguments, "--checkpoint-dir", str(tmp_path / "run"), "--metrics", str(file),
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (tmp_path / "first.txt").open("w") as output:
@@ -184,8 +185,6 @@ def wait_until(condition: Any, process: subprocess.Popen[bytes], timeout: float 
 
 
 def kill_all(process: subprocess.Popen[bytes]) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
