@@ -120,6 +120,7 @@ class _Call:
         self.module, self.name, self.args, self.kwargs = module, name, args, kwargs
         self.world_size, self.timeout, self.folder = world_size, timeout, folder
         self.path = list(sys.path)
+        self.port = 0
 
     def output(self, rank: int) -> Path:
         return Path(self.folder, f"rank{rank}.txt")
@@ -130,15 +131,21 @@ class _Call:
         for part in self.name.split("."):
             target = getattr(target, part)
         target = getattr(target, "__wrapped__", target)
-        store = dist.FileStore(os.path.join(self.folder, "store"), self.world_size)
-        dist.init_process_group(
-            "gloo", store=store, rank=rank, world_size=self.world_size, timeout=timedelta(seconds=self.timeout)
-        )
+        timeout = timedelta(seconds=self.timeout)
+        store = dist.PrefixStore(self.folder, _connect(self.port))  # the folder's name is this call's alone
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=self.world_size, timeout=timeout)
         try:
+            dist.barrier()  # nobody may leave before all have connected
             return target(*self.args, **self.kwargs)
         finally:
             # Without a barrier: a rank that failed must not wait for others.
             dist.destroy_process_group()
+
+
+@functools.cache
+def _connect(port: int) -> dist.TCPStore:
+    """A rank's connection to the store of the process that called it, made once."""
+    return dist.TCPStore("127.0.0.1", port, is_master=False)
 
 
 class _Pool:
@@ -146,6 +153,7 @@ class _Pool:
 
     def __init__(self) -> None:
         self._workers: list[tuple[Any, Connection]] = []
+        self._store: dist.TCPStore | None = None
 
     def _grow(self, count: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -178,6 +186,9 @@ class _Pool:
             self.kill()
         self._grow(call.world_size)
         workers = self._workers[: call.world_size]
+        if self._store is None:  # on a port that is free, in this process, which outlives every rank
+            self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        call.port = self._store.port
         message = pickle.dumps(call)
         for _, connection in workers:
             connection.send_bytes(message)
