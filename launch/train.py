@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import Corpus
-from manic.checkpoint import Checkpointer
+from manic.checkpoint import Checkpointer, on_first_rank
 from model import GPT
 from optimizers import BASES, SCHEDULES, make_optimizer, make_scheduler, mechanic_of
 from parallel import MODES, Parallel, clip_gradients, parallelize
@@ -89,8 +89,7 @@ class StopSignal:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: Any) -> None:
-        self._seen.fill_(1)
-        signal.signal(number, signal.SIG_DFL)  # the second one means it
+        self._seen.fill_(1)  # again and again, for a terminal and torchrun both send it
 
     def everywhere(self) -> bool:
         """Whether any rank has been told to stop; a collective on the host, which does not wait for a GPU."""
@@ -156,26 +155,32 @@ def evaluate(corpus: Corpus, parallel: Parallel, options: argparse.Namespace, de
 
 def resume(checkpointer: Checkpointer | None, choice: str, progress: Progress) -> None:
     """Load what --resume asks for."""
-    if choice == "never":
-        if checkpointer is not None and checkpointer.latest() is not None:
-            raise ValueError(
-                f"--resume never: {checkpointer.directory} holds a run already; choose another --checkpoint-dir"
-            )
+    if checkpointer is None:
+        if choice not in ("never", "auto"):
+            raise ValueError("--resume PATH needs a --checkpoint-dir to go on saving to")
         return
+    latest = on_first_rank(checkpointer.latest)
     if choice == "auto":
-        if checkpointer is not None and checkpointer.latest() is not None:
+        if latest is not None:
             checkpointer.load()
         return
-    if checkpointer is None:
-        raise ValueError("--resume PATH needs a --checkpoint-dir to go on saving to")
-    path = Path(choice)
-    if not (path / ".metadata").is_file():
-        folder = Checkpointer(path, checkpointer.model, checkpointer.optimizers)
-        latest = folder.latest()
-        if latest is None:
-            raise FileNotFoundError(f"--resume {path}: neither a checkpoint nor a folder of checkpoints")
-        path = folder.path(latest)
-    checkpointer.load(path)
+    if choice != "never":
+        checkpointer.load(on_first_rank(lambda: find_checkpoint(Path(choice))))
+    if latest is not None and (choice == "never" or latest > progress.step):
+        raise ValueError(
+            f"--resume {choice}: {checkpointer.directory} holds a run already, up to step {latest}; choose another "
+            "--checkpoint-dir"
+        )
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A checkpoint itself, or the newest one in a folder of them."""
+    if (path / ".metadata").is_file():
+        return path
+    found = sorted(folder for folder in path.glob("step_*") if (folder / ".metadata").is_file())
+    if not found:
+        raise FileNotFoundError(f"--resume {path}: neither a checkpoint nor a folder of checkpoints")
+    return found[-1]
 
 
 class Progress:
@@ -183,7 +188,9 @@ class Progress:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.step = 0
-        self.identity = {"seed": options.seed, "batch_size": options.batch_size}
+        # With another of these it would not be the same run.
+        names = ("seed", "batch_size", "seq_len", "base_optimizer", "tuner", "variant")
+        self.identity = {name: getattr(options, name) for name in names}
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, **self.identity}
@@ -193,8 +200,8 @@ class Progress:
             if state[name] != value:
                 flag = name.replace("_", "-")
                 raise ValueError(
-                    f"the checkpoint was made with --{flag} {state[name]}, this run has --{flag} {value}: it would see "
-                    "other batches than it would have seen"
+                    f"the checkpoint was made with --{flag} {state[name]}, this run has --{flag} {value}; pass the "
+                    "same, or start anew in another --checkpoint-dir"
                 )
         self.step = state["step"]
 
@@ -275,8 +282,7 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
                 report.record({"step": progress.step, "eval_loss": eval_loss})
             since, since_step = time.perf_counter(), progress.step
         if checkpointer is not None and (progress.step % options.checkpoint_every == 0 or last):
-            if progress.step not in checkpointer.steps():
-                checkpointer.save(progress.step)
+            checkpointer.save(progress.step)
             since, since_step = time.perf_counter(), progress.step
 
     if stopped and progress.step < options.steps:
@@ -295,14 +301,14 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
 def main() -> int:
     """Run, and turn a user's mistake into one line on every rank."""
     options = parse()
-    device = set_up(options.device)
     try:
-        train(options, device)
+        train(options, set_up(options.device))
     except (ValueError, OSError) as error:
-        print(f"rank {dist.get_rank()}: {error}", file=sys.stderr, flush=True)
+        print(f"rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
         return 2
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 

@@ -168,6 +168,22 @@ class TestStep:
             assert optimizer.scale == scale
             assert torch.is_grad_enabled()
 
+    def test_an_error_in_the_reduction_puts_the_parameters_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        parameters, loss = problem()
+        optimizer = Mechanic(adamw(parameters), s_init=1e-2)
+        train(optimizer, loss, 3)
+        before = tensors(parameters)
+        loss(3).backward()
+
+        def lost(self: Any) -> None:
+            raise RuntimeError("connection closed by peer")
+
+        monkeypatch.setattr("manic.reduction.Reduction.wait", lost)
+        with pytest.raises(RuntimeError, match="closed by peer"):
+            optimizer.step()
+        for p, q in zip(parameters, before):
+            torch.testing.assert_close(p.detach(), q, rtol=1e-15, atol=1e-15)
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("options", [{}, {"update": "snapshot"}, {"store_delta": False}, {"variant": "pytorch"}])
     def test_low_precision_parameters(self, dtype: torch.dtype, options: dict[str, Any]) -> None:
@@ -381,6 +397,9 @@ class TestMechanize:
         optimizer = mechanize(torch.optim.SGD, log_func=seen.append, log_every=3)(parameters, lr=1.0)
         train(optimizer, loss, 7)
         assert [record["iter_count"] for record in seen] == [3, 6]
+        optimizer.load_state_dict(optimizer.state_dict())
+        train(optimizer, loss, 2, start=7)
+        assert seen[-1]["iter_count"] == 9
         assert all(isinstance(record["s"], float) for record in seen)
 
 

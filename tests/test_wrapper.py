@@ -156,6 +156,72 @@ def test_a_state_dict_that_does_not_fit_is_refused_before_anything_changes() -> 
         )
 
 
+@pytest.mark.parametrize("saved_with", [True, False])
+def test_store_delta_may_change_at_a_load(saved_with: bool) -> None:
+    model, optimizer = make("sgd", store_delta=saved_with)
+    train(optimizer, model.loss, 8)
+    saved = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    train(optimizer, model.loss, 4, start=8)
+    other, resumed = make("sgd", store_delta=not saved_with)
+    other.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    train(resumed, other.loss, 4, start=8)
+    assert resumed.scale.item() == pytest.approx(optimizer.scale.item(), rel=1e-2)
+    torch.testing.assert_close(other.a, model.a, rtol=1e-3, atol=1e-3)
+    assert ("mechanic_delta" in resumed.state[other.a]) is not saved_with
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_weights_that_arrive_after_a_look_at_the_state_are_kept(base: str) -> None:
+    model, optimizer = make(base)
+    get_optimizer_state_dict(model, optimizer)
+    with torch.no_grad():
+        model.a.fill_(100.0)
+    train(optimizer, model.loss, 1)
+    assert (model.a - 100.0).abs().max() < 1.0
+
+
+def test_a_warm_base_keeps_its_moments_when_it_is_wrapped() -> None:
+    model = Model()
+    base = adamw([model.a, model.b], lr=1e-3)
+    train(base, model.loss, 3)
+    optimizer = Mechanic(base)
+    get_optimizer_state_dict(model, optimizer)
+    train(optimizer, model.loss, 1, start=3)
+    assert optimizer.state[model.a]["step"] == 4
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"betas": (0.9, 0.99)}, "other betas"), ({"betas": (0.8, 0.99, 0.999, 0.9999, 0.99999, 0.999999)}, "other betas"),
+    ({"variant": "pytorch"}, "of variant optax, this one pytorch"),
+], ids=str)  # fmt: skip
+def test_a_tuner_with_other_settings_is_refused_before_anything_changes(options: dict[str, Any], words: str) -> None:
+    model, optimizer = make("adamw")
+    train(optimizer, model.loss, 3)
+    other, resumed = make("adamw", **options)
+    train(resumed, other.loss, 1)
+    before = copy.deepcopy(resumed.state_dict())
+    with pytest.raises(ValueError, match=words):
+        resumed.load_state_dict(optimizer.state_dict())
+    after = resumed.state_dict()
+    assert torch.equal(after["state"][0]["exp_avg"], before["state"][0]["exp_avg"])
+    assert torch.equal(after["param_groups"][0]["mechanic"], before["param_groups"][0]["mechanic"])
+
+
+def test_a_checkpoint_of_another_precision_loads() -> None:
+    model, optimizer = make("sgd")
+    train(optimizer, model.loss, 3)
+    for dtype in (torch.float64, torch.bfloat16):
+        other = Model().to(dtype)
+        resumed = Mechanic(BASES["sgd"]([other.a, other.b]), s_init=1e-3)
+        other.load_state_dict(model.state_dict())
+        resumed.load_state_dict(optimizer.state_dict())
+        for p in (other.a, other.b):
+            p.grad = torch.ones_like(p)
+        resumed.step()
+        assert resumed.state[other.a]["mechanic_x_ref"].dtype == dtype
+
+
 def test_load_hooks_run() -> None:
     _, optimizer = make("adamw")
     calls = []

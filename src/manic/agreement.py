@@ -16,12 +16,15 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from manic.layout import Layout, is_fsdp1, local
+from manic.displacement import chunks
+from manic.layout import Layout, check_gradient, is_fsdp1, local
 
 __all__ = ["agree"]
 
 
-def agree(parameters: Sequence[Tensor], settings: str, layout: Layout, device: torch.device) -> None:
+def agree(
+    parameters: Sequence[Tensor], settings: str, layout: Layout, device: torch.device, dtype: torch.dtype
+) -> None:
     """Check over the group that all ranks hold what ``layout`` says, and run with the same settings.
 
     Args:
@@ -29,13 +32,18 @@ def agree(parameters: Sequence[Tensor], settings: str, layout: Layout, device: t
         settings: Whatever else must be equal, in words.
         layout: Its ``fsdp1_replicas`` is set here.
         device: Where the group's backend takes tensors from.
+        dtype: In which sums are compared: the tuner's.
 
     Raises:
+        TypeError: on every rank alike, if any has a gradient that Mechanic cannot use.
         ValueError: on every rank alike, if settings, parameters, shapes, dtypes or placements differ between ranks
             that should hold the same, or if plain parameters that should be copies are not.
     """
     group = layout.group
+    unusable = _unusable_gradient(parameters)
     if group is None:
+        if unusable:
+            raise TypeError(unusable)
         return
     if dist.get_world_size(group) % layout.pipeline_stages:
         raise ValueError(
@@ -45,7 +53,12 @@ def agree(parameters: Sequence[Tensor], settings: str, layout: Layout, device: t
     common = f"{settings}, plain={layout.plain}, pipeline_stages={layout.pipeline_stages}"
     held = [text for text in (_describe(parameter, layout) for parameter in parameters) if text is not None]
 
-    rows = _gather(torch.tensor([_digest(common), _digest("\n".join(held))], device=device), group)
+    rows = _gather(torch.tensor([_digest(common), _digest("\n".join(held)), len(unusable)], device=device), group)
+    if any(row[2] for row in rows):
+        everyone = [""] * len(rows)
+        dist.all_gather_object(everyone, unusable, group=group)
+        rank = next(rank for rank, text in enumerate(everyone) if text)
+        raise TypeError(f"rank {rank}: {everyone[rank]}")
     _compare([int(row[0]) for row in rows], 1, "settings", [common], group)
     _compare([int(row[1]) for row in rows], layout.pipeline_stages, "parameters", held, group)
 
@@ -53,9 +66,19 @@ def agree(parameters: Sequence[Tensor], settings: str, layout: Layout, device: t
         layout.replicas(parameter)  # raises, alike on all ranks, if the group can't hold it evenly
     if layout.plain == "replicated":
         replicated = [p for p in parameters if not isinstance(p, DTensor) and not is_fsdp1(p)]
-        if layout.pipeline_stages == 1:
-            _check_copies(replicated, group, device)
-        layout.fsdp1_replicas = _find_fsdp1_replicas([p for p in parameters if is_fsdp1(p)], group, device)
+        _check_copies(replicated, layout.pipeline_stages, group, device, dtype)
+        flattened = [p for p in parameters if is_fsdp1(p)]
+        layout.fsdp1_replicas = _find_fsdp1_replicas(flattened, group, device, dtype)
+
+
+def _unusable_gradient(parameters: Sequence[Tensor]) -> str:
+    """What is wrong with the gradients, in words; empty: nothing."""
+    for parameter in parameters:
+        try:
+            check_gradient(parameter)
+        except TypeError as error:
+            return str(error)
+    return ""
 
 
 def _describe(parameter: Tensor, layout: Layout) -> str | None:
@@ -107,23 +130,43 @@ def _compare(digests: list[int], stages: int, what: str, mine: list[str], group:
     )
 
 
-def _moments(parameters: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Element count, sum, sum of squares and whether elements differ, for each parameter: [n, 4] float64."""
+def _moments(parameters: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Element count, sum, sum of squares and whether elements differ, for each parameter: [n, 4]."""
     rows = []
     for parameter in parameters:
         x = local(parameter)
-        varied = x.numel() > 1 and bool((x != x.reshape(-1)[0]).any())
-        wide = x.double() if x.device.type != "mps" else x.float()
-        rows.append([x.numel(), wide.sum().item(), wide.square().sum().item(), float(varied)])
-    return torch.tensor(rows, dtype=torch.float64).reshape(-1, 4).nan_to_num().to(device)
+        row = torch.zeros(4, dtype=dtype, device=x.device)
+        for (piece,) in chunks(x):
+            wide = piece.reshape(-1).to(dtype)
+            row[0] += wide.numel()
+            row[1] += wide.sum()
+            row[2] += torch.dot(wide, wide)
+            row[3] += (piece != x.reshape(-1)[0]).any()
+        rows.append(row.to(device))
+    return torch.stack(rows).nan_to_num() if rows else torch.zeros(0, 4, dtype=dtype, device=device)
 
 
-def _check_copies(parameters: Sequence[Tensor], group: ProcessGroup, device: torch.device) -> None:
-    """Raise everywhere if parameters that should be copies of each other differ between ranks."""
-    moments = torch.stack(_gather(_moments(parameters, device), group))[..., 1:3]
-    spread = moments.amax(dim=0) - moments.amin(dim=0)
+def _check_copies(
+    parameters: Sequence[Tensor], stages: int, group: ProcessGroup, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Raise everywhere if parameters that should be copies of each other differ, or stages hold the same ones."""
+    moments = _moments(parameters, device, dtype)
+    if stages > 1:
+        varied = bool((moments[:, 3] > 0).any())
+        mine = torch.tensor([_digest(str(moments.tolist())) if varied else 0], device=device)
+        counts = Counter(int(row[0]) for row in _gather(mine, group))
+        size = dist.get_world_size(group) // stages
+        if any(count != size for digest, count in counts.items() if digest):
+            raise ValueError(
+                f"pipeline_stages={stages} says that every plain parameter is on {size} rank(s) with the same values, "
+                f"but some are on {sorted({count for digest, count in counts.items() if digest})}: stages must hold "
+                "different parameters, and the ranks of a stage the same"
+            )
+        return
+    every = torch.stack(_gather(moments, group))[..., 1:3]
+    spread = every.amax(dim=0) - every.amin(dim=0)
     # Copies are equal bit for bit; the margin is for ranks whose devices sum in another order.
-    differs = (spread > 1e-6 * (moments.abs().amax(dim=0) + spread.new_tensor(1e-12))).any(dim=-1)
+    differs = (spread > 1e-6 * (every.abs().amax(dim=0) + 1e-12)).any(dim=-1)
     if differs.any():
         index = int(differs.nonzero()[0])
         raise ValueError(
@@ -134,14 +177,16 @@ def _check_copies(parameters: Sequence[Tensor], group: ProcessGroup, device: tor
         )
 
 
-def _find_fsdp1_replicas(parameters: Sequence[Tensor], group: ProcessGroup, device: torch.device) -> int:
+def _find_fsdp1_replicas(
+    parameters: Sequence[Tensor], group: ProcessGroup, device: torch.device, dtype: torch.dtype
+) -> int:
     """How many ranks hold each FSDP1 shard: 1 for FULL_SHARD, the number of replicas for HYBRID_SHARD.
 
     FSDP1's parameters say nothing of their group, but ranks that hold one shard hold the same numbers.
     """
     if not parameters:
         return 1
-    moments = torch.stack(_gather(_moments(parameters, device), group))
+    moments = torch.stack(_gather(_moments(parameters, device, dtype), group))
     counts: set[int] = set()
     for column in moments.unbind(dim=1):
         varied = [tuple(row.tolist()) for row in column if row[3]]

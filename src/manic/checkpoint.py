@@ -11,12 +11,13 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -27,7 +28,9 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 
-__all__ = ["Checkpointer"]
+__all__ = ["Checkpointer", "on_first_rank"]
+
+T = TypeVar("T")
 
 _STEP = re.compile(r"step_(\d+)")
 # Flat, so that every value stands under its parameter's name, and ranks may own different parameters.
@@ -99,7 +102,10 @@ class Checkpointer:
         Raises:
             FileExistsError: on every rank, if there is a checkpoint of that step.
             OSError: on every rank, if it cannot be written.
+            ValueError: if ``step`` is negative.
         """
+        if step < 0:
+            raise ValueError(f"step must not be negative, got {step}")
         path = self.path(step)
         partial = path.with_name(f".incomplete_{path.name}")
 
@@ -111,11 +117,14 @@ class Checkpointer:
 
         def publish() -> None:
             partial.rename(path)
-            self._retire()
+            self._retire(step)
 
-        _on_first_rank(prepare)
-        dcp.save(self._state(), checkpoint_id=partial)
-        _on_first_rank(publish)
+        on_first_rank(prepare)
+        try:
+            dcp.save(self._state(), checkpoint_id=partial)
+        except CheckpointException as error:
+            raise OSError(f"could not write {partial}: {_reasons(error)}") from error
+        on_first_rank(publish)
         return path
 
     def load(self, step: int | Literal["latest"] | Path = "latest") -> None:
@@ -127,21 +136,25 @@ class Checkpointer:
             step: Which one: a step, ``"latest"``, or the path of a checkpoint anywhere.
 
         Raises:
-            FileNotFoundError: if there is no such checkpoint.
-            ValueError: on every rank, if it is of another model; nothing is loaded then.
+            FileNotFoundError: on every rank, if there is no such checkpoint.
+            ValueError: on every rank, if it is of another model or optimizer; neither is changed then.
         """
-        if isinstance(step, Path):
-            path = step
-        else:
-            chosen = self.latest() if step == "latest" else step
-            if chosen is None:
-                raise FileNotFoundError(f"there is no checkpoint in {self.directory}")
-            path = self.path(chosen)
-        if not (path / ".metadata").is_file():
-            raise FileNotFoundError(
-                f"{path} is no checkpoint: it has no .metadata file; there are steps {self.steps()}"
-            )
 
+        def find() -> Path:
+            if isinstance(step, Path):
+                path = step
+            else:
+                chosen = self.latest() if step == "latest" else step
+                if chosen is None:
+                    raise FileNotFoundError(f"there is no checkpoint in {self.directory}")
+                path = self.path(chosen)
+            if not (path / ".metadata").is_file():
+                there = f"there are steps {self.steps()}"
+                raise FileNotFoundError(f"{path} is no checkpoint: it has no .metadata file; {there}")
+            return path
+
+        # One rank looks: on a shared file system, others may not see the newest directory yet.
+        path = on_first_rank(find)
         saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
         state = self._state()
         for optimizer in self.optimizers:
@@ -150,8 +163,12 @@ class Checkpointer:
         _raise_everywhere(_mismatch(state["model"], saved, path))
         if any(f"random.{_rank()}.{name}" not in saved for name in state["random"][str(_rank())]):
             del state["random"]  # saved on fewer ranks, or on other devices
-        dcp.load(state, checkpoint_id=path)
-
+        # First what is cheap and may refuse, then what is large.
+        objects = {"objects": state.pop("objects")}
+        _read(objects, path)
+        for name, thing in self.objects.items():
+            thing.load_state_dict(objects["objects"][name])
+        _read(state, path)
         set_model_state_dict(self.model, state["model"])
         for optimizer in self.optimizers:
             if isinstance(optimizer, ZeroRedundancyOptimizer):
@@ -160,8 +177,6 @@ class Checkpointer:
                 # Not strict: whatever has a state here was asked for and found, and SGD without momentum has none.
                 options = StateDictOptions(strict=False)
                 set_optimizer_state_dict(self.model, optimizer, _nested(state["optimizer"]), options=options)
-        for name, thing in self.objects.items():
-            thing.load_state_dict(state["objects"][name])
         if "random" in state:
             _set_random_state(state["random"][str(_rank())])
 
@@ -189,12 +204,12 @@ class Checkpointer:
             for name, parameter in self.model.named_parameters()
         }
 
-    def _retire(self) -> None:
-        """Remove what is not to be kept."""
+    def _retire(self, saved: int) -> None:
+        """Remove what is not to be kept; what has just been saved is."""
         if self.keep_latest is None:
             return
         for step in self.steps()[: -self.keep_latest]:
-            if self.keep_every is None or step % self.keep_every:
+            if step != saved and (self.keep_every is None or step % self.keep_every):
                 # Out of sight first: a directory that is half removed must not look like a checkpoint.
                 doomed = self.path(step).rename(self.directory / f".removed_{self.path(step).name}")
                 shutil.rmtree(doomed, ignore_errors=True)
@@ -255,24 +270,36 @@ def _copy_settings(source: Sequence[dict[str, Any]], target: Sequence[dict[str, 
         mine.update({key: value for key, value in theirs.items() if key != "params"})
 
 
+def _read(state: dict[str, Any], path: Path) -> None:
+    """Fill ``state`` from the checkpoint; ValueError on every rank if it lacks what is asked for."""
+    try:
+        dcp.load(state, checkpoint_id=path)
+    except CheckpointException as error:
+        raise ValueError(f"{path} does not fit this run: {_reasons(error)}") from error
+
+
+def _reasons(error: CheckpointException) -> str:
+    return "; ".join(f"rank {rank}: {reason[0]}" for rank, reason in error.failures.items())
+
+
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _on_first_rank(action: Callable[[], None]) -> None:
-    """Do it on rank 0; an error there is raised on every rank."""
-    error: OSError | None = None
+def on_first_rank(action: Callable[[], T]) -> T:
+    """Do it on rank 0; its result, or its OSError, is every rank's."""
+    box: list[Any] = [None, None]
     if _rank() == 0:
         try:
-            action()
-        except OSError as caught:
-            error = caught
+            box[0] = action()
+        except OSError as error:
+            box[1] = error
     if dist.is_initialized():
-        box = [error]
         dist.broadcast_object_list(box, src=0)
-        error = box[0]
-    if error is not None:
-        raise error
+    if box[1] is not None:
+        raise box[1]
+    result: T = box[0]
+    return result
 
 
 def _raise_everywhere(message: str | None) -> None:

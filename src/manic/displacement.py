@@ -176,12 +176,12 @@ def write_back(iterates: Sequence[Iterate], scale: Tensor) -> None:
         scale: S_{t+1}, a 0-dim tensor.
     """
     for iterate in iterates:
-        factor = scale.to(working_dtype(iterate.x))
+        factor = scale.to(iterate.x.device, working_dtype(iterate.x))
         for x, x_ref, delta, x_before in chunks(iterate.x, iterate.x_ref, iterate.delta, iterate.x_before):
             if x_before is None:
                 moved = x if delta is None else delta.add_(x)
             elif delta is None:
-                moved = (x - x_before).add_(iterate.delta_from(x_before, x_ref))
+                moved = iterate.delta_from(x_before, x_ref).add_(x.to(factor.dtype) - x_before)
             else:
                 moved = delta.add_(x.to(delta.dtype) - x_before)
             _write(x, x_ref, moved, factor)

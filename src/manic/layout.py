@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate
 
-__all__ = ["Layout", "Plain", "is_fsdp1", "local", "local_gradient"]
+__all__ = ["Layout", "Plain", "check_gradient", "is_fsdp1", "local", "local_gradient"]
 
 Plain = Literal["replicated", "sharded"]
 """What plain tensors are to the ranks of the group: the same on each (DDP), or other parts on each (ZeRO)."""
@@ -49,22 +49,29 @@ def local_gradient(parameter: Tensor) -> Tensor | None:
     gradient = parameter.grad
     if gradient is None:
         return None
+    check_gradient(parameter)
+    if isinstance(gradient, DTensor) and isinstance(parameter, DTensor) and gradient.placements != parameter.placements:
+        gradient = gradient.redistribute(parameter.device_mesh, parameter.placements)
+        parameter.grad = gradient
+    return local(gradient)
+
+
+def check_gradient(parameter: Tensor) -> None:
+    """Raise TypeError if ``parameter`` has a gradient that Mechanic cannot use."""
+    gradient = parameter.grad
+    if gradient is None:
+        return
     if gradient.layout != torch.strided or gradient.is_complex():
         kind = "complex" if gradient.is_complex() else "sparse"
         raise TypeError(
             f"a parameter of shape {tuple(parameter.shape)} has a {kind} gradient; Mechanic needs dense real ones "
             "(for an embedding, pass sparse=False)"
         )
-    if isinstance(parameter, DTensor):
-        if not isinstance(gradient, DTensor):
-            raise TypeError(
-                f"a DTensor parameter of shape {tuple(parameter.shape)} has a plain gradient; expected a DTensor with "
-                "the parameter's mesh and placements"
-            )
-        if gradient.placements != parameter.placements:
-            gradient = gradient.redistribute(parameter.device_mesh, parameter.placements)
-            parameter.grad = gradient
-    return local(gradient)
+    if isinstance(parameter, DTensor) and not isinstance(gradient, DTensor):
+        raise TypeError(
+            f"a DTensor parameter of shape {tuple(parameter.shape)} has a plain gradient; expected a DTensor with "
+            "the parameter's mesh and placements"
+        )
 
 
 class Layout:
@@ -89,6 +96,8 @@ class Layout:
             raise ValueError(f"pipeline_stages must be a positive int, got {pipeline_stages!r}")
         self.plain = plain
         self.pipeline_stages = pipeline_stages
+        if process_group is not None and dist.get_rank(process_group) < 0:
+            raise ValueError("this rank is not in process_group; pass the group of the ranks that train this model")
         self._declared_group = process_group
         self.fsdp1_replicas = 1
         """How many ranks hold each element of an FSDP1 shard; found when the ranks first compare notes."""
@@ -113,8 +122,6 @@ class Layout:
 
     def replicas(self, parameter: Tensor) -> float:
         """How many ranks of the group hold each local element of ``parameter``.
-
-        A whole number on every layout that :meth:`validate` accepts.
 
         Raises:
             ValueError: if the group does not hold the parameter whole, or some elements oftener than others.

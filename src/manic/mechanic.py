@@ -87,7 +87,7 @@ class Mechanic(OptimizerWrapper):
         self._came_with_state = [bool(base.state) for base in optimizers]
         self._state_is_placeholder = False
         self._started = False
-        self._agreed_on: list[int] | None = None
+        self._agreed_on: list[list[int]] | None = None
         super().__init__(optimizers)
         self._tuner.to(self._home_device())
         self._share_global_state()
@@ -123,13 +123,14 @@ class Mechanic(OptimizerWrapper):
         if tuner.variant.x_after_base_step:
             with stepping(iterates):
                 self._step_bases()
-                reduction = self._reduce(gradient, position_sums(iterates, like))
+                sums = self._reduce(gradient, position_sums(iterates, like)).wait()
         else:
             reduction = self._reduce(gradient, position_sums(iterates, like))
             with stepping(iterates):  # the all_reduce hides behind the base step
                 self._step_bases()
+                sums = reduction.wait()
 
-        scale = tuner.update(reduction.wait())
+        scale = tuner.update(sums)
         write_back(iterates, scale)
         return loss
 
@@ -171,7 +172,7 @@ class Mechanic(OptimizerWrapper):
         if not creating:
             self._share_global_state()
             self._agree()
-            if self._state_is_placeholder:
+            if not self._started:
                 self._drop_placeholders()
             self._started = True
         home = self._home_device()
@@ -180,11 +181,12 @@ class Mechanic(OptimizerWrapper):
             self._share_global_state()
 
         scale = self._tuner.state[3].sum()
+        scales = {home: scale}
         iterates = []
         for optimizer, update in zip(self.optimizers, self._updates):
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
-                    iterate = self._iterate(optimizer, group, parameter, update, scale)
+                    iterate = self._iterate(optimizer, group, parameter, update, scales)
                     if iterate is not None:
                         iterates.append(iterate)
         if creating:
@@ -193,7 +195,12 @@ class Mechanic(OptimizerWrapper):
         return iterates
 
     def _iterate(
-        self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor, update: str, scale: Tensor
+        self,
+        optimizer: Optimizer,
+        group: dict[str, Any],
+        parameter: Tensor,
+        update: str,
+        scales: dict[torch.device, Tensor],
     ) -> Iterate | None:
         """The local shard of ``parameter`` with its x_ref and Delta, or ``None`` if the step leaves it alone."""
         gradient = local_gradient(parameter)
@@ -202,37 +209,55 @@ class Mechanic(OptimizerWrapper):
             for key in self.STATE_KEYS:
                 optimizer.state.get(parameter, {}).pop(key, None)
             return None
+        x = local(parameter)
+        if x.device not in scales:
+            scales[x.device] = next(iter(scales.values())).to(x.device)
         state = optimizer.state.setdefault(parameter, {})
-        if X_REF not in state:
-            state[X_REF] = parameter.detach().clone()
-            state.pop(DELTA, None)
-        if self._store_delta and DELTA not in state:
-            state[DELTA] = torch.zeros_like(parameter, dtype=working_dtype(parameter), requires_grad=False)
+        self._complete(state, parameter, scales[x.device])
         if gradient is None and not self._tuner.variant.moves_without_gradient:
             return None
         if update == "by group":
-            update = "decoupled" if group["decoupled_weight_decay"] else "coupled"
+            update = "decoupled" if group.get("decoupled_weight_decay", False) else "coupled"
         return Iterate(
             parameter=parameter,
             group=group,
             update=update,  # type: ignore[arg-type]
-            x=local(parameter),
+            x=x,
             gradient=gradient,
             x_ref=local(state[X_REF]),
             delta=local(state[DELTA]) if self._store_delta else None,
             replicas=self._layout.replicas(parameter),
-            scale=scale,
+            scale=scales[x.device],
             eps=self._tuner.eps,
         )
 
+    def _complete(self, state: dict[str, Any], parameter: Tensor, scale: Tensor) -> None:
+        """Make ``state`` hold x_ref, and Delta where it is stored: new ones, or what a load left of them."""
+        dtype = working_dtype(parameter)
+        starts_here = X_REF not in state
+        if starts_here:
+            state[X_REF] = parameter.detach().clone()
+        elif state[X_REF].dtype != parameter.dtype:
+            state[X_REF] = state[X_REF].to(parameter.dtype)
+        if not self._store_delta or starts_here:
+            state.pop(DELTA, None)
+        if self._store_delta and DELTA not in state:
+            state[DELTA] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+            if not starts_here:  # saved with store_delta=False
+                delta = (local(parameter).to(dtype) - local(state[X_REF])) / (scale + self._tuner.eps).to(dtype)
+                local(state[DELTA]).copy_(delta)
+        elif self._store_delta and state[DELTA].dtype != dtype:
+            state[DELTA] = state[DELTA].to(dtype)
+
     def _agree(self) -> None:
         """Compare notes with the other ranks, at the first step and when parameters were added."""
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        identities = [id(parameter) for parameter in parameters]
+        # By group: inside of ZeRO, a rank may be given a new group that is empty.
+        identities = [[id(parameter) for parameter in group["params"]] for group in self.param_groups]
         if identities == self._agreed_on:
             return
-        home = self._home_device()
-        agree(parameters, self._settings(), self._layout, self._layout.communication_device(home))
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        device = self._layout.communication_device(self._home_device())
+        agree(parameters, self._settings(), self._layout, device, self._tuner.state.dtype)
         self._agreed_on = identities
 
     def _create_state(self, iterates: list[Iterate]) -> None:
@@ -249,16 +274,18 @@ class Mechanic(OptimizerWrapper):
         for iterate in iterates:
             iterate.x.copy_(iterate.x_ref)
         if self._state_is_placeholder:
-            self._tuner.state[-1].fill_(_PLACEHOLDER)
+            self._tuner.state[4].fill_(_PLACEHOLDER)
 
     def _drop_placeholders(self) -> None:
+        """Forget what was only made to be looked at: a run starts from where its parameters are now."""
         for optimizer, came_with_state in zip(self.optimizers, self._came_with_state):
-            if not came_with_state:
+            if self._state_is_placeholder and not came_with_state:
                 optimizer.state.clear()
             for state in optimizer.state.values():
                 for key in self.STATE_KEYS:
                     state.pop(key, None)
-        self._tuner.reset()
+        if self._state_is_placeholder:
+            self._tuner.reset()
         self._state_is_placeholder = False
 
     def _has_state(self) -> bool:
@@ -267,14 +294,18 @@ class Mechanic(OptimizerWrapper):
     def _global_state(self) -> Tensor:
         return self._tuner.state
 
+    def _check_global_state(self, saved: Tensor) -> None:
+        self._tuner.check(saved)
+
     def _load_global_state(self, saved: Tensor | None) -> None:
         if saved is None:
             self._tuner.reset()
             self._state_is_placeholder = self._started = False
         else:
             self._tuner.load(saved)
-            self._state_is_placeholder = float(saved[-1, 0]) == _PLACEHOLDER
-            self._started = not self._state_is_placeholder
+            updates = float(self._tuner.updates)
+            self._state_is_placeholder = updates == _PLACEHOLDER
+            self._started = updates > 0
 
     def _home_device(self) -> torch.device:
         """The device of the first parameter; of the process group's backend where this rank has none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -61,19 +62,32 @@ def mechanize(
             recipe = (optimizer_class, {"log_func": log_func, "log_every": log_every, **options})
             return _rebuild, recipe, self.__getstate__()
 
+        def __deepcopy__(self, memo: dict[int, Any]) -> Mechanic:
+            twin = type(self).__new__(type(self))
+            memo[id(self)] = twin
+            twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+            return twin
+
         def _log_steps(self) -> None:
             if log_every == 0:
                 return
 
             count: int | None = None
 
+            def forget(optimizer: Optimizer) -> None:
+                nonlocal count
+                count = None
+
             def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                 nonlocal count
+                if not self._started:  # a step that only made a state for checkpointing
+                    return
                 count = int(self._tuner.updates) if count is None else count + 1
                 if count % log_every == 0:
                     log({"iter_count": count, "s": self.scale.item()})
 
             self.register_step_post_hook(hook)
+            self.register_load_state_dict_post_hook(forget)
 
     name = getattr(optimizer_class, "__name__", "")
     Mechanized.__name__ = Mechanized.__qualname__ = f"Mechanized{name}"

@@ -38,6 +38,8 @@ import torch.distributed as dist
 __all__ = ["RankError", "ranks", "run", "shutdown"]
 
 DEFAULT_TIMEOUT = 120.0
+# Where a decorated test keeps the function that its ranks call.
+_ON_EACH_RANK = "__manic_on_each_rank__"
 # After one rank has failed, how long the others may take to fail or finish as well.
 _GRACE = 3.0
 # Until a fresh process has imported torch, on a machine that is busy with others.
@@ -64,6 +66,7 @@ def ranks(world_size: int, *, timeout: float = DEFAULT_TIMEOUT) -> Callable[[Cal
         def on_all_ranks(*args: Any, **kwargs: Any) -> None:
             run(on_all_ranks, world_size, *args, timeout=timeout, **kwargs)
 
+        vars(on_all_ranks)[_ON_EACH_RANK] = function
         return on_all_ranks
 
     return decorate
@@ -130,7 +133,7 @@ class _Call:
         target: Any = importlib.import_module(self.module)
         for part in self.name.split("."):
             target = getattr(target, part)
-        target = getattr(target, "__wrapped__", target)
+        target = getattr(target, _ON_EACH_RANK, target)
         timeout = timedelta(seconds=self.timeout)
         store = dist.PrefixStore(self.folder, _connect(self.port))  # the folder's name is this call's alone
         dist.init_process_group("gloo", store=store, rank=rank, world_size=self.world_size, timeout=timeout)

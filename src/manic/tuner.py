@@ -94,13 +94,12 @@ class Tuner:
         if not (eps > 0.0 and math.isfinite(eps)):
             raise ValueError(f"eps must be positive and finite, got {eps}")
         self.betas, self.s_init, self.s_decay, self.eps = betas, s_init, float(s_decay), float(eps)
-        # One tensor, so that a checkpoint holds the tuner whole or not at all.
-        # Rows r, m, v, s and the number of updates made; a column for each beta.
-        self.state = torch.zeros(5, len(betas), dtype=torch.float64)
+        # One tensor, so that a checkpoint holds the tuner whole or not at all. Rows r, m, v, s, the number of updates
+        # made, and what a saved one must agree in: the betas and the variant. A column for each beta.
+        self.state = torch.zeros(7, len(betas), dtype=torch.float64)
         # The last step's h and sums, for whoever watches; nan before the first step.
         self.h = torch.full((), math.nan, dtype=torch.float64)
         self.sums = Sums(self.h, self.h, self.h, self.h)
-        self._beta = torch.tensor(betas, dtype=torch.float64)
         self.reset()
 
     def reset(self) -> None:
@@ -109,26 +108,37 @@ class Tuner:
         self.state[1].fill_(self.variant.m_start)
         if self.variant.s_starts_at_init:
             self.state[3].fill_(self.s_init)
+        self.state[5].copy_(torch.tensor(self.betas, dtype=torch.float64))
+        self.state[6].fill_(list(VARIANTS).index(self.variant.name))
 
     def to(self, device: torch.device) -> None:
         """Move to ``device``, in float64, or in float32 where the device has no float64."""
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.state = self.state.to(device, dtype)
-        self._beta = self._beta.to(device, dtype)
         self.h = self.h.to(device, dtype)
         self.sums = Sums(*(value.to(device, dtype) for value in self.sums))
+
+    def check(self, state: Tensor) -> None:
+        """Raise unless ``state`` was saved by a tuner like this one.
+
+        Raises:
+            ValueError: if it was saved with other betas or another variant.
+        """
+        if state.shape != self.state.shape or not torch.allclose(state[5].double().cpu(), self.state[5].double().cpu()):
+            saved = state[5].tolist() if state.ndim == 2 and state.shape[0] == 7 else f"shape {tuple(state.shape)}"
+            raise ValueError(f"the saved tuner has other betas: {saved} there, {list(self.betas)} here; pass the same")
+        names = list(VARIANTS)
+        if int(state[6, 0]) != names.index(self.variant.name):
+            saved_name = dict(enumerate(names)).get(int(state[6, 0]), "unknown to this version")
+            raise ValueError(f"the saved tuner is of variant {saved_name}, this one {self.variant.name}; pass the same")
 
     def load(self, state: Tensor) -> None:
         """Copy a saved :attr:`state` into this one, in place.
 
         Raises:
-            ValueError: if it was saved with another number of betas.
+            ValueError: as :meth:`check` does.
         """
-        if state.shape != self.state.shape:
-            raise ValueError(
-                f"the saved tuner has shape {tuple(state.shape)}, this one {tuple(self.state.shape)}: "
-                "it was saved with another number of betas; pass the same betas"
-            )
+        self.check(state)
         self.state.copy_(state)
 
     @property
@@ -151,8 +161,7 @@ class Tuner:
         Returns:
             S_{t+1}: 0-dim. No host synchronisation takes place.
         """
-        r, m, v, s, updates = self.state.unbind()
-        beta = self._beta
+        r, m, v, s, updates, beta, _ = self.state.unbind()
 
         decay = self.s_decay * s.sum() * sums.grad_square.sqrt() / (sums.x_square.sqrt() + self.eps)
         h = sums.delta_grad + decay * sums.delta_x

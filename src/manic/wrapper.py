@@ -134,6 +134,10 @@ class OptimizerWrapper(Optimizer):
         """The tensor kept in every param group."""
         raise NotImplementedError
 
+    def _check_global_state(self, saved: Tensor) -> None:
+        """Raise ValueError unless ``saved`` can be loaded."""
+        raise NotImplementedError
+
     def _load_global_state(self, saved: Tensor | None) -> None:
         """Copy a loaded one into it; ``None``: the checkpoint is of the base optimizers alone."""
         raise NotImplementedError
@@ -176,7 +180,8 @@ class OptimizerWrapper(Optimizer):
             state_dict: Of an optimizer with as many groups and parameters.
 
         Raises:
-            ValueError: if groups or shapes do not fit.
+            ValueError: if groups, shapes or the wrapper's settings do not fit; nothing of the wrapper or, but for what
+                the base optimizers check themselves, of them has changed then.
         """
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -191,6 +196,9 @@ class OptimizerWrapper(Optimizer):
             )
         saved = [group.pop(self.GROUP_KEY, None) for group in groups]
         own = self._own_state_to_load(states, groups)
+        for tensor in saved:
+            if tensor is not None:
+                self._check_global_state(tensor)
 
         known = {key for group in groups for key in group["params"]}
         rest = {key: value for key, value in states.items() if key not in known}

@@ -153,6 +153,47 @@ def test_parameters_that_are_added_are_compared_as_well() -> None:
 
 
 @ranks(2)
+def test_a_group_added_to_zero_is_compared_by_ranks_that_own_none_of_it() -> None:
+    model = nn.Linear(8, 8)
+    cls = mechanize(torch.optim.SGD, plain="sharded")
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=cls, lr=1.0)
+    extra = nn.Parameter(torch.ones(3))
+    for step in range(3):
+        for p in (*model.parameters(), extra):
+            p.grad = torch.ones_like(p)
+        if step == 1:
+            optimizer.add_param_group({"params": [extra]})
+        optimizer.step()
+
+
+@ranks(2)
+def test_a_rank_outside_of_the_group_is_told_so() -> None:
+    group = dist.new_group([0])
+    if dist.get_rank() == 1:
+        with pytest.raises(ValueError, match="not in process_group"):
+            Mechanic(torch.optim.SGD(parameters((3,)), lr=1.0), process_group=group)
+    else:
+        Mechanic(torch.optim.SGD(parameters((3,)), lr=1.0), process_group=group)
+
+
+@ranks(2)
+def test_an_unusable_gradient_on_one_rank_is_every_ranks_error() -> None:
+    torch.manual_seed(0)
+    embedding = nn.Embedding(5, 3, sparse=dist.get_rank() == 1)
+    optimizer = Mechanic(torch.optim.SGD(embedding.parameters(), lr=1.0))
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(TypeError, match=r"rank 1: .* has a sparse gradient"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+@ranks(4)
+def test_stages_that_hold_the_same_are_no_stages() -> None:
+    optimizer = Mechanic(torch.optim.SGD(parameters((3, 4)), lr=1.0), pipeline_stages=2)
+    assert_all_ranks_raise(optimizer, "stages must hold different parameters")
+
+
+@ranks(2)
 def test_a_partial_gradient_is_summed_before_it_counts() -> None:
     from torch.distributed.tensor import DTensor, Partial, Replicate
 

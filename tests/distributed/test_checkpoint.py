@@ -173,6 +173,11 @@ def assert_errors(directory: str) -> None:
         Checkpointer(blocked, started.setup.model, started.setup.optimizer).save(1)
 
 
+def test_what_was_just_saved_is_kept_whatever_its_step(tmp_path: Path) -> None:
+    for found in run(save_each, 2, str(tmp_path), [200, 300, 120], {"keep_latest": 2}):
+        assert found == [120, 200, 300]
+
+
 def test_errors_are_raised_on_every_rank(tmp_path: Path) -> None:
     run(assert_errors, 2, str(tmp_path))
 

@@ -52,6 +52,12 @@ def test_the_decorator_passes_parameters(value: int) -> None:
     assert dist.get_world_size() == 2
 
 
+@ranks(1)
+@torch.no_grad()
+def test_other_decorators_stay_on() -> None:
+    assert not torch.is_grad_enabled()
+
+
 def test_ranks_stay_warm() -> None:
     first = run(process_id, 2)
     start = time.monotonic()

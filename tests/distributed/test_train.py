@@ -125,13 +125,16 @@ def test_a_users_mistake_is_said_plainly_on_every_rank(arguments: list[str], wor
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     directory = ["--checkpoint-dir", str(tmp_path)]
-    run(job, 2, "--steps", "2", *directory)
+    run(job, 2, "--steps", "2", *directory, "--checkpoint-every", "1")
     for arguments, words in (
         (["--layers", "1"], "another model"),
         (["--width", "64"], "has shape"),
         (["--seed", "5"], "made with --seed 0"),
         (["--batch-size", "16"], "made with --batch-size 8"),
         (["--resume", "never"], "holds a run already"),
+        (["--variant", "pytorch"], "made with --variant optax"),
+        (["--tuner", "none"], "made with --tuner mechanic"),
+        (["--resume", str(tmp_path / "step_00000001")], "up to step 2"),
     ):
         with pytest.raises(RankError) as caught:
             run(job, 2, "--steps", "4", *directory, *arguments)
