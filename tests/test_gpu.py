@@ -66,6 +66,24 @@ def test_a_step_does_not_wait_for_the_device(options: dict[str, Any], dtype: tor
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_a_model_that_is_moved_after_the_optimizer_was_built() -> None:
+    results = []
+    for moved in (False, True):
+        model = torch.nn.Linear(4, 4).double()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.fill_(0.5)
+        if not moved:
+            model.cuda()
+        optimizer = Mechanic(torch.optim.AdamW(model.parameters(), lr=1.0), s_init=1e-3)
+        model.cuda()
+        for step in range(10):
+            set_gradients(list(model.parameters()), step)
+            optimizer.step()
+        results.append(optimizer.scale.item())
+    assert results[0] == results[1]
+
+
 def torchrun(*arguments: str) -> str:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     done = subprocess.run(

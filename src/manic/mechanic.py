@@ -177,8 +177,8 @@ class Mechanic(OptimizerWrapper):
             self._started = True
         home = self._home_device()
         if self._tuner.state.device != home:
-            self._tuner.to(home)
-            self._share_global_state()
+            self._tuner.to(home)  # the model was moved after the optimizer was built
+            self._put_global_state()
 
         scale = self._tuner.state[3].sum()
         scales = {home: scale}
@@ -317,7 +317,7 @@ class Mechanic(OptimizerWrapper):
     def _settings(self) -> str:
         tuner = self._tuner
         return (
-            f", variant={tuner.variant.name}, betas={tuner.betas}, s_init={tuner.s_init}, s_decay={tuner.s_decay}, "
+            f"variant={tuner.variant.name}, betas={tuner.betas}, s_init={tuner.s_init}, s_decay={tuner.s_decay}, "
             f"eps={tuner.eps}, store_delta={self._store_delta}"
         )
 

@@ -165,6 +165,9 @@ class OptimizerWrapper(Optimizer):
             if found is not live and isinstance(found, Tensor):
                 self._load_global_state(found)
                 break
+        self._put_global_state()
+
+    def _put_global_state(self) -> None:
         live = self._global_state()
         for group in self.param_groups:
             group[self.GROUP_KEY] = live
@@ -250,14 +253,15 @@ class OptimizerWrapper(Optimizer):
 
     def __repr__(self) -> str:
         bases = ", ".join(type(optimizer).__name__ for optimizer in self.optimizers)
-        lines = [f"{type(self).__name__}({bases}{self._settings()}) ("]
+        lines = [f"{type(self).__name__}({bases}, {self._settings()}) ("]
         for index, group in enumerate(self.param_groups):
             lines.append(f"Parameter Group {index}")
             lines += [f"    {key}: {group[key]}" for key in sorted(group) if key not in ("params", self.GROUP_KEY)]
         return "\n".join(lines) + "\n)"
 
     def _settings(self) -> str:
-        return ""
+        """The wrapper's own settings, in words."""
+        raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
         # As torch's optimizers: hooks, and a scheduler's wrapper of step, belong to this object and stay behind.
