@@ -34,7 +34,7 @@ def test_torch_still_marks_fsdp1_parameters_as_we_expect() -> None:
     assert is_fsdp1(parameter)
 
 
-@pytest.mark.parametrize("shape", [(0,), (1,), (7, 3), (1 << 16,), ((1 << 16) + 1,), (300, 700)])
+@pytest.mark.parametrize("shape", [(0,), (1,), (7, 3), (1 << 18,), ((1 << 18) + 1,), (300, 1000)])
 @pytest.mark.parametrize("transpose", [False, True])
 def test_chunks_cover_every_element_once(shape: tuple[int, ...], transpose: bool) -> None:
     first, second = torch.zeros(shape), torch.zeros(shape)

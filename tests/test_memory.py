@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from manic import Mechanic
 from manic.displacement import _CPU_CHUNK
 
-SIZE = 20 * _CPU_CHUNK
+SIZE = 5 * _CPU_CHUNK
 
 
 class Allocations(TorchDispatchMode):

@@ -27,7 +27,7 @@ that acts on the parameter (decoupled) or through the gradient (coupled)."""
 
 # Elements worked on at a time. On a CPU the operands of one chunk stay in the core's cache, so that several
 # operations cost one pass over memory; elsewhere a chunk bounds the scratch and is large enough to fill the device.
-_CPU_CHUNK = 1 << 16
+_CPU_CHUNK = 1 << 18
 _DEVICE_CHUNK = 1 << 24
 
 # The optimizers whose source was read (torch 2.6 to 2.13): the update is a function of gradients and state alone,
