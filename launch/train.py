@@ -189,8 +189,8 @@ class Progress:
     def __init__(self, options: argparse.Namespace) -> None:
         self.step = 0
         # With another of these it would not be the same run.
-        names = ("seed", "batch_size", "seq_len", "base_optimizer", "tuner", "variant")
-        self.identity = {name: getattr(options, name) for name in names}
+        names = "seed batch_size seq_len heads base_optimizer tuner variant lr weight_decay schedule clip"
+        self.identity = {name: getattr(options, name) for name in names.split()}
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, **self.identity}
@@ -245,6 +245,8 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
         )
         if progress.step:
             report.say(f"resumed at step {progress.step}")
+        if progress.step >= options.steps:
+            report.say("nothing left to train; pass more --steps, or another --checkpoint-dir for a new run")
 
     since, since_step, last_loss = time.perf_counter(), progress.step, math.nan
     stopped = False
@@ -294,7 +296,8 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
     eval_loss = evaluate(corpus, parallel, options, device)
     if report is not None:
         report.record({"step": progress.step, "eval_loss": eval_loss})
-        report.say(f"train loss {last_loss:.4f}, held-out loss {eval_loss:.4f}")
+        trained = "" if math.isnan(last_loss) else f"train loss {last_loss:.4f}, "
+        report.say(f"{trained}held-out loss {eval_loss:.4f}")
         report.close()
 
 
@@ -303,6 +306,7 @@ def main() -> int:
     options = parse()
     try:
         train(options, set_up(options.device))
+        dist.barrier()
     except (ValueError, OSError) as error:
         print(f"rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
         return 2
@@ -313,4 +317,9 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: a thread of torch's that is still there at the interpreter's end has been seen to abort the rank,
+    # and torchrun would take the finished run for a failed one.
+    os._exit(code)

@@ -14,7 +14,7 @@ from oracle import problem
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
 
-from manic import Mechanic, is_mechanized, mechanize
+from manic import Mechanic, displacement, is_mechanized, mechanize
 
 Loss = Callable[[int], Tensor]
 
@@ -184,6 +184,45 @@ class TestStep:
         for p, q in zip(parameters, before):
             torch.testing.assert_close(p.detach(), q, rtol=1e-15, atol=1e-15)
 
+    @pytest.mark.parametrize("options", [{}, {"update": "snapshot"}, {"store_delta": False}], ids=str)
+    def test_an_interrupt_while_parameters_are_written_leaves_iterates(
+        self, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        parameters, loss = problem()
+        optimizer = Mechanic(adamw(parameters), s_init=1e-3, **options)
+        train(optimizer, loss, 5)
+        before = tensors(parameters)
+        loss(5).backward()
+        write, calls = displacement._write, []
+
+        def interrupted(*args: Any) -> None:
+            calls.append(1)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            write(*args)
+
+        monkeypatch.setattr(displacement, "_write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+        for p, q in zip(parameters, before):
+            torch.testing.assert_close(p.detach(), q, rtol=0.2, atol=0.2)  # a step moves by 0.01; an update is 1
+        train(optimizer, loss, 1, start=6)
+
+    def test_a_snapshot_that_cannot_be_taken_changes_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        parameters, loss = problem()
+        optimizer = Mechanic(adamw(parameters), s_init=1e-3, update="snapshot", store_delta=False)
+        train(optimizer, loss, 5)
+        before = tensors(parameters)
+        loss(5).backward()
+
+        def no_memory(iterate: Any) -> None:
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(displacement, "_enter", no_memory)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            optimizer.step()
+        assert_identical(tensors(parameters), before)
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("options", [{}, {"update": "snapshot"}, {"store_delta": False}, {"variant": "pytorch"}])
     def test_low_precision_parameters(self, dtype: torch.dtype, options: dict[str, Any]) -> None:
@@ -294,6 +333,15 @@ class TestPlaceAmongOptimizers:
         bases[0].add_param_group({"params": [extra]})
         train(optimizer, lambda step: loss(step) + extra.sum(), 3)
         assert "mechanic_x_ref" in optimizer.state[extra]
+
+    def test_a_parameter_added_twice_is_refused(self) -> None:
+        parameters, loss = problem()
+        bases = [torch.optim.SGD(parameters[:1], lr=1.0), adamw(parameters[1:])]
+        optimizer = Mechanic(bases)
+        bases[0].add_param_group({"params": parameters[1:]})
+        loss(0).backward()
+        with pytest.raises(ValueError, match="more than one group"):
+            optimizer.step()
 
     def test_repr_names_bases_and_settings_but_not_tensors(self) -> None:
         parameters, _ = problem()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from typing import Any
 
 import pytest
@@ -220,6 +221,48 @@ def test_a_checkpoint_of_another_precision_loads() -> None:
             p.grad = torch.ones_like(p)
         resumed.step()
         assert resumed.state[other.a]["mechanic_x_ref"].dtype == dtype
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "plain", "mechanic"])
+def test_a_parameter_that_never_had_a_gradient_is_no_obstacle(how: str) -> None:
+    model, optimizer = make("adamw")
+    model.b.requires_grad_(True)
+    (model.a.square().sum()).backward()
+    optimizer.step()
+    assert model.b not in optimizer.state
+    if how == "deepcopy":
+        copy.deepcopy(optimizer)
+    elif how == "pickle":
+        pickle.loads(pickle.dumps(optimizer))
+    elif how == "plain":
+        other = Model()
+        adamw([other.a, other.b]).load_state_dict(optimizer.state_dict())
+    else:
+        other, resumed = make("adamw")
+        resumed.load_state_dict(optimizer.state_dict())
+        train(resumed, other.loss, 2)
+        assert "mechanic_x_ref" in resumed.state[other.b]
+
+
+def test_moments_that_were_loaded_survive_a_look_at_the_state_beside_a_base_without_one() -> None:
+    def bases(model: Model) -> list[torch.optim.Optimizer]:
+        return [adamw([model.a]), torch.optim.SGD([model.b], lr=1.0)]
+
+    model = Model()
+    plain = bases(model)
+    for optimizer in plain:
+        train(optimizer, model.loss, 3)
+    states, groups = {}, []
+    for index, optimizer in enumerate(plain):
+        saved = optimizer.state_dict()
+        states.update(dict.fromkeys([index] if saved["state"] else [], saved["state"].get(0)))
+        groups.append({**saved["param_groups"][0], "params": [index]})
+    other = Model()
+    joint = Mechanic(bases(other))
+    joint.load_state_dict({"state": states, "param_groups": groups})
+    get_optimizer_state_dict(other, joint)
+    train(joint, other.loss, 1)
+    assert joint.state[other.a]["step"] == 4
 
 
 def test_load_hooks_run() -> None:

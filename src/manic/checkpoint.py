@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -127,7 +127,7 @@ class Checkpointer:
         on_first_rank(publish)
         return path
 
-    def load(self, step: int | Literal["latest"] | Path = "latest") -> None:
+    def load(self, step: int | str | Path = "latest") -> None:
         """Load a checkpoint into model, optimizer and objects, whatever number of ranks it was saved on.
 
         Where it holds no random state of this rank, the present one is kept.
@@ -137,14 +137,15 @@ class Checkpointer:
 
         Raises:
             FileNotFoundError: on every rank, if there is no such checkpoint.
-            ValueError: on every rank, if it is of another model or optimizer; neither is changed then.
+            ValueError: on every rank, if it is of another model, whereupon nothing has changed; or if an object or the
+                optimizer refuses it, whereupon the model may have: do not go on with it.
         """
 
         def find() -> Path:
-            if isinstance(step, Path):
-                path = step
+            if isinstance(step, (str, Path)) and step != "latest":
+                path = Path(step)
             else:
-                chosen = self.latest() if step == "latest" else step
+                chosen = self.latest() if step == "latest" else int(step)
                 if chosen is None:
                     raise FileNotFoundError(f"there is no checkpoint in {self.directory}")
                 path = self.path(chosen)
@@ -156,11 +157,14 @@ class Checkpointer:
         # One rank looks: on a shared file system, others may not see the newest directory yet.
         path = on_first_rank(find)
         saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        # Of no use after a load; and while there are any, torch creates no state to load into.
+        self.model.zero_grad(set_to_none=True)
         state = self._state()
         for optimizer in self.optimizers:
             if isinstance(optimizer, ZeroRedundancyOptimizer):
                 _ask_for_groups(optimizer, self._names(), state["optimizer"])
         _raise_everywhere(_mismatch(state["model"], saved, path))
+        state["optimizer"] = _wanted(state["optimizer"], saved)
         if any(f"random.{_rank()}.{name}" not in saved for name in state["random"][str(_rank())]):
             del state["random"]  # saved on fewer ranks, or on other devices
         # First what is cheap and may refuse, then what is large.
@@ -278,6 +282,23 @@ def _read(state: dict[str, Any], path: Path) -> None:
         raise ValueError(f"{path} does not fit this run: {_reasons(error)}") from error
 
 
+def _wanted(flat: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """What to ask the checkpoint for, of what the live optimizer's state holds.
+
+    A parameter that had no gradient before the save has no state there. Settings that are tensors are read into copies,
+    so that an optimizer can refuse them.
+    """
+    has_state = {tuple(key.split(".")[2:-1]) for key in saved if key.startswith("optimizer.state.")}
+    wanted = {}
+    for key, value in flat.items():
+        parts = tuple(key.split(".")[1:-1])
+        if key.startswith("state.") and not any(parts[: len(parts) - i] in has_state for i in range(len(parts))):
+            continue
+        is_setting = key.startswith("param_groups.") and isinstance(value, torch.Tensor)
+        wanted[key] = value.clone() if is_setting else value
+    return wanted
+
+
 def _reasons(error: CheckpointException) -> str:
     return "; ".join(f"rank {rank}: {reason[0]}" for rank, reason in error.failures.items())
 
@@ -287,12 +308,12 @@ def _rank() -> int:
 
 
 def on_first_rank(action: Callable[[], T]) -> T:
-    """Do it on rank 0; its result, or its OSError, is every rank's."""
+    """Do it on rank 0; its result, or its error, is every rank's."""
     box: list[Any] = [None, None]
     if _rank() == 0:
         try:
             box[0] = action()
-        except OSError as error:
+        except Exception as error:  # whatever it is, the other ranks are waiting
             box[1] = error
     if dist.is_initialized():
         dist.broadcast_object_list(box, src=0)

@@ -98,6 +98,10 @@ class Iterate:
     """Added to S_t where Delta is recomputed."""
     x_before: Tensor | None = None
     """The snapshot of x_t, during the base step."""
+    never_moved: bool = False
+    """It has had no gradient yet: it counts in |x|^2, and there is nothing to step on or to write."""
+    written: bool = False
+    """x_{t+1} is in place."""
 
     def delta_from(self, x: Tensor, x_ref: Tensor) -> Tensor:
         """Recompute Delta_t from chunks of x_t and x_ref: a new tensor of their shape, in the working dtype."""
@@ -134,10 +138,11 @@ def chunks(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
 
 @contextmanager
 def stepping(iterates: Sequence[Iterate]) -> Iterator[None]:
-    """Let the base optimizers step inside: afterwards each ``x`` holds what :func:`write_back` needs.
+    """Let the base optimizers step inside, and then :func:`write_back` what they left in each ``x``.
 
     Weight decay that the base optimizer would compute from the parameter's storage is made here, from x, and its
-    setting is 0 inside. If the base step raises, x, gradients and settings are put back before the error leaves.
+    setting is 0 inside. Whatever is raised inside, parameters hold an iterate, and gradients and settings are put
+    back, before it leaves.
 
     Args:
         iterates: Every iterate that the base optimizers may move.
@@ -147,6 +152,8 @@ def stepping(iterates: Sequence[Iterate]) -> Iterator[None]:
     gradients: list[tuple[Tensor, Tensor | None]] = []
     try:
         for iterate in iterates:
+            if iterate.never_moved:
+                continue
             if iterate.update == "coupled" and iterate.gradient is not None and _weight_decay(iterate):
                 gradients.append((iterate.parameter, iterate.parameter.grad))
                 iterate.parameter.grad = _decayed_gradient(iterate)
@@ -159,7 +166,8 @@ def stepping(iterates: Sequence[Iterate]) -> Iterator[None]:
         yield
     except BaseException:
         for iterate in entered:
-            _undo(iterate)
+            if not iterate.written:
+                _undo(iterate)
         raise
     finally:
         for group, weight_decay in decays:
@@ -176,6 +184,8 @@ def write_back(iterates: Sequence[Iterate], scale: Tensor) -> None:
         scale: S_{t+1}, a 0-dim tensor.
     """
     for iterate in iterates:
+        if iterate.never_moved:
+            continue
         factor = scale.to(iterate.x.device, working_dtype(iterate.x))
         for x, x_ref, delta, x_before in chunks(iterate.x, iterate.x_ref, iterate.delta, iterate.x_before):
             if x_before is None:
@@ -185,6 +195,7 @@ def write_back(iterates: Sequence[Iterate], scale: Tensor) -> None:
             else:
                 moved = delta.add_(x.to(delta.dtype) - x_before)
             _write(x, x_ref, moved, factor)
+        iterate.written = True
         iterate.x_before = None
 
 
@@ -212,6 +223,8 @@ def _enter(iterate: Iterate) -> None:
 
 def _undo(iterate: Iterate) -> None:
     """Put x_t back after a base step that raised: exactly where a snapshot or Delta is kept, closely elsewhere."""
+    if iterate.update == "snapshot" and iterate.x_before is None:
+        return  # there was no memory for the snapshot: nothing has changed yet
     factor = (iterate.scale + (iterate.eps if iterate.delta is None else 0.0)).to(working_dtype(iterate.x))
     for x, x_ref, delta, x_before in chunks(iterate.x, iterate.x_ref, iterate.delta, iterate.x_before):
         if x_before is None:

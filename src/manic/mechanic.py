@@ -83,9 +83,9 @@ class Mechanic(OptimizerWrapper):
         self._store_delta = bool(store_delta)
         snapshot = self._tuner.variant.x_after_base_step
         self._updates = ["snapshot" if snapshot else resolve_update(base, update) for base in optimizers]
-        # Bases that came with a state keep it; that of the others may be a placeholder, see _create_state.
-        self._came_with_state = [bool(base.state) for base in optimizers]
         self._state_is_placeholder = False
+        # Which bases' state is a placeholder then, see _create_state; those that came with a state keep theirs.
+        self._placeholders = [not base.state for base in optimizers]
         self._started = False
         self._agreed_on: list[list[int]] | None = None
         super().__init__(optimizers)
@@ -124,14 +124,13 @@ class Mechanic(OptimizerWrapper):
             with stepping(iterates):
                 self._step_bases()
                 sums = self._reduce(gradient, position_sums(iterates, like)).wait()
+                write_back(iterates, tuner.update(sums))
         else:
             reduction = self._reduce(gradient, position_sums(iterates, like))
-            with stepping(iterates):  # the all_reduce hides behind the base step
-                self._step_bases()
+            with stepping(iterates):
+                self._step_bases()  # the all_reduce hides behind it
                 sums = reduction.wait()
-
-        scale = tuner.update(sums)
-        write_back(iterates, scale)
+                write_back(iterates, tuner.update(sums))
         return loss
 
     @property
@@ -212,10 +211,14 @@ class Mechanic(OptimizerWrapper):
         x = local(parameter)
         if x.device not in scales:
             scales[x.device] = next(iter(scales.values())).to(x.device)
-        state = optimizer.state.setdefault(parameter, {})
-        self._complete(state, parameter, scales[x.device])
         if gradient is None and not self._tuner.variant.moves_without_gradient:
             return None
+        # Without a gradient so far, x is x_ref and Delta is 0. Nothing is stored: base optimizers, and their loaders,
+        # have no state for such a parameter either.
+        never_moved = gradient is None and X_REF not in optimizer.state.get(parameter, {})
+        state = {X_REF: parameter} if never_moved else optimizer.state.setdefault(parameter, {})
+        if not never_moved:
+            self._complete(state, parameter, scales[x.device])
         if update == "by group":
             update = "decoupled" if group.get("decoupled_weight_decay", False) else "coupled"
         return Iterate(
@@ -225,10 +228,11 @@ class Mechanic(OptimizerWrapper):
             x=x,
             gradient=gradient,
             x_ref=local(state[X_REF]),
-            delta=local(state[DELTA]) if self._store_delta else None,
+            delta=local(state[DELTA]) if self._store_delta and not never_moved else None,
             replicas=self._layout.replicas(parameter),
             scale=scales[x.device],
             eps=self._tuner.eps,
+            never_moved=never_moved,
         )
 
     def _complete(self, state: dict[str, Any], parameter: Tensor, scale: Tensor) -> None:
@@ -255,6 +259,7 @@ class Mechanic(OptimizerWrapper):
         identities = [[id(parameter) for parameter in group["params"]] for group in self.param_groups]
         if identities == self._agreed_on:
             return
+        _check_bases(self.optimizers, may_be_empty=True)
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         device = self._layout.communication_device(self._home_device())
         agree(parameters, self._settings(), self._layout, device, self._tuner.state.dtype)
@@ -267,8 +272,9 @@ class Mechanic(OptimizerWrapper):
         there are, is marked as one in the tuner's state, and is made again at the first real step.
         """
         with self._own_state_hidden():
-            for optimizer in self.optimizers:
-                if not optimizer.state:
+            self._placeholders = [not optimizer.state for optimizer in self.optimizers]
+            for optimizer, placeholder in zip(self.optimizers, self._placeholders):
+                if placeholder:
                     optimizer.step()
                     self._state_is_placeholder = True
         for iterate in iterates:
@@ -278,8 +284,8 @@ class Mechanic(OptimizerWrapper):
 
     def _drop_placeholders(self) -> None:
         """Forget what was only made to be looked at: a run starts from where its parameters are now."""
-        for optimizer, came_with_state in zip(self.optimizers, self._came_with_state):
-            if self._state_is_placeholder and not came_with_state:
+        for optimizer, placeholder in zip(self.optimizers, self._placeholders):
+            if self._state_is_placeholder and placeholder:
                 optimizer.state.clear()
             for state in optimizer.state.values():
                 for key in self.STATE_KEYS:

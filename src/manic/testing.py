@@ -108,6 +108,10 @@ def shutdown() -> None:
     _pool.kill()
 
 
+class _Skipped(str):
+    """Why a rank skipped."""
+
+
 def _importable(module: str) -> str:
     """The name by which another process imports ``module``: a script's own, where it is the main module."""
     file = getattr(sys.modules["__main__"], "__file__", None)
@@ -214,6 +218,9 @@ class _Pool:
             self.kill()
         if lost or failed:
             raise RankError(_report(call, results))
+        for _, outcome in results.values():
+            if isinstance(outcome, _Skipped):
+                importlib.import_module("pytest").skip(str(outcome))
         return [results[rank][1] for rank in range(len(workers))]
 
 
@@ -259,8 +266,9 @@ def _serve(connection: Connection, rank: int) -> None:
             faulthandler.dump_traceback_later(call.timeout, file=output)
             try:
                 answer = pickle.dumps((True, call.execute(rank)))
-            except BaseException:
-                answer = pickle.dumps((False, traceback.format_exc()))
+            except BaseException as error:
+                skipped = type(error).__name__ == "Skipped"  # pytest's, without importing pytest
+                answer = pickle.dumps((True, _Skipped(str(error))) if skipped else (False, traceback.format_exc()))
             finally:
                 faulthandler.cancel_dump_traceback_later()
         connection.send_bytes(answer)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from layouts import BATCH, Setup, batch, setup
+from manic import Mechanic
 from manic.checkpoint import Checkpointer
 from manic.testing import ranks, run
 
@@ -176,6 +177,34 @@ def assert_errors(directory: str) -> None:
 def test_what_was_just_saved_is_kept_whatever_its_step(tmp_path: Path) -> None:
     for found in run(save_each, 2, str(tmp_path), [200, 300, 120], {"keep_latest": 2}):
         assert found == [120, 200, 300]
+
+
+def refuse_and_accept(directory: str) -> None:
+    """A path as a string; other betas; a parameter that never had a gradient."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
+
+    def make(**options: Any) -> Checkpointer:
+        return Checkpointer(directory, model, Mechanic(torch.optim.AdamW(model.parameters(), lr=1.0), **options))
+
+    started = make()
+    for _ in range(3):
+        model["used"](torch.ones(1, 2)).sum().backward()
+        started.optimizers[0].step()
+    path = started.save(3)
+    with pytest.raises(ValueError, match="other betas"):
+        make(betas=(0.5, 0.6, 0.7, 0.8, 0.85, 0.95)).load()
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        make().load("nowhere/at/all")
+    resumed = make()
+    resumed.load(str(path))
+    assert resumed.optimizers[0].scale == started.optimizers[0].scale
+    (model["used"](torch.ones(1, 2)) + model["unused"](torch.ones(1, 2))).sum().backward()
+    resumed.optimizers[0].step()
+
+
+def test_what_may_be_loaded(tmp_path: Path) -> None:
+    run(refuse_and_accept, 2, str(tmp_path), timeout=30)
 
 
 def test_errors_are_raised_on_every_rank(tmp_path: Path) -> None:

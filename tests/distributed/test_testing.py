@@ -58,6 +58,12 @@ def test_other_decorators_stay_on() -> None:
     assert not torch.is_grad_enabled()
 
 
+@ranks(2)
+def test_a_skip_on_a_rank_is_a_skip() -> None:
+    if dist.get_rank() == 1:
+        pytest.skip("rank 1 would rather not")
+
+
 def test_ranks_stay_warm() -> None:
     first = run(process_id, 2)
     start = time.monotonic()
