@@ -108,8 +108,7 @@ def _map_file(file: Path) -> Tensor:
     size = file.stat().st_size
     if size == 0:
         raise ValueError(f"--data {file} is empty")
-    with file.open("rb"):
-        pass  # an unreadable file is an OSError here, rather than torch's RuntimeError
+    file.open("rb").close()  # an unreadable file is an OSError here, rather than torch's RuntimeError
     if file.suffix in _UINT16_SUFFIXES:
         return torch.from_file(str(file), shared=False, size=size // 2, dtype=torch.int16)
     return torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)

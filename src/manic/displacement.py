@@ -211,14 +211,16 @@ def _enter(iterate: Iterate) -> None:
     if iterate.update == "snapshot":
         iterate.x_before = iterate.x.clone()
         return
-    decay = _weight_decay(iterate) if iterate.update == "decoupled" and iterate.gradient is not None else 0.0
-    if decay:
-        decay = decay * iterate.group["lr"]
+    decays = iterate.update == "decoupled" and iterate.gradient is not None and bool(_weight_decay(iterate))
+    decay = _weight_decay(iterate) * iterate.group["lr"] if decays else 0.0
     for x, x_ref, delta in chunks(iterate.x, iterate.x_ref, iterate.delta):
         if delta is None:
-            x.copy_(iterate.delta_from(x, x_ref).sub_(x * decay))
-        else:
+            displacement = iterate.delta_from(x, x_ref)
+            x.copy_(displacement.sub_(x * decay) if decays else displacement)
+        elif decays:
             x.mul_(-decay)
+        else:
+            x.zero_()
 
 
 def _undo(iterate: Iterate) -> None:
