@@ -1,366 +1,407 @@
 """Checkpointer: sharded checkpoints of a training run through ``torch.distributed.checkpoint``.
 
-It works with any optimizer, and any layout that DCP knows; what it writes can be loaded on another number of ranks. It
-knows what a directory of checkpoints looks like, and nothing of Mechanic.
+It works with any optimizer, and any layout that DCP knows; what it writes can be loaded on another number of ranks.
+What a run's state is, is run_state.py's business, what a checkpoint's files are, manifest.py's, and where they are,
+directory.py's: here is what happens when.
 """
 
 from __future__ import annotations
 
-import random
-import re
-import shutil
+import logging
+import os
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.stateful import Stateful
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 
-__all__ = ["Checkpointer", "on_first_rank"]
+from manic import __version__
+from manic.collective import from_every_rank, on_every_rank, on_first_rank, rank, world_size
+from manic.directory import Directory
+from manic.files import FileRecord, Files
+from manic.manifest import DamagedCheckpointError, Manifest, Verify
+from manic.run_state import RunState
+
+__all__ = ["Checkpointer", "DamagedCheckpointError", "on_first_rank"]
 
 T = TypeVar("T")
 
-_STEP = re.compile(r"step_(\d+)")
-# Flat, so that every value stands under its parameter's name, and ranks may own different parameters.
-_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+"""Told ``"save"`` or ``"verify"``, how many bytes this rank has done, and about how many there are to do."""
+
+
+@dataclass(frozen=True)
+class _Save:
+    """A save that has begun: of which step, into which folder, what, spread how, and since when."""
+
+    step: int
+    folder: str
+    state: dict[str, Any]
+    layout: dict[str, int]
+    since: float
 
 
 class Checkpointer:
     """Saves and loads the whole state of a run: model, optimizer, the random state, and what else is given.
 
-    Every step gets a directory of its own, ``step_00000100``, which appears when it is complete and is never written
-    over. All methods but :meth:`steps` and :meth:`latest` must be called on all ranks.
+    Every step gets a folder of its own, ``step_00000100``, which appears when it is complete and is never written over.
+    Each rank writes its own shards; nothing is gathered. All methods but :meth:`steps`, :meth:`latest` and
+    :meth:`path` must be called on all ranks.
 
     Args:
-        directory: Where checkpoints live; made when the first one is saved. On several nodes: a shared one.
+        directory: Where checkpoints live: a local path, or a URL that fsspec knows (``s3://...``, with what fsspec
+            needs for it installed). Made when the first one is saved. On several nodes: a shared one.
         model: The model, sharded or wrapped in whatever way.
         optimizer: Its optimizer, or several.
         objects: Whatever else has ``state_dict`` and ``load_state_dict``, the same on all ranks: a scheduler, say.
         keep_latest: How many checkpoints to keep, the newest ones; ``None``: all.
         keep_every: Keep those whose step is a multiple of this as well.
+        on_error: What a save does that cannot write: ``"raise"`` an ``OSError`` on every rank, or ``"warn"`` through
+            ``logging`` and let training go on. Checkpoints that there are stay as they are.
+        progress: Called as bytes are written and verified, on every rank and maybe on another thread, with ``"save"``
+            or ``"verify"``, the bytes that this rank has done, and about how many there are.
 
     Raises:
-        ValueError: if ``keep_latest`` or ``keep_every`` is not positive.
+        ValueError: if ``keep_latest`` or ``keep_every`` is not positive, or ``on_error`` is unknown.
     """
 
     def __init__(
         self,
-        directory: str | Path,
+        directory: str | os.PathLike[str],
         model: nn.Module,
         optimizer: Optimizer | Sequence[Optimizer],
         *,
         objects: Mapping[str, Stateful] | None = None,
         keep_latest: int | None = None,
         keep_every: int | None = None,
+        on_error: Literal["raise", "warn"] = "raise",
+        progress: Progress | None = None,
     ) -> None:
         for name, value in (("keep_latest", keep_latest), ("keep_every", keep_every)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be positive or None, got {value}")
-        self.directory = Path(directory)
-        self.model = model
-        self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-        self.objects = dict(objects or {})
+        if on_error not in ("raise", "warn"):
+            raise ValueError(f'on_error must be "raise" or "warn", got {on_error!r}')
+        self.directory = os.fspath(directory)
         self.keep_latest = keep_latest
         self.keep_every = keep_every
+        self.on_error = on_error
+        self._directory = Directory(directory)
+        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        self._run = RunState(model, optimizers, dict(objects or {}))
+        self._progress = progress or (lambda what, done, total: None)
+        self._damaged: list[int] = []
+        self._pending: Future[str | None] | None = None
+        self._stager: DefaultStager | None = None
+        self._own_group: ProcessGroup | None = None
 
     def steps(self) -> list[int]:
-        """The steps that there are complete checkpoints of, ascending."""
-        if not self.directory.is_dir():
-            return []
-        found = (_STEP.fullmatch(path.name) for path in self.directory.iterdir())
-        return sorted(int(match[1]) for match in found if match)
+        """The steps that there are checkpoints of, ascending."""
+        return self._directory.steps()
 
     def latest(self) -> int | None:
-        """The newest step that there is a complete checkpoint of."""
+        """The newest step that there is a checkpoint of."""
         return max(self.steps(), default=None)
 
-    def path(self, step: int) -> Path:
+    def path(self, step: int) -> str:
         """Where the checkpoint of ``step`` is, or would be."""
-        return self.directory / f"step_{step:08d}"
+        return self._directory.path(step)
 
-    def save(self, step: int) -> Path:
-        """Save the state of the run after ``step`` steps.
+    def save(self, step: int) -> str | None:
+        """Save the state of the run after ``step`` steps, and wait until it is there.
 
         Args:
             step: How many steps were taken; not negative.
 
         Returns:
-            The checkpoint's directory.
+            The checkpoint's folder; ``None`` if it could not be written and ``on_error`` is ``"warn"``.
 
         Raises:
             FileExistsError: on every rank, if there is a checkpoint of that step.
             OSError: on every rank, if it cannot be written.
             ValueError: if ``step`` is negative.
         """
-        if step < 0:
-            raise ValueError(f"step must not be negative, got {step}")
-        path = self.path(step)
-        partial = path.with_name(f".incomplete_{path.name}")
+        self.wait()
+        return self._reporting(step, lambda: self._write(self._begin(step)))
 
-        def prepare() -> None:
-            if path.exists():
-                raise FileExistsError(f"{path} exists; checkpoints are never written over")
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+    def async_save(self, step: int) -> Future[str | None]:
+        """Copy the state of the run after ``step`` steps to host memory, and save it from there on another thread.
 
-        def publish() -> None:
-            partial.rename(path)
-            self._retire(step)
+        When it returns, the state is copied: the next step may be taken. The copy takes as much host memory as this
+        rank's shards and is kept for the next time. A save still under way is waited for first. Call :meth:`wait` when
+        training is over.
 
-        on_first_rank(prepare)
-        try:
-            dcp.save(self._state(), checkpoint_id=partial)
-        except CheckpointException as error:
-            raise OSError(f"could not write {partial}: {_reasons(error)}") from error
-        on_first_rank(publish)
-        return path
+        Args:
+            step: How many steps were taken; not negative.
 
-    def load(self, step: int | str | Path = "latest") -> None:
+        Returns:
+            Of what :meth:`save` returns, or raises. What it raises, the next call of any method that saves, loads or
+            waits raises as well.
+
+        Raises:
+            FileExistsError: on every rank, if there is a checkpoint of that step.
+            OSError: on every rank, if its folder cannot be made.
+            ValueError: if ``step`` is negative.
+        """
+        self.wait()
+        future: Future[str | None] = Future()
+
+        def begin() -> _Save:
+            save = self._begin(step)
+            return replace(save, state=on_every_rank(lambda: self._stage(save.state), self._group))
+
+        begun = self._reporting(step, begin)
+        if begun is None:
+            future.set_result(None)
+            return future
+
+        def write() -> None:
+            try:
+                future.set_result(self._reporting(step, lambda: self._write(begun)))
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._pending = future
+        threading.Thread(target=write, name=f"save of step {step}").start()
+        return future
+
+    def wait(self) -> None:
+        """Wait until a save on another thread is over; raise what it raised."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def load(
+        self, step: int | str | os.PathLike[str] = "latest", *, verify: Verify = "full", fallback: bool = False
+    ) -> str:
         """Load a checkpoint into model, optimizer and objects, whatever number of ranks it was saved on.
 
         Where it holds no random state of this rank, the present one is kept.
 
         Args:
-            step: Which one: a step, ``"latest"``, or the path of a checkpoint anywhere.
+            step: Which one: a step, ``"latest"``, or the path or URL of a checkpoint anywhere.
+            verify: What is checked before anything is loaded: ``"full"``, every byte of every file, shared out over
+                the ranks; ``"size"``, every file's length; ``"off"``, nothing, as needed for a checkpoint that was not
+                written by this class.
+            fallback: With ``"latest"``: if it is incomplete or damaged, say so through ``logging`` and load the newest
+                one that is not. The next save sets the damaged ones aside, under ``.damaged_step_...``.
+
+        Returns:
+            The path of the checkpoint that was loaded.
 
         Raises:
             FileNotFoundError: on every rank, if there is no such checkpoint.
-            ValueError: on every rank, if it is of another model, whereupon nothing has changed; or if an object or the
-                optimizer refuses it, whereupon the model may have: do not go on with it.
+            DamagedCheckpointError: on every rank, if it is incomplete or damaged; an ``OSError``. Found by ``verify``,
+                nothing has changed; found while reading, do not go on with the model.
+            ValueError: on every rank, if it is of another model or optimizer, or one of the objects refuses it;
+                nothing else has changed then.
         """
-
-        def find() -> Path:
-            if isinstance(step, (str, Path)) and step != "latest":
-                path = Path(step)
+        self.wait()
+        if verify not in ("full", "size", "off"):
+            raise ValueError(f'verify must be "full", "size" or "off", got {verify!r}')
+        if fallback and step != "latest":
+            raise ValueError('fallback=True goes with "latest"; one checkpoint was asked for')
+        # One rank looks: on a shared file system, others may not see the newest folder yet.
+        candidates = on_first_rank(lambda: self._candidates(step), self._group)
+        tried: list[str] = []
+        for path, number in candidates:
+            try:
+                self._load(path, number, verify)
+            except DamagedCheckpointError as error:
+                if not fallback:
+                    raise
+                tried.append(str(error))
+                self._damaged += [] if number is None else [number]
+                if rank() == 0:
+                    logger.warning("%s; going back to an older checkpoint", error)
             else:
-                chosen = self.latest() if step == "latest" else int(step)
-                if chosen is None:
-                    raise FileNotFoundError(f"there is no checkpoint in {self.directory}")
-                path = self.path(chosen)
-            if not (path / ".metadata").is_file():
-                there = f"there are steps {self.steps()}"
-                raise FileNotFoundError(f"{path} is no checkpoint: it has no .metadata file; {there}")
+                return path
+        raise DamagedCheckpointError(f"no checkpoint in {self.directory} is good: " + "; ".join(tried))
+
+    @property
+    def _group(self) -> ProcessGroup | None:
+        """Of all ranks, on the CPU and for this object alone, so that a save on a thread meets no other collective."""
+        if self._own_group is None and dist.is_initialized():
+            self._own_group = dist.new_group(backend="gloo")
+        return self._own_group
+
+    def _begin(self, step: int) -> _Save:
+        if step < 0:
+            raise ValueError(f"step must not be negative, got {step}")
+        since = time.perf_counter()
+
+        def begin() -> str:
+            while self._damaged:
+                damaged = self._damaged.pop()
+                if damaged in self.steps():
+                    logger.warning("the damaged checkpoint is now %s", self._directory.set_aside(damaged))
+            return self._directory.begin(step)
+
+        folder = on_first_rank(begin, self._group)
+        return _Save(step, folder, self._run.collect(), self._run.layout(), since)
+
+    def _stage(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A copy in host memory."""
+        if self._stager is None:
+            cuda = torch.cuda.is_available()
+            self._stager = DefaultStager(
+                StagingOptions(
+                    use_pinned_memory=cuda,
+                    use_shared_memory=False,
+                    use_async_staging=False,
+                    use_non_blocking_copy=cuda,
+                )
+            )
+        staged: dict[str, Any] = self._stager.stage(state)  # type: ignore[assignment]
+        return staged
+
+    def _write(self, save: _Save) -> str:
+        """Write the files, the manifest when they are there, and let the checkpoint appear."""
+        files = Files(save.folder, self._count("save", _bytes(save.state)))
+        try:
+            dcp.save(save.state, storage_writer=files.writer(), process_group=self._group)
+        except CheckpointException as error:
+            raise _os_error(f"could not write {save.folder}", error) from error
+        records: dict[str, FileRecord] = {}
+        for each in from_every_rank(files.records, self._group):
+            records.update(each)
+
+        def publish() -> str:
+            path, seconds = self.path(save.step), time.perf_counter() - save.since
+            manifest = Manifest(
+                step=save.step,
+                world_size=world_size(),
+                layout=save.layout,
+                files=dict(sorted(records.items())),
+                manic=__version__,
+                torch=torch.__version__,
+                time=datetime.now(UTC).isoformat(timespec="seconds"),
+                seconds=round(seconds, 3),
+            )
+            manifest.write(files)
+            self._directory.publish(save.step)
+            logger.info("saved %s: %d bytes in %.2f s", path, manifest.bytes, seconds)
+            self._retire(save.step)
             return path
 
-        # One rank looks: on a shared file system, others may not see the newest directory yet.
-        path = on_first_rank(find)
-        saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        # Of no use after a load; and while there are any, torch creates no state to load into.
-        self.model.zero_grad(set_to_none=True)
-        state = self._state()
-        for optimizer in self.optimizers:
-            if isinstance(optimizer, ZeroRedundancyOptimizer):
-                _ask_for_groups(optimizer, self._names(), state["optimizer"])
-        _raise_everywhere(_mismatch(state["model"], saved, path))
-        state["optimizer"] = _wanted(state["optimizer"], saved)
-        if any(f"random.{_rank()}.{name}" not in saved for name in state["random"][str(_rank())]):
-            del state["random"]  # saved on fewer ranks, or on other devices
-        # First what is cheap and may refuse, then what is large.
-        objects = {"objects": state.pop("objects")}
-        _read(objects, path)
-        for name, thing in self.objects.items():
-            thing.load_state_dict(objects["objects"][name])
-        _read(state, path)
-        set_model_state_dict(self.model, state["model"])
-        for optimizer in self.optimizers:
-            if isinstance(optimizer, ZeroRedundancyOptimizer):
-                _load_zero(optimizer, self._names(), state["optimizer"])
-            else:
-                # Not strict: whatever has a state here was asked for and found, and SGD without momentum has none.
-                options = StateDictOptions(strict=False)
-                set_optimizer_state_dict(self.model, optimizer, _nested(state["optimizer"]), options=options)
-        if "random" in state:
-            _set_random_state(state["random"][str(_rank())])
-
-    def _state(self) -> dict[str, Any]:
-        inner = []
-        for each in self.optimizers:
-            if isinstance(each, ZeroRedundancyOptimizer):
-                # ZeRO's own state dict is gathered on one rank; the optimizer inside holds this rank's share of it, but
-                # hears of a scheduler's changes only at the next step.
-                _copy_settings(each.param_groups, each.optim.param_groups)
-                each = each.optim
-            inner.append(each)
-        model, optimizer = get_state_dict(self.model, inner, options=_FLAT)
-        return {
-            "model": model,
-            "optimizer": optimizer,
-            "objects": {name: thing.state_dict() for name, thing in self.objects.items()},
-            "random": {str(_rank()): _random_state()},
-        }
-
-    def _names(self) -> dict[int, str]:
-        """The name in a checkpoint of each parameter, by identity: what DDP and compilation prefix is left out."""
-        return {
-            id(parameter): re.sub(r"(^|\.)(module\.|_orig_mod\.)", r"\1", name)
-            for name, parameter in self.model.named_parameters()
-        }
+        return on_first_rank(publish, self._group)
 
     def _retire(self, saved: int) -> None:
         """Remove what is not to be kept; what has just been saved is."""
         if self.keep_latest is None:
             return
-        for step in self.steps()[: -self.keep_latest]:
-            if step != saved and (self.keep_every is None or step % self.keep_every):
-                # Out of sight first: a directory that is half removed must not look like a checkpoint.
-                doomed = self.path(step).rename(self.directory / f".removed_{self.path(step).name}")
-                shutil.rmtree(doomed, ignore_errors=True)
+        steps = self.steps()
+        every = self.keep_every
+        keep = {saved, *steps[-self.keep_latest :], *(each for each in steps if every and each % every == 0)}
+        try:
+            self._directory.retire(keep)
+        except OSError as error:
+            logger.warning("could not remove an old checkpoint: %s", error)
+
+    def _reporting(self, step: int, action: Callable[[], T]) -> T | None:
+        """Do something for a save; where it fails, tidy up and raise or warn."""
+        try:
+            return action()
+        except (FileExistsError, ValueError):
+            raise
+        except OSError as error:
+            if rank() == 0:
+                self._directory.abandon(step)
+                if self.on_error == "warn":
+                    logger.warning("step %d is not saved: %s", step, error)
+            if self.on_error == "raise":
+                raise
+            return None
+
+    def _candidates(self, step: int | str | os.PathLike[str]) -> list[tuple[str, int | None]]:
+        """Paths of checkpoints to load, the first one first, and the steps that their names say."""
+        if step == "latest":
+            steps = self.steps()
+            if not steps:
+                raise FileNotFoundError(f"there is no checkpoint in {self.directory}")
+            return [(self.path(each), each) for each in reversed(steps)]
+        if isinstance(step, int):
+            if step not in self.steps():
+                raise FileNotFoundError(
+                    f"{self.path(step)} is no checkpoint; in {self.directory}, there are steps {self.steps()}"
+                )
+            return [(self.path(step), step)]
+        files = Files(step)
+        if not files.exists(f"{files.root}/.metadata") and not files.exists(f"{files.root}/manifest.json"):
+            raise FileNotFoundError(f"{os.fspath(step)} is no checkpoint: it has neither .metadata nor manifest.json")
+        return [(os.fspath(step), None)]
+
+    def _load(self, path: str, number: int | None, verify: Verify) -> None:
+        files = Files(path)
+        if verify != "off":
+            manifest = on_first_rank(lambda: Manifest.read(files), self._group)
+            names = sorted(manifest.files, key=lambda name: -manifest.files[name].bytes)[rank() :: world_size()]
+            count = self._count("verify", sum(manifest.files[name].bytes for name in names))
+            problems = from_every_rank(manifest.problems(files, verify, names, count), self._group)
+            found = [problem for each in problems for problem in each]
+            if number is not None and manifest.step != number:
+                found.append(f"its manifest.json is that of step {manifest.step}")
+            if found:
+                raise DamagedCheckpointError(f"{path} is damaged: " + "; ".join(found))
+
+        def metadata() -> Any:
+            try:
+                return files.reader().read_metadata().state_dict_metadata
+            except Exception as error:  # unpickling what is damaged may raise anything
+                raise DamagedCheckpointError(f"{path} is damaged: .metadata cannot be read: {error!r}") from error
+
+        def read(state: dict[str, Any]) -> None:
+            try:
+                dcp.load(state, storage_reader=files.reader(), process_group=self._group)
+            except CheckpointException as error:
+                if error.args[0] == "plan":
+                    raise ValueError(f"{path} does not fit this run: {_reasons(error)}") from error
+                raise DamagedCheckpointError(f"{path} cannot be read: {_reasons(error)}") from error
+
+        self._run.load(on_every_rank(metadata, self._group), read, path, self._group)
+
+    def _count(self, what: str, total: int) -> Callable[[int], None]:
+        done = 0
+
+        def count(size: int) -> None:
+            nonlocal done
+            done += size
+            self._progress(what, done, max(done, total))
+
+        return count
 
 
-def _ask_for_groups(zero: ZeroRedundancyOptimizer, names: Mapping[int, str], flat: dict[str, Any]) -> None:
-    """Add the settings of every param group to what is to be loaded: a rank may own no parameter of a group."""
-    for group, mine in zip(zero.param_groups, zero.optim.param_groups):
-        first = names[id(group["params"][0])]
-        for key, value in mine.items():
-            if key != "params":
-                value = value.clone() if isinstance(value, torch.Tensor) else value
-                flat.setdefault(f"param_groups.{first}.{key}", value)
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The optimizer state as torch nests it, with a param group for each parameter.
-
-    Torch's own inverse asks the live state for names, and with FSDP1 ranks then gather different ones.
-    """
-    groups: dict[str, dict[str, Any]] = {}
-    for key, value in flat.items():
-        kind, path = key.split(".", 1)
-        if kind == "param_groups":
-            name, setting = path.rsplit(".", 1)
-            groups.setdefault(name, {"params": [name]})[setting] = value
-    state: dict[str, dict[str, Any]] = {}
-    for key, value in flat.items():
-        kind, path = key.split(".", 1)
-        if kind == "state":
-            name, rest = path, list[str]()
-            while name not in groups:
-                name, part = name.rsplit(".", 1)
-                rest.insert(0, part)
-            place = state.setdefault(name, {})
-            for part in rest[:-1]:
-                place = place.setdefault(part, {})
-            place[rest[-1]] = value
-    return {"state": state, "param_groups": list(groups.values())}
-
-
-def _load_zero(zero: ZeroRedundancyOptimizer, names: Mapping[int, str], flat: Mapping[str, Any]) -> None:
-    """Load this rank's share of a ZeRO optimizer, of whose groups it may own nothing."""
-    nested = _nested(flat)
-    settings = {group["params"][0]: group for group in nested["param_groups"]}
-    groups = []
-    for group, mine in zip(zero.param_groups, zero.optim.param_groups):
-        own = [names[id(parameter)] for parameter in mine["params"]]
-        groups.append({**settings[names[id(group["params"][0])]], "params": own})
-    owned = {name for group in groups for name in group["params"]}
-    state = {name: value for name, value in nested["state"].items() if name in owned}
-    zero.optim.load_state_dict({"state": state, "param_groups": groups})
-    _copy_settings(zero.optim.param_groups, zero.param_groups)
-
-
-def _copy_settings(source: Sequence[dict[str, Any]], target: Sequence[dict[str, Any]]) -> None:
-    for theirs, mine in zip(source, target):
-        mine.update({key: value for key, value in theirs.items() if key != "params"})
-
-
-def _read(state: dict[str, Any], path: Path) -> None:
-    """Fill ``state`` from the checkpoint; ValueError on every rank if it lacks what is asked for."""
-    try:
-        dcp.load(state, checkpoint_id=path)
-    except CheckpointException as error:
-        raise ValueError(f"{path} does not fit this run: {_reasons(error)}") from error
-
-
-def _wanted(flat: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    """What to ask the checkpoint for, of what the live optimizer's state holds.
-
-    A parameter that had no gradient before the save has no state there. Settings that are tensors are read into copies,
-    so that an optimizer can refuse them.
-    """
-    has_state = {tuple(key.split(".")[2:-1]) for key in saved if key.startswith("optimizer.state.")}
-    wanted = {}
-    for key, value in flat.items():
-        parts = tuple(key.split(".")[1:-1])
-        if key.startswith("state.") and not any(parts[: len(parts) - i] in has_state for i in range(len(parts))):
-            continue
-        is_setting = key.startswith("param_groups.") and isinstance(value, torch.Tensor)
-        wanted[key] = value.clone() if is_setting else value
-    return wanted
+def _bytes(state: Any) -> int:
+    """Of the tensors in a state dict that this rank holds; replicas count on every rank."""
+    if isinstance(state, Mapping):
+        return sum(_bytes(value) for value in state.values())
+    if isinstance(state, dist.tensor.DTensor):
+        state = state.to_local()
+    return state.numel() * state.element_size() if type(state) is torch.Tensor else 0
 
 
 def _reasons(error: CheckpointException) -> str:
-    return "; ".join(f"rank {rank}: {reason[0]}" for rank, reason in error.failures.items())
+    return "; ".join(f"rank {number}: {reason[0]}" for number, reason in error.failures.items())
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def on_first_rank(action: Callable[[], T]) -> T:
-    """Do it on rank 0; its result, or its error, is every rank's."""
-    box: list[Any] = [None, None]
-    if _rank() == 0:
-        try:
-            box[0] = action()
-        except Exception as error:  # whatever it is, the other ranks are waiting
-            box[1] = error
-    if dist.is_initialized():
-        dist.broadcast_object_list(box, src=0)
-    if box[1] is not None:
-        raise box[1]
-    result: T = box[0]
-    return result
-
-
-def _raise_everywhere(message: str | None) -> None:
-    messages: list[str | None] = [message]
-    if dist.is_initialized():
-        messages = [None] * dist.get_world_size()
-        dist.all_gather_object(messages, message)
-    for text in messages:
-        if text is not None:
-            raise ValueError(text)
-
-
-def _mismatch(model: Mapping[str, Any], saved: Mapping[str, Any], path: Path) -> str | None:
-    """In what the model differs from the one in the checkpoint, in words; ``None``: in nothing."""
-    names: list[set[str]] = [set(model)]
-    if dist.is_initialized():  # a pipeline's ranks hold different parts
-        names = [set()] * dist.get_world_size()
-        dist.all_gather_object(names, set(model))
-    for name, value in model.items():
-        there = saved.get(f"model.{name}")
-        if there is None:
-            return f"{path} was saved from another model: it has no {name}"
-        if isinstance(value, torch.Tensor) and tuple(there.size) != tuple(value.shape):
-            return (
-                f"{path} was saved from another model: {name} has shape {tuple(there.size)} there and "
-                f"{tuple(value.shape)} in this model"
-            )
-    unknown = {key.removeprefix("model.") for key in saved if key.startswith("model.")} - set().union(*names)
-    return f"{path} was saved from another model: this one has no {min(unknown)}" if unknown else None
-
-
-def _random_state() -> dict[str, Any]:
-    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    random.setstate(state["python"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
+def _os_error(what: str, error: CheckpointException) -> Exception:
+    """The same as one that can be caught for what it is: a disk that is full, say, or a mistake."""
+    reasons = [reason[0] for reason in error.failures.values()]
+    first = next((reason for reason in reasons if isinstance(reason, OSError)), None)
+    if first is None:
+        return RuntimeError(f"{what}: {_reasons(error)}")
+    return OSError(first.errno, f"{what}: {_reasons(error)}")

@@ -6,7 +6,7 @@ It knows what torch and its checkpointing expect of an optimizer, and nothing of
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -111,6 +111,24 @@ class OptimizerWrapper(Optimizer):
         """The base optimizers' state and the wrapper's, by parameter."""
         return JointState(self.optimizers, self._has_state)
 
+    @property
+    def own_keys(self) -> frozenset[str]:
+        """Keys of ``state`` and param groups that a checkpoint may lack: the wrapper then does without, or starts."""
+        return frozenset((*self.STATE_KEYS, self.GROUP_KEY))
+
+    def check_param_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Ask whether param groups of a saved state dict can be loaded; changes nothing.
+
+        Raises:
+            ValueError: if the wrapper's settings in them do not fit.
+        """
+        checked = set[int]()
+        for group in groups:
+            saved = group.get(self.GROUP_KEY)
+            if saved is not None and id(saved) not in checked:
+                self._check_global_state(saved)
+                checked.add(id(saved))
+
     def _has_state(self) -> bool:
         return any(key in state for state in self.state.values() for key in self.STATE_KEYS)
 
@@ -199,9 +217,7 @@ class OptimizerWrapper(Optimizer):
             )
         saved = [group.pop(self.GROUP_KEY, None) for group in groups]
         own = self._own_state_to_load(states, groups)
-        for tensor in saved:
-            if tensor is not None:
-                self._check_global_state(tensor)
+        self.check_param_groups(state_dict["param_groups"])
 
         known = {key for group in groups for key in group["params"]}
         rest = {key: value for key, value in states.items() if key not in known}

@@ -12,7 +12,7 @@ from torch import nn
 
 from layouts import BATCH, Setup, batch, setup
 from manic import Mechanic
-from manic.checkpoint import Checkpointer
+from manic.checkpoint import Checkpointer, DamagedCheckpointError
 from manic.testing import ranks, run
 
 LAYOUTS = [
@@ -180,27 +180,46 @@ def test_what_was_just_saved_is_kept_whatever_its_step(tmp_path: Path) -> None:
 
 
 def refuse_and_accept(directory: str) -> None:
-    """A path as a string; other betas; a parameter that never had a gradient."""
+    """A path as a string; other betas; a parameter that never had a gradient; Delta stored or not."""
     torch.manual_seed(0)
     model = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
 
-    def make(**options: Any) -> Checkpointer:
-        return Checkpointer(directory, model, Mechanic(torch.optim.AdamW(model.parameters(), lr=1.0), **options))
+    def make(base: Any = torch.optim.AdamW, **options: Any) -> tuple[Checkpointer, Mechanic]:
+        optimizer = Mechanic(base(model.parameters(), lr=1.0), **options)
+        return Checkpointer(directory, model, optimizer), optimizer
 
-    started = make()
+    def train(optimizer: torch.optim.Optimizer, used: str) -> None:
+        model[used](torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    started, optimizer = make()
     for _ in range(3):
-        model["used"](torch.ones(1, 2)).sum().backward()
-        started.optimizers[0].step()
+        train(optimizer, "used")
     path = started.save(3)
+    train(optimizer, "used")  # so that the parameters are not those of the checkpoint
+    before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(ValueError, match="other betas"):
-        make(betas=(0.5, 0.6, 0.7, 0.8, 0.85, 0.95)).load()
+        make(betas=(0.5, 0.6, 0.7, 0.8, 0.85, 0.95))[0].load()
+    with pytest.raises(ValueError, match="of variant optax"):
+        make(variant="pytorch")[0].load()
+    with pytest.raises(ValueError, match=r"another optimizer.*it has no max_exp_avg_sq for used"):
+        make(lambda ps, lr: torch.optim.AdamW(ps, lr=lr, amsgrad=True))[0].load()
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
-        make().load("nowhere/at/all")
-    resumed = make()
-    resumed.load(str(path))
-    assert resumed.optimizers[0].scale == started.optimizers[0].scale
-    (model["used"](torch.ones(1, 2)) + model["unused"](torch.ones(1, 2))).sum().backward()
-    resumed.optimizers[0].step()
+        make()[0].load("nowhere/at/all")
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before)), "a refused load changed the model"
+
+    for store_delta in (False, True):
+        resumed, other = make(store_delta=store_delta)
+        assert resumed.load(path) == path
+        assert other.scale != optimizer.scale
+        for used in ("used", "unused"):
+            train(other, used)
+        assert resumed.save(6 + store_delta) is not None
+    without_delta, other = make()
+    without_delta.load(6)
+    train(other, "used")
+    assert other.state[model["used"].weight]["mechanic_delta"].abs().sum() > 0
 
 
 def test_what_may_be_loaded(tmp_path: Path) -> None:
@@ -217,7 +236,7 @@ def test_what_was_not_finished_is_no_checkpoint(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     checkpointer = Checkpointer(tmp_path, model, torch.optim.SGD(model.parameters(), lr=1.0))
     assert checkpointer.latest() == 3
-    with pytest.raises(FileNotFoundError, match=r"no \.metadata"):
+    with pytest.raises(DamagedCheckpointError, match=r"step_00000003 is incomplete: it has no manifest.json"):
         checkpointer.load()
 
 

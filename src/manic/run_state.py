@@ -1,0 +1,354 @@
+"""The whole state of a run as one state dict: model, optimizers, other objects, and the random state.
+
+It knows how torch names these things in a checkpoint, in any layout and for any optimizer, and nothing of files.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    _get_fqns,  # the name that torch gives a parameter, without wrappers' prefixes; tests/test_run_state.py
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from manic.collective import from_every_rank, on_every_rank, rank
+
+__all__ = ["RunState"]
+
+# Flat, so that every value stands under its parameter's name, and ranks may own different parameters.
+_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+Read = Callable[[dict[str, Any]], None]
+"""Fills a state dict, in place where it holds tensors."""
+
+
+class RunState:
+    """What of a run is saved.
+
+    Args:
+        model: The model, sharded or wrapped in whatever way.
+        optimizers: Its optimizers. One with a property ``own_keys`` can do without state and settings of these names;
+            one with a method ``check_param_groups`` is asked with it before anything is loaded.
+        objects: Whatever else has ``state_dict`` and ``load_state_dict``, the same on all ranks.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], objects: Mapping[str, Stateful]) -> None:
+        self.model = model
+        self.optimizers = list(optimizers)
+        self.objects = dict(objects)
+
+    def collect(self) -> dict[str, Any]:
+        """The state now. Tensors are the run's own, not copies."""
+        model, optimizer = get_state_dict(self.model, self._inner(), options=_FLAT)
+        return {
+            "model": model,
+            "optimizer": optimizer,
+            "objects": {name: _whole_or_flat(thing.state_dict()) for name, thing in self.objects.items()},
+            "random": {str(rank()): _random_state()},
+        }
+
+    def load(self, saved: Mapping[str, Any], read: Read, name: str, group: ProcessGroup | None) -> None:
+        """Load a checkpoint; what may refuse it is asked first.
+
+        Args:
+            saved: DCP's metadata of every key in the checkpoint.
+            read: Reads from the checkpoint.
+            name: The checkpoint's, for messages.
+            group: Of all ranks, to agree over; default: the default group.
+
+        Raises:
+            ValueError: on every rank, if it is not of this run; nothing has changed then, unless it was one of the
+                objects that refused.
+        """
+        # Of no use after a load; and while there are any, torch creates no state to load into.
+        self.model.zero_grad(set_to_none=True)
+        state = self.collect()
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, ZeroRedundancyOptimizer):
+                _ask_for_groups(optimizer, self._names(), state["optimizer"])
+        own_keys = frozenset[str]().union(*(getattr(inner, "own_keys", ()) for inner in self._inner()))
+        names: set[str] = set().union(*from_every_rank(set(state["model"]), group))  # a pipeline's ranks differ
+
+        def ask() -> tuple[dict[str, Any], dict[str, Any]]:
+            _check_model(state["model"], saved, names, name)
+            objects = {each: _wanted_of_object(each, value, saved, name) for each, value in state["objects"].items()}
+            return _wanted_of_optimizer(state["optimizer"], saved, own_keys, name), objects
+
+        wanted, objects = on_every_rank(ask, group)
+        settings = {key: value for key, value in wanted.items() if key.startswith("param_groups.")}
+        # What an older torch, say, had no setting for stays as it is; what the wrapper has none for starts anew.
+        kept = {
+            key: value
+            for key, value in state["optimizer"].items()
+            if key.startswith("param_groups.") and key not in settings and key.rsplit(".", 1)[1] not in own_keys
+        }
+        mine = state["random"][str(rank())]
+        mine = {key: value for key, value in mine.items() if f"random.{rank()}.{key}" in saved}
+
+        small = {"optimizer": settings, "objects": objects, "random": {str(rank()): mine}}
+        read(small)
+        on_every_rank(lambda: self._check_settings(small["optimizer"]), group)
+        on_every_rank(lambda: self._load_objects(small["objects"]), group)
+
+        tensors = {key: value for key, value in wanted.items() if key not in settings}
+        large = {"model": state["model"], "optimizer": tensors}
+        read(large)
+        set_model_state_dict(self.model, large["model"])
+        self._load_optimizers({**kept, **small["optimizer"], **large["optimizer"]})
+        _set_random_state(small["random"].get(str(rank()), {}))
+
+    def layout(self) -> dict[str, int]:
+        """How the parameters are spread over the ranks, in words, and how many parameters are so."""
+        wrappers = [
+            cls.__name__
+            for cls in (DistributedDataParallel, FullyShardedDataParallel)
+            if any(isinstance(module, cls) for module in self.model.modules())
+        ]
+        plain = " ".join(["plain", *wrappers])
+        return dict(Counter(_placement(p) or plain for p in self.model.parameters()))
+
+    def _inner(self) -> list[Optimizer]:
+        """The optimizers; of ZeRO, the one inside: ZeRO's own state dict is gathered on one rank."""
+        inner = []
+        for each in self.optimizers:
+            if isinstance(each, ZeroRedundancyOptimizer):
+                # The one inside hears of a scheduler's changes only at the next step.
+                _copy_settings(each.param_groups, each.optim.param_groups)
+                each = each.optim
+            inner.append(each)
+        return inner
+
+    def _names(self) -> dict[int, str]:
+        """The name in a checkpoint of each parameter, by identity."""
+        return {id(p): min(_get_fqns(self.model, name)) for name, p in self.model.named_parameters()}
+
+    def _check_settings(self, settings: Mapping[str, Any]) -> None:
+        groups = _nested(settings)["param_groups"]
+        names = self._names()
+        for inner in self._inner():
+            check = getattr(inner, "check_param_groups", None)
+            if check is not None:
+                own = {names[id(parameter)] for group in inner.param_groups for parameter in group["params"]}
+                check([group for group in groups if group["params"][0] in own])
+
+    def _load_objects(self, states: Mapping[str, Any]) -> None:
+        for name, thing in self.objects.items():
+            state = states[name]
+            thing.load_state_dict(state[0] if isinstance(state, tuple) else state)
+
+    def _load_optimizers(self, flat: Mapping[str, Any]) -> None:
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, ZeroRedundancyOptimizer):
+                _load_zero(optimizer, self._names(), flat)
+            else:
+                # Not strict: whatever has a state here was asked for and found, and SGD without momentum has none.
+                options = StateDictOptions(strict=False)
+                set_optimizer_state_dict(self.model, optimizer, _nested(flat), options=options)
+
+
+def _placement(parameter: torch.Tensor) -> str | None:
+    """Of a DTensor, in words."""
+    if not isinstance(parameter, DTensor):
+        return None
+    mesh = parameter.device_mesh
+    names = mesh.mesh_dim_names or tuple(str(i) for i in range(mesh.ndim))
+    return ", ".join(f"{p} over {name} ({size})" for p, name, size in zip(parameter.placements, names, mesh.shape))
+
+
+def _check_model(model: Mapping[str, Any], saved: Mapping[str, Any], names: set[str], checkpoint: str) -> None:
+    """Raise ValueError if the checkpoint is of another model; ``names`` are those of the whole model."""
+    for name, value in model.items():
+        there = saved.get(f"model.{name}")
+        if there is None:
+            raise ValueError(f"{checkpoint} was saved from another model: it has no {name}")
+        if isinstance(value, torch.Tensor) and tuple(there.size) != tuple(value.shape):
+            raise ValueError(
+                f"{checkpoint} was saved from another model: {name} has shape {tuple(there.size)} there and "
+                f"{tuple(value.shape)} in this model"
+            )
+    unknown = {key.removeprefix("model.") for key in saved if key.startswith("model.")} - names
+    if unknown:
+        raise ValueError(f"{checkpoint} was saved from another model: this one has no {min(unknown)}")
+
+
+def _wanted_of_optimizer(
+    flat: Mapping[str, Any], saved: Mapping[str, Any], own_keys: frozenset[str], checkpoint: str
+) -> dict[str, Any]:
+    """What to ask the checkpoint for, of what the live optimizer's state holds.
+
+    A parameter that had no gradient before the save has no state there. Settings that are tensors are read into copies,
+    so that an optimizer can refuse them.
+    """
+    parameters = {
+        key.removeprefix("param_groups.").rsplit(".", 1)[0] for key in flat if key.startswith("param_groups.")
+    }
+    have_state = {_split(key.removeprefix("optimizer.state."), parameters)[0] for key in saved
+                  if key.startswith("optimizer.state.")}  # fmt: skip
+    wanted = {}
+    for key, value in flat.items():
+        there = saved.get(f"optimizer.{key}")
+        if key.startswith("param_groups."):
+            if there is not None:
+                wanted[key] = value.clone() if isinstance(value, torch.Tensor) else value
+            continue
+        parameter, state = _split(key.removeprefix("state."), parameters)
+        if parameter not in have_state or (there is None and state in own_keys):
+            continue
+        if there is None:
+            raise ValueError(
+                f"{checkpoint} was saved from another optimizer, or one with other options: it has no {state} for "
+                f"{parameter}"
+            )
+        size = tuple(there.size) if isinstance(there, TensorStorageMetadata) else None
+        expected = tuple(value.shape) if isinstance(value, torch.Tensor) else None
+        if size != expected:
+            raise ValueError(
+                f"{checkpoint} was saved from another optimizer: {state} of {parameter} is "
+                f"{'a number' if size is None else f'of shape {size}'} there and "
+                f"{'a number' if expected is None else f'of shape {expected}'} in this run"
+            )
+        wanted[key] = value
+    return wanted
+
+
+def _wanted_of_object(name: str, live: Any, saved: Mapping[str, Any], checkpoint: str) -> Any:
+    """What to ask the checkpoint for: the whole state, or tensor by tensor what the live one holds."""
+    if f"objects.{name}" in saved:
+        return (None,)
+    there = {key for key in saved if key.startswith(f"objects.{name}.")}
+    if not there:
+        raise ValueError(f"{checkpoint} was saved without {name!r}; give Checkpointer the same objects as then")
+    live = live[0] if isinstance(live, tuple) else live
+    here = set(_keys(live, f"objects.{name}"))
+    if here != there:
+        raise ValueError(f"{checkpoint} has another state of {name!r}: they differ in {min(here ^ there)}")
+    return live
+
+
+def _keys(value: Any, prefix: str) -> Iterator[str]:
+    """The keys under which DCP stores a nested state."""
+    if isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from _keys(each, f"{prefix}.{key}")
+    elif isinstance(value, list) and any(isinstance(each, Mapping) or _has_tensor(each) for each in value):
+        for index, each in enumerate(value):
+            yield from _keys(each, f"{prefix}.{index}")
+    else:
+        yield prefix
+
+
+def _whole_or_flat(state: Any) -> Any:
+    """An object's state as it is where it holds tensors, which DCP then stores one by one; else as one value.
+
+    One value comes back as it was, with its empty dicts, and with keys that a fresh object's state does not have.
+    """
+    return state if _has_tensor(state) else (state,)
+
+
+def _has_tensor(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(_has_tensor(each) for each in value.values())
+    if isinstance(value, list):
+        return any(_has_tensor(each) for each in value)
+    return isinstance(value, torch.Tensor)
+
+
+def _split(path: str, parameters: Container[str]) -> tuple[str, str]:
+    """A path of the flat state as a parameter's name and the rest, which is empty if no parameter is known."""
+    name = path
+    while name not in parameters:
+        if "." not in name:
+            return path, ""
+        name = name.rsplit(".", 1)[0]
+    return name, path[len(name) + 1 :]
+
+
+def _ask_for_groups(zero: ZeroRedundancyOptimizer, names: Mapping[int, str], flat: dict[str, Any]) -> None:
+    """Add the settings of every param group to what is to be loaded: a rank may own no parameter of a group."""
+    for group, mine in zip(zero.param_groups, zero.optim.param_groups):
+        first = names[id(group["params"][0])]
+        for key, value in mine.items():
+            if key != "params":
+                value = value.clone() if isinstance(value, torch.Tensor) else value
+                flat.setdefault(f"param_groups.{first}.{key}", value)
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The optimizer state as torch nests it, with a param group for each parameter.
+
+    Torch's own inverse asks the live state for names, and with FSDP1 ranks then gather different ones.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for key, value in flat.items():
+        kind, path = key.split(".", 1)
+        if kind == "param_groups":
+            name, setting = path.rsplit(".", 1)
+            groups.setdefault(name, {"params": [name]})[setting] = value
+    state: dict[str, dict[str, Any]] = {}
+    for key, value in flat.items():
+        kind, path = key.split(".", 1)
+        if kind == "state":
+            name, rest = _split(path, groups)
+            *outer, last = rest.split(".")
+            place = state.setdefault(name, {})
+            for part in outer:
+                place = place.setdefault(part, {})
+            place[last] = value
+    return {"state": state, "param_groups": list(groups.values())}
+
+
+def _load_zero(zero: ZeroRedundancyOptimizer, names: Mapping[int, str], flat: Mapping[str, Any]) -> None:
+    """Load this rank's share of a ZeRO optimizer, of whose groups it may own nothing."""
+    nested = _nested(flat)
+    settings = {group["params"][0]: group for group in nested["param_groups"]}
+    groups = []
+    for group, mine in zip(zero.param_groups, zero.optim.param_groups):
+        own = [names[id(parameter)] for parameter in mine["params"]]
+        groups.append({**settings[names[id(group["params"][0])]], "params": own})
+    owned = {name for group in groups for name in group["params"]}
+    state = {name: value for name, value in nested["state"].items() if name in owned}
+    zero.optim.load_state_dict({"state": state, "param_groups": groups})
+    _copy_settings(zero.optim.param_groups, zero.param_groups)
+
+
+def _copy_settings(source: Sequence[dict[str, Any]], target: Sequence[dict[str, Any]]) -> None:
+    for theirs, mine in zip(source, target):
+        mine.update({key: value for key, value in theirs.items() if key != "params"})
+
+
+def _random_state() -> dict[str, Any]:
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if "numpy" in sys.modules:
+        state["numpy"] = sys.modules["numpy"].random.get_state()
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    if "torch" in state:
+        torch.set_rng_state(state["torch"])
+    if "python" in state:
+        random.setstate(state["python"])
+    if "numpy" in state and "numpy" in sys.modules:
+        sys.modules["numpy"].random.set_state(state["numpy"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
