@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 
 from manic.collective import from_every_rank, on_every_rank, rank
 
-__all__ = ["RunState"]
+__all__ = ["RunState", "split"]
 
 # Flat, so that every value stands under its parameter's name, and ranks may own different parameters.
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -169,8 +169,11 @@ def _placement(parameter: torch.Tensor) -> str | None:
     if not isinstance(parameter, DTensor):
         return None
     mesh = parameter.device_mesh
-    names = mesh.mesh_dim_names or tuple(str(i) for i in range(mesh.ndim))
-    return ", ".join(f"{p} over {name} ({size})" for p, name, size in zip(parameter.placements, names, mesh.shape))
+    names = mesh.mesh_dim_names or ("",) * mesh.ndim
+    return ", ".join(
+        f"{placement!r} on {size} ranks{f' ({name})' if name else ''}"
+        for placement, size, name in zip(parameter.placements, mesh.shape, names)
+    )
 
 
 def _check_model(model: Mapping[str, Any], saved: Mapping[str, Any], names: set[str], checkpoint: str) -> None:
@@ -200,7 +203,7 @@ def _wanted_of_optimizer(
     parameters = {
         key.removeprefix("param_groups.").rsplit(".", 1)[0] for key in flat if key.startswith("param_groups.")
     }
-    have_state = {_split(key.removeprefix("optimizer.state."), parameters)[0] for key in saved
+    have_state = {split(key.removeprefix("optimizer.state."), parameters)[0] for key in saved
                   if key.startswith("optimizer.state.")}  # fmt: skip
     wanted = {}
     for key, value in flat.items():
@@ -209,7 +212,7 @@ def _wanted_of_optimizer(
             if there is not None:
                 wanted[key] = value.clone() if isinstance(value, torch.Tensor) else value
             continue
-        parameter, state = _split(key.removeprefix("state."), parameters)
+        parameter, state = split(key.removeprefix("state."), parameters)
         if parameter not in have_state or (there is None and state in own_keys):
             continue
         if there is None:
@@ -271,8 +274,8 @@ def _has_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
 
 
-def _split(path: str, parameters: Container[str]) -> tuple[str, str]:
-    """A path of the flat state as a parameter's name and the rest, which is empty if no parameter is known."""
+def split(path: str, parameters: Container[str]) -> tuple[str, str]:
+    """A key of the flat state as a parameter's name and the rest, which is empty if no parameter is known."""
     name = path
     while name not in parameters:
         if "." not in name:
@@ -306,7 +309,7 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in flat.items():
         kind, path = key.split(".", 1)
         if kind == "state":
-            name, rest = _split(path, groups)
+            name, rest = split(path, groups)
             *outer, last = rest.split(".")
             place = state.setdefault(name, {})
             for part in outer:
