@@ -10,58 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from layouts import BATCH, Setup, batch, setup
 from manic import Mechanic
 from manic.checkpoint import Checkpointer, DamagedCheckpointError
 from manic.testing import ranks, run
+from runs import Run, assert_identical
 
 LAYOUTS = [
     ("single", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 4), ("hsdp", 4), ("tp", 2), ("tp+fsdp2", 4),
     ("fsdp1-orig", 2), ("fsdp1-flat", 2), ("zero1", 2), ("zero1", 4),
 ]  # fmt: skip
-
-
-class Counter:
-    def __init__(self) -> None:
-        self.step = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step = state["step"]
-
-
-class Run:
-    def __init__(self, layout: str, base: str, directory: Path, **options: Any) -> None:
-        self.setup: Setup = setup(layout, base, torch.float64, s_init=1e-3)
-        self.counter = Counter()
-        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.setup.optimizer, T_max=20)
-        objects = {"counter": self.counter, "scheduler": self.scheduler}
-        self.checkpointer = Checkpointer(directory, self.setup.model, self.setup.optimizer, objects=objects, **options)
-
-    def train(self, steps: int) -> None:
-        for _ in range(steps):
-            x, y = batch(self.counter.step, torch.float64)
-            share = BATCH // self.setup.data_size
-            part = slice(self.setup.data_rank * share, (self.setup.data_rank + 1) * share)
-            self.setup.optimizer.zero_grad()
-            noise = 0.01 * torch.rand(())  # from the random state, which is saved as well
-            if self.setup.data_size < dist.get_world_size():
-                noise = torch.zeros(())
-            (self.setup.model(x[part]) - y[part] - noise).square().mean().backward()
-            self.setup.optimizer.step()
-            self.scheduler.step()
-            self.counter.step += 1
-
-    def result(self) -> tuple[float, dict[str, torch.Tensor]]:
-        return self.setup.mechanic.scale.item(), self.setup.gather()
-
-
-def assert_identical(first: Any, second: Any) -> None:
-    assert first[0] == second[0]
-    for name, value in first[1].items():
-        assert torch.equal(value, second[1][name]), name
 
 
 def interrupt_and_compare(layout: str, base: str, directory: str, at: int) -> None:
@@ -89,44 +46,6 @@ def test_resumes_bit_for_bit(layout: str, world_size: int, base: str, tmp_path: 
 @pytest.mark.parametrize(("layout", "world_size"), [("single", 1), ("fsdp2", 2), ("fsdp1-flat", 2), ("zero1", 2)])
 def test_a_checkpoint_from_before_the_first_step(layout: str, world_size: int, tmp_path: Path) -> None:
     run(interrupt_and_compare, world_size, layout, "adamw", str(tmp_path), 0)
-
-
-def save_after_six(layout: str, directory: str) -> tuple[float, dict[str, torch.Tensor]]:
-    started = Run(layout, "adamw", Path(directory))
-    started.train(6)
-    started.checkpointer.save(6)
-    started.train(8)
-    return started.result()
-
-
-def load_and_go_on(layout: str, directory: str) -> tuple[float, dict[str, torch.Tensor]]:
-    resumed = Run(layout, "adamw", Path(directory))
-    resumed.checkpointer.load()
-    resumed.train(8)
-    return resumed.result()
-
-
-@pytest.mark.parametrize(("saved", "loaded"), [
-    (("fsdp2", 4), ("fsdp2", 3)), (("fsdp2", 1), ("fsdp2", 2)), (("fsdp2", 2), ("tp+fsdp2", 4)),
-    (("zero1", 3), ("zero1", 2)), (("zero1", 2), ("ddp", 2)), (("hsdp", 4), ("single", 1)),
-], ids=str)  # fmt: skip
-def test_goes_on_over_other_ranks(saved: tuple[str, int], loaded: tuple[str, int], tmp_path: Path) -> None:
-    # Without the noise, which is each rank's own.
-    expected = run(save_without_noise, saved[1], saved[0], str(tmp_path))[0]
-    for scale, parameters in run(load_without_noise, loaded[1], loaded[0], str(tmp_path)):
-        assert scale == pytest.approx(expected[0], rel=1e-10)
-        for name, value in expected[1].items():
-            torch.testing.assert_close(parameters[name], value, rtol=1e-10, atol=1e-10)
-
-
-def save_without_noise(layout: str, directory: str) -> Any:
-    torch.rand = lambda *_: torch.zeros(())  # type: ignore[assignment]
-    return save_after_six(layout, directory)
-
-
-def load_without_noise(layout: str, directory: str) -> Any:
-    torch.rand = lambda *_: torch.zeros(())  # type: ignore[assignment]
-    return load_and_go_on(layout, directory)
 
 
 def save_each(directory: str, steps: list[int], options: dict[str, Any]) -> list[int]:
