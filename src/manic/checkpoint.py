@@ -22,9 +22,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed import ProcessGroup
+from torch.distributed._shard.sharded_tensor import ShardedTensor  # FSDP1's state dicts consist of them
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.staging import AsyncStager, BlockingAsyncStager, DefaultStager, StagingOptions
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from manic import __version__
@@ -106,7 +108,7 @@ class Checkpointer:
         self._progress = progress or (lambda what, done, total: None)
         self._damaged: list[int] = []
         self._pending: Future[str | None] | None = None
-        self._stager: DefaultStager | None = None
+        self._stager: AsyncStager | None = None
         self._own_group: ProcessGroup | None = None
 
     def steps(self) -> list[int]:
@@ -256,16 +258,13 @@ class Checkpointer:
 
     def _stage(self, state: dict[str, Any]) -> dict[str, Any]:
         """A copy in host memory."""
-        if self._stager is None:
+        if self._stager is None and self._run.is_fsdp1:
+            self._stager = BlockingAsyncStager()  # the other knows no ShardedTensor
+        elif self._stager is None:
             cuda = torch.cuda.is_available()
             self._stager = DefaultStager(
-                StagingOptions(
-                    use_pinned_memory=cuda,
-                    use_shared_memory=False,
-                    use_async_staging=False,
-                    use_non_blocking_copy=cuda,
-                )
-            )
+                StagingOptions(cuda, False, False, cuda)
+            )  # pinned, shared, async, non-blocking
         staged: dict[str, Any] = self._stager.stage(state)  # type: ignore[assignment]
         return staged
 
@@ -389,8 +388,10 @@ def _bytes(state: Any) -> int:
     """Of the tensors in a state dict that this rank holds; replicas count on every rank."""
     if isinstance(state, Mapping):
         return sum(_bytes(value) for value in state.values())
-    if isinstance(state, dist.tensor.DTensor):
+    if isinstance(state, DTensor):
         state = state.to_local()
+    if isinstance(state, ShardedTensor):
+        return sum(_bytes(shard.tensor) for shard in state.local_shards())
     return state.numel() * state.element_size() if type(state) is torch.Tensor else 0
 
 

@@ -42,10 +42,7 @@ class Directory:
 
     def steps(self) -> list[int]:
         """The steps that there are checkpoints of, ascending."""
-        names = self._names()
-        if not self._files.is_local:
-            marked = self._fs.glob(f"{self._root}/step_*/{_INCOMPLETE}")
-            names -= {os.path.basename(os.path.dirname(path)) for path in marked}
+        names = self._names() - self._marked()
         return sorted(int(match[1]) for match in map(_STEP.fullmatch, names) if match)
 
     def begin(self, step: int) -> str:
@@ -60,13 +57,13 @@ class Directory:
         """
         if step in self.steps():
             raise FileExistsError(f"{self.path(step)} exists; checkpoints are never written over")
-        if not self._is_clean:
-            for name in self._names():
-                if name.startswith((_INCOMPLETE, _REMOVED)):
-                    self._fs.rm(f"{self._root}/{name}", recursive=True)
-            self._is_clean = True
         folder = self._unfinished(step)
-        if self._fs.exists(folder):
+        if not self._is_clean:
+            hidden = {name for name in self._names() if name.startswith((_INCOMPLETE, _REMOVED))}
+            for name in hidden | self._marked():
+                self._fs.rm(f"{self._root}/{name}", recursive=True)
+            self._is_clean = True
+        elif self._fs.exists(folder):
             self._fs.rm(folder, recursive=True)
         self._fs.makedirs(folder)
         if not self._files.is_local:
@@ -108,6 +105,12 @@ class Directory:
             return {os.path.basename(path.rstrip("/")) for path in self._fs.ls(self._root, detail=False)}
         except (FileNotFoundError, NotADirectoryError):
             return set()
+
+    def _marked(self) -> set[str]:
+        """The names of folders that hold a marker."""
+        if self._files.is_local:
+            return set()
+        return {os.path.basename(os.path.dirname(path)) for path in self._fs.glob(f"{self._root}/step_*/{_INCOMPLETE}")}
 
     def _unfinished(self, step: int) -> str:
         return f"{self._root}/{_INCOMPLETE if self._files.is_local else ''}{_name(step)}"

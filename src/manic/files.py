@@ -43,7 +43,7 @@ class Files(FileSystemBase):
     def __init__(self, url: str | os.PathLike[str], on_bytes: Callable[[int], None] | None = None) -> None:
         self.fs: AbstractFileSystem
         self.fs, self.root = url_to_fs(os.fspath(url))
-        self.is_local = isinstance(self.fs, LocalFileSystem)
+        self.is_local = type(self.fs) is LocalFileSystem
         self.records: dict[str, FileRecord] = {}
         self._on_bytes = on_bytes or (lambda count: None)
 

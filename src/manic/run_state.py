@@ -115,6 +115,11 @@ class RunState:
         self._load_optimizers({**kept, **small["optimizer"], **large["optimizer"]})
         _set_random_state(small["random"].get(str(rank()), {}))
 
+    @property
+    def is_fsdp1(self) -> bool:
+        """Whether some of the model's state is ShardedTensors."""
+        return any(isinstance(module, FullyShardedDataParallel) for module in self.model.modules())
+
     def layout(self) -> dict[str, int]:
         """How the parameters are spread over the ranks, in words, and how many parameters are so."""
         wrappers = [
