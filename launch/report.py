@@ -31,12 +31,21 @@ class Report:
         if metrics is not None:
             metrics.parent.mkdir(parents=True, exist_ok=True)
             earlier = [record for record in read_records(metrics) if record["step"] <= done] if metrics.exists() else []
-            metrics.write_text("".join(json.dumps(record) + "\n" for record in earlier))
+            # By renaming: a run that is killed here must not lose what it had.
+            kept = metrics.with_name(f".{metrics.name}")
+            kept.write_text("".join(json.dumps(record) + "\n" for record in earlier))
+            kept.replace(metrics)
 
     def advance(self) -> None:
         """Count a step."""
         if self._bar is not None:
             self._bar.update()
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Show how far a checkpoint is; called for every tensor, on any thread."""
+        if self._bar is not None:
+            share = f"{what} {100 * done // max(total, 1)}%"
+            self._bar.set_description_str("" if done >= total else share, refresh=False)
 
     def record(self, record: dict[str, Any]) -> None:
         """Show and write what is known at ``record["step"]``."""

@@ -8,6 +8,8 @@ if [ "$ranks" -lt 1 ]; then
     echo "torch sees no CUDA device; bash launch/train_cpu.sh trains without one" >&2
     exit 1
 fi
+# A new store after a restart: torchrun's shared one still holds the addresses of ranks that died.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 exec torchrun --standalone --nproc-per-node "$ranks" --max-restarts 3 launch/train.py \
     --device cuda --dtype bf16 --parallel fsdp2 --layers 12 --width 768 --heads 12 --seq-len 1024 --batch-size $((16 * ranks)) \

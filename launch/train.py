@@ -61,10 +61,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--data", type=Path, help="file or folder of text, or .u16 file of tokens (default: the standard library)")
     add("--seed", type=int, default=0)
-    add("--checkpoint-dir", type=Path, help="where to save checkpoints (default: nowhere)")
+    add("--checkpoint-dir", help="where to save checkpoints, a path or a URL (default: nowhere)")
     add("--checkpoint-every", type=int, default=100, help="steps")
     add("--keep-latest", type=int, default=2, help="checkpoints")
+    add("--keep-every", type=int, help="steps whose multiples are kept as well (default: none)")
+    add("--async-save", action="store_true", help="go on training while a checkpoint is written")
+    add("--on-save-error", choices=("raise", "warn"), default="raise", help="stop, or go on without that checkpoint")
     add("--resume", default="auto", help="auto, never, or the path of a checkpoint or of a folder of them")
+    add("--verify", choices=("full", "size", "off"), default="full", help="how much of a checkpoint to check")
     add("--metrics", type=Path, help="JSON lines; a plot goes beside it")
     add("--tensorboard", type=Path, help="folder for TensorBoard's events")
     add("--log-every", type=int, default=10, help="steps")
@@ -153,34 +157,31 @@ def evaluate(corpus: Corpus, parallel: Parallel, options: argparse.Namespace, de
     return over_ranks(torch.stack(losses).mean(), parallel)
 
 
-def resume(checkpointer: Checkpointer | None, choice: str, progress: Progress) -> None:
-    """Load what --resume asks for."""
+def resume(
+    checkpointer: Checkpointer | None, elsewhere: Checkpointer, options: argparse.Namespace, progress: Progress
+) -> None:
+    """Load what --resume asks for; from ``elsewhere`` if that is a folder of checkpoints."""
+    choice = options.resume
     if checkpointer is None:
         if choice not in ("never", "auto"):
             raise ValueError("--resume PATH needs a --checkpoint-dir to go on saving to")
         return
     latest = on_first_rank(checkpointer.latest)
     if choice == "auto":
-        if latest is not None:
-            checkpointer.load()
+        if latest is not None:  # one that is damaged costs the steps since the one before it, and no more
+            checkpointer.load(verify=options.verify, fallback=True)
         return
     if choice != "never":
-        checkpointer.load(on_first_rank(lambda: find_checkpoint(Path(choice))))
+        newest = on_first_rank(elsewhere.latest)
+        try:
+            elsewhere.load(choice if newest is None else newest, verify=options.verify)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"--resume {choice}: neither a checkpoint nor a folder of checkpoints") from None
     if latest is not None and (choice == "never" or latest > progress.step):
         raise ValueError(
             f"--resume {choice}: {checkpointer.directory} holds a run already, up to step {latest}; choose another "
             "--checkpoint-dir"
         )
-
-
-def find_checkpoint(path: Path) -> Path:
-    """A checkpoint itself, or the newest one in a folder of them."""
-    if (path / ".metadata").is_file():
-        return path
-    found = sorted(folder for folder in path.glob("step_*") if (folder / ".metadata").is_file())
-    if not found:
-        raise FileNotFoundError(f"--resume {path}: neither a checkpoint nor a folder of checkpoints")
-    return found[-1]
 
 
 class Progress:
@@ -228,15 +229,23 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
     if options.parallel in ("ddp", "zero1"):
         rehearse(parallel, corpus.batch(options.seed, 0, options.batch_size, part).to(device))
     progress = Progress(options)
-    checkpointer = None
-    if options.checkpoint_dir is not None:
-        objects = {"progress": progress} | {f"scheduler{i}": each for i, each in enumerate(schedulers)}
-        checkpointer = Checkpointer(
-            options.checkpoint_dir, parallel.model, optimizers, objects=objects, keep_latest=options.keep_latest
-        )
-    resume(checkpointer, options.resume, progress)
+    report: Report | None = None
 
-    report = None
+    def checkpoints_in(directory: str) -> Checkpointer:
+        return Checkpointer(
+            directory,
+            parallel.model,
+            optimizers,
+            objects={"progress": progress} | {f"scheduler{i}": each for i, each in enumerate(schedulers)},
+            keep_latest=options.keep_latest,
+            keep_every=options.keep_every,
+            on_error=options.on_save_error,
+            progress=lambda *event: report.progress(*event) if report is not None else None,
+        )
+
+    checkpointer = checkpoints_in(options.checkpoint_dir) if options.checkpoint_dir else None
+    resume(checkpointer, checkpoints_in(options.resume), options, progress)
+
     if dist.get_rank() == 0:
         report = Report(options.steps, progress.step, options.metrics, options.tensorboard)
         report.say(
@@ -284,9 +293,14 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
                 report.record({"step": progress.step, "eval_loss": eval_loss})
             since, since_step = time.perf_counter(), progress.step
         if checkpointer is not None and (progress.step % options.checkpoint_every == 0 or last):
-            checkpointer.save(progress.step)
+            if options.async_save and not last:
+                checkpointer.async_save(progress.step)
+            else:
+                checkpointer.save(progress.step)
             since, since_step = time.perf_counter(), progress.step
 
+    if checkpointer is not None:
+        checkpointer.wait()
     if stopped and progress.step < options.steps:
         if report is not None:
             where = f"; saved in {options.checkpoint_dir}" if checkpointer else "; nothing saved: no --checkpoint-dir"

@@ -1,0 +1,104 @@
+"""Ranks that are killed, mid-step and mid-save, cost the steps since the last checkpoint and nothing else."""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from manic.testing import run
+from test_train import LAUNCH, SMALL, job, kill_all, records, wait_until
+
+
+def ranks_of(agent: subprocess.Popen[bytes]) -> list[int]:
+    """The processes that torchrun started and that still live."""
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    return [int(pid) for pid in children if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def is_saving(directory: Path) -> bool:
+    return directory.is_dir() and any(name.startswith(".incomplete_") for name in os.listdir(directory))
+
+
+def wait_for_a_new_life(agent: subprocess.Popen[bytes], before: list[int], file: Path) -> None:
+    """Until two new ranks have taken a step."""
+    wait_until(lambda: len(ranks_of(agent)) == 2 and not set(ranks_of(agent)) & set(before), agent)
+    began = file.stat().st_mtime_ns if file.exists() else 0
+    wait_until(lambda: file.exists() and file.stat().st_mtime_ns > began and len(records(file)) > 0, agent)
+
+
+def has_reached(file: Path, step: int) -> bool:
+    return max(records(file), default=0) >= step
+
+
+def kill_again_and_again(tmp_path: Path, kills: int, seed: int, *arguments: str) -> tuple[list[int], int]:
+    """Let torchrun train, and kill one rank after the other; half of the time, while a checkpoint is being written.
+
+    Returns:
+        The newest checkpoint at each kill, and how many kills left one unfinished.
+    """
+    rng = random.Random(seed)
+    file, checkpoints = tmp_path / "killed.jsonl", tmp_path / "run"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "--max-restarts", str(kills + 2), str(LAUNCH / "train.py"), *SMALL, *arguments,
+        "--checkpoint-dir", str(checkpoints), "--metrics", str(file),
+    ]  # fmt: skip
+    reached, unfinished = [], 0
+    # As in launch/*.sh: a store for each life, so that none reads the addresses of the last one.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    with (tmp_path / "output.txt").open("w") as output:
+        agent = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+        try:
+            before: list[int] = []
+            for _ in range(kills):
+                wait_for_a_new_life(agent, before, file)
+                target = max(records(file)) + rng.randint(0, 25)
+                wait_until(functools.partial(has_reached, file, target), agent)
+                time.sleep(rng.uniform(0.0, 0.05))
+                if rng.random() < 0.5:
+                    wait_until(lambda: is_saving(checkpoints), agent)
+                before = ranks_of(agent)
+                os.kill(rng.choice(before), signal.SIGKILL)
+                unfinished += is_saving(checkpoints)
+                reached.append(max(step_numbers(checkpoints), default=0))
+            assert agent.wait(timeout=200) == 0, (tmp_path / "output.txt").read_text()[-4000:]
+        finally:
+            kill_all(agent)
+    return reached, unfinished
+
+
+def step_numbers(directory: Path) -> list[int]:
+    names = os.listdir(directory) if directory.is_dir() else []
+    return [int(name.removeprefix("step_")) for name in names if name.startswith("step_")]
+
+
+def assert_as_if_undisturbed(tmp_path: Path, kills: int, seed: int, *arguments: str) -> None:
+    arguments = ("--steps", str(40 * kills), "--checkpoint-every", "3", *arguments)
+    run(job, 2, *arguments, "--metrics", str(tmp_path / "whole.jsonl"), timeout=280)
+    whole = records(tmp_path / "whole.jsonl")
+    reached, unfinished = kill_again_and_again(tmp_path, kills, seed, *arguments)
+    print(f"{kills} kills, {unfinished} of them while saving; newest checkpoint at each: {reached}")
+    assert records(tmp_path / "killed.jsonl") == whole
+    assert reached == sorted(reached), "a checkpoint was lost"
+    assert unfinished, "no kill hit a save"
+    assert not is_saving(tmp_path / "run")
+
+
+@pytest.mark.parametrize("how", [["--async-save"], []], ids=["async", "sync"])
+def test_a_run_that_is_killed_ends_bit_for_bit_as_if_it_had_not_been(how: list[str], tmp_path: Path) -> None:
+    assert_as_if_undisturbed(tmp_path, 3, len(how), *how)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize("how", [["--async-save"], []], ids=["async", "sync"])
+def test_a_run_that_is_killed_thirty_times(how: list[str], tmp_path: Path) -> None:
+    assert_as_if_undisturbed(tmp_path, 30, 7 + len(how), *how)
