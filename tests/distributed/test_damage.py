@@ -161,7 +161,7 @@ def test_a_newer_format_is_refused_by_name(copies: Path) -> None:
     content = manifest.json.loads(path.read_text())
     content.pop("sha256")
     path.write_bytes(manifest._render({**content, "format": 2, "what is new": 1}))
-    with pytest.raises(ValueError, match="format 2.*install a newer one"):
+    with pytest.raises(ValueError, match=r"format 2.*install a newer one"):
         at(copies).checkpointer.load()
 
 
@@ -175,7 +175,7 @@ def test_fallback_is_for_the_latest(copies: Path) -> None:
 def fall_back_and_go_on(directory: str) -> tuple[str, list[int], Any]:
     """Rank 1's file of the newest checkpoint is damaged: the run goes back, on, and saves over the same steps."""
     resumed = Run("fsdp2", "adamw", directory)
-    with pytest.raises(DamagedCheckpointError, match="__1_0.distcp"):
+    with pytest.raises(DamagedCheckpointError, match=r"__1_0\.distcp"):
         resumed.checkpointer.load()
     loaded = resumed.checkpointer.load(fallback=True)
     resumed.train(2)

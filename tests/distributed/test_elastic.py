@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import random
@@ -14,13 +15,17 @@ from pathlib import Path
 import pytest
 
 from manic.testing import run
-from test_train import LAUNCH, SMALL, job, kill_all, records, wait_until
+from test_train import LAUNCH, SMALL, children_of, job, kill_all, records, wait_until
 
 
 def ranks_of(agent: subprocess.Popen[bytes]) -> list[int]:
     """The processes that torchrun started and that still live."""
-    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
-    return [int(pid) for pid in children if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    found = []
+    for pid in children_of(agent.pid):
+        with contextlib.suppress(OSError):
+            if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
 
 
 def is_saving(directory: Path) -> bool:

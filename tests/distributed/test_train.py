@@ -159,7 +159,7 @@ def test_stopped_by_a_signal_it_goes_on_bit_for_bit(number: signal.Signals, tmp_
         try:
             wait_until(lambda: file.exists() and len(records(file)) >= 10, process)
             if number == signal.SIGKILL:
-                os.killpg(process.pid, number)
+                kill_all(process)
             else:
                 process.send_signal(number)
             process.wait(timeout=120)
@@ -187,7 +187,15 @@ def wait_until(condition: Any, process: subprocess.Popen[bytes], timeout: float 
         time.sleep(0.02)
 
 
+def children_of(pid: int) -> list[int]:
+    with contextlib.suppress(OSError):
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
 def kill_all(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    """Kill torchrun and its ranks, which have sessions of their own and outlive it."""
+    for pid in (*children_of(process.pid), process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait()
