@@ -1,6 +1,7 @@
-"""Time the optimizer step: Mechanic(AdamW) against fused AdamW, as ratios from one run.
+"""What manic costs: the optimizer's step against fused AdamW, as ratios from one run, and checkpoints.
 
 python launch/benchmark.py step --params 25M
+python launch/benchmark.py checkpoint --params 25M --ranks 1 2
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch.optim import AdamW, Optimizer
 
+import checkpoint_cost
 from manic import Mechanic
 
 # Width and number of blocks of a GPT with about so many parameters, 256 tokens of vocabulary.
@@ -60,15 +62,8 @@ def time_steps(size: str, repeats: int, device: torch.device) -> dict[str, float
     return {method: statistics.median(times) for method, times in seconds.items()}
 
 
-def main() -> None:
-    """Print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    step = parser.add_subparsers(required=True).add_parser("step", help="time of the optimizer step")
-    step.add_argument("--params", choices=SIZES, default="25M")
-    step.add_argument("--repeats", type=int, default=20)
-    step.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    step.add_argument("--json", action="store_true")
-    options = parser.parse_args()
+def step(options: argparse.Namespace) -> None:
+    """The subcommand."""
     device = torch.device(options.device)
     medians = time_steps(options.params, options.repeats, device)
     ratios = {method: median / medians["AdamW"] for method, median in medians.items()}
@@ -80,6 +75,32 @@ def main() -> None:
     print(f"{count:,} parameters in float32, {name}, torch {torch.__version__}, median of {options.repeats} steps")
     for method, ratio in ratios.items():
         print(f"{method:36}  {1e3 * medians[method]:8.1f} ms  {ratio:5.2f} x fused AdamW")
+
+
+def checkpoint(options: argparse.Namespace) -> None:
+    """The subcommand."""
+    sizes = {size: SIZES[size] for size in options.params}
+    print(checkpoint_cost.table(sizes, options.ranks, options.directory, options.repeats))
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    add = commands.add_parser("step", help="time of the optimizer step")
+    add.set_defaults(run=step)
+    add.add_argument("--params", choices=SIZES, default="25M")
+    add.add_argument("--repeats", type=int, default=20)
+    add.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add.add_argument("--json", action="store_true")
+    add = commands.add_parser("checkpoint", help="size, time and memory of checkpoints, on CPU ranks")
+    add.set_defaults(run=checkpoint)
+    add.add_argument("--params", choices=SIZES, nargs="+", default=["25M", "124M"])
+    add.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    add.add_argument("--repeats", type=int, default=5)
+    add.add_argument("--directory", help="where to write (default: the temporary directory)")
+    options = parser.parse_args()
+    options.run(options)
 
 
 if __name__ == "__main__":

@@ -320,7 +320,8 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
             for part in outer:
                 place = place.setdefault(part, {})
             place[last] = value
-    return {"state": state, "param_groups": list(groups.values())}
+    # Torch takes an empty state for one with numbers as names, and does not look at the groups' names then.
+    return {"state": state or {"": {}}, "param_groups": list(groups.values())}
 
 
 def _load_zero(zero: ZeroRedundancyOptimizer, names: Mapping[int, str], flat: Mapping[str, Any]) -> None:

@@ -23,13 +23,13 @@ LAYOUTS = [
 
 def interrupt_and_compare(layout: str, base: str, directory: str, at: int) -> None:
     torch.manual_seed(dist.get_rank())
-    undisturbed = Run(layout, base, Path(directory))
+    undisturbed = Run(layout, base, directory)
     undisturbed.train(at)
     undisturbed.checkpointer.save(at)
     undisturbed.train(8)
 
     torch.manual_seed(1234)
-    resumed = Run(layout, base, Path(directory))
+    resumed = Run(layout, base, directory)
     resumed.train(2)  # whatever it did before is forgotten
     resumed.checkpointer.load()
     assert resumed.counter.step == at
@@ -143,6 +143,20 @@ def refuse_and_accept(directory: str) -> None:
 
 def test_what_may_be_loaded(tmp_path: Path) -> None:
     run(refuse_and_accept, 2, str(tmp_path), timeout=30)
+
+
+def save_to_a_bucket(url: str) -> None:
+    import test_directory  # registers bucket://
+
+    assert test_directory.Bucket.protocol == "bucket"
+    interrupt_and_compare("fsdp2", "adamw", url, 6)
+
+
+def test_a_url_will_do_as_well(tmp_path: Path) -> None:
+    run(save_to_a_bucket, 2, f"bucket://{tmp_path}/run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step_00000006"]
+    names = {path.name for path in (tmp_path / "run" / "step_00000006").iterdir()}
+    assert names == {".metadata", "__0_0.distcp", "__1_0.distcp", "manifest.json"}
 
 
 def test_errors_are_raised_on_every_rank(tmp_path: Path) -> None:

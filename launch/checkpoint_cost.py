@@ -1,0 +1,116 @@
+"""What a checkpoint of Mechanic(AdamW) under FSDP2 costs: bytes, seconds, seconds that training waits, host memory."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+
+from manic import Mechanic
+from manic.checkpoint import Checkpointer
+from manic.testing import run
+from model import GPT
+
+SEQ_LEN = 64
+
+
+def measure(width: int, layers: int, directory: str | None, repeats: int) -> dict[str, float]:
+    """Called on every rank; times are medians of ``repeats``, in seconds, and sizes are in bytes."""
+    box = [tempfile.mkdtemp(dir=directory)]
+    dist.broadcast_object_list(box)
+    folder = Path(box[0])
+    torch.manual_seed(0)
+    model = GPT(256, SEQ_LEN, layers, width, heads=width // 64)
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    optimizer = Mechanic(torch.optim.AdamW(model.parameters(), lr=1.0, fused=True))
+    model(torch.randint(256, (1, SEQ_LEN))).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    checkpointer = Checkpointer(folder, model, optimizer, keep_latest=1)
+    steps = iter(range(1000))
+    try:
+        found: dict[str, float] = {}
+        checkpointer.save(next(steps))  # the process group and the first pages
+        before = reset_peak()
+        found["save"] = median(lambda: checkpointer.save(next(steps)), repeats)
+        found["save_memory"] = peak() - before
+        reset_peak()
+        checkpointer.async_save(next(steps))
+        checkpointer.wait()
+        found["async_memory"] = peak() - before
+        found["async_blocked"] = median(lambda: checkpointer.async_save(next(steps)), repeats, checkpointer.wait)
+        for verify in ("full", "size"):
+            found[f"load_{verify}"] = median(lambda verify=verify: checkpointer.load(verify=verify), repeats)
+        latest = Path(checkpointer.path(max(checkpointer.steps())))
+        found["bytes"] = sum(file.stat().st_size for file in latest.iterdir())
+        found["shard"] = (latest / f"__{dist.get_rank()}_0.distcp").stat().st_size
+        dist.barrier()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return found
+
+
+def median(action: Callable[[], Any], repeats: int, after: Callable[[], Any] = lambda: None) -> float:
+    """Of the seconds that it takes; ``after`` is not counted."""
+    seconds = []
+    for _ in range(repeats):
+        dist.barrier()
+        start = time.perf_counter()
+        action()
+        seconds.append(time.perf_counter() - start)
+        after()
+    return statistics.median(seconds)
+
+
+def reset_peak() -> int:
+    """Forget the largest host memory so far; return what is held now (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return status("VmRSS")
+
+
+def peak() -> int:
+    """The largest host memory since then."""
+    return status("VmHWM")
+
+
+def status(name: str) -> int:
+    """A line of /proc/self/status, in bytes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return 1024 * int(line.split()[1])
+
+
+def table(sizes: dict[str, tuple[int, int]], ranks: list[int], directory: str | None, repeats: int) -> str:
+    """One line for each size and number of ranks, as Markdown."""
+    heads = [
+        "parameters", "ranks", "on disk", "largest shard", "`save`", "`async_save` blocks", "share", "`load`",
+        '`load`, `verify="size"`', "memory of `save`", "of `async_save`",
+    ]  # fmt: skip
+    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    for size, (width, layers) in sizes.items():
+        for world_size in ranks:
+            each = run(measure, world_size, width, layers, directory, repeats, timeout=1800)
+            # The slowest rank is what a run waits for.
+            worst = {key: max(found[key] for found in each) for key in each[0]}
+            cells = [
+                size, str(world_size), megabytes(worst["bytes"]), megabytes(worst["shard"]),
+                f"{worst['save']:.2f} s", f"{worst['async_blocked']:.2f} s",
+                f"{worst['async_blocked'] / worst['save']:.0%}", f"{worst['load_full']:.2f} s",
+                f"{worst['load_size']:.2f} s", megabytes(worst["save_memory"]), megabytes(worst["async_memory"]),
+            ]  # fmt: skip
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def megabytes(count: float) -> str:
+    """In units of a million bytes."""
+    return f"{count / 1e6:,.0f} MB"

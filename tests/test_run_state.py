@@ -1,0 +1,125 @@
+"""What a run's state is called in a checkpoint, however its model is wrapped, and what comes back of its objects."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.parallel import DistributedDataParallel
+
+from manic import Mechanic
+from manic.checkpoint import Checkpointer
+from manic.run_state import RunState
+from manic.testing import ranks
+
+
+def net() -> nn.Module:
+    return nn.ModuleDict({"module": nn.Linear(2, 2), "_orig": nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))})
+
+
+@ranks(1)
+def test_names_have_no_wrappers_in_them() -> None:
+    """Also fails when torch renames _get_fqns, or it comes to mean something else."""
+    expected = [name for name, _ in net().named_parameters()]
+    wrapped = net()
+    wrapped["_orig"] = checkpoint_wrapper(wrapped["_orig"])
+    for model in (net(), wrapped, DistributedDataParallel(wrapped), torch.compile(DistributedDataParallel(net()))):
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        names = RunState(model, [optimizer], {})._names()
+        assert [names[id(p)] for p in model.parameters()] == expected
+
+
+class Box:
+    """An object whose state is whatever it was given."""
+
+    def __init__(self, state: Any = None) -> None:
+        self.state = {} if state is None else state
+
+    def state_dict(self) -> Any:
+        return self.state
+
+    def load_state_dict(self, state: Any) -> None:
+        self.state = state
+
+
+def checkpointer(directory: Path, **objects: Any) -> Checkpointer:
+    model = nn.Linear(2, 2)
+    return Checkpointer(directory, model, torch.optim.SGD(model.parameters(), lr=1.0), objects=objects)
+
+
+@pytest.mark.parametrize("state", [
+    {"seen": {3: "a", 4: ["b", {}]}, "empty": {}, "pair": (1, None)}, {}, {"epoch": 7}, "text", [1, 2, {"x": 3}],
+], ids=str)  # fmt: skip
+def test_an_objects_state_comes_back_as_it_was_whatever_a_fresh_ones_looks_like(state: Any, tmp_path: Path) -> None:
+    checkpointer(tmp_path, box=Box(state)).save(1)
+    fresh = Box({"other": {"keys": 1}})
+    checkpointer(tmp_path, box=fresh).load()
+    assert fresh.state == state
+
+
+def test_an_object_that_holds_tensors_has_them_stored_one_by_one(tmp_path: Path) -> None:
+    state = {"average": {"w": torch.arange(3.0)}, "count": 5, "list": [torch.ones(2), {"x": 1}]}
+    checkpointer(tmp_path, box=Box(state)).save(1)
+    fresh = Box({"average": {"w": torch.zeros(3)}, "count": 0, "list": [torch.zeros(2), {"x": 0}]})
+    checkpointer(tmp_path, box=fresh).load()
+    assert torch.equal(fresh.state["average"]["w"], torch.arange(3.0))
+    assert fresh.state["count"] == 5
+    assert torch.equal(fresh.state["list"][0], torch.ones(2))
+    assert fresh.state["list"][1] == {"x": 1}
+    with pytest.raises(ValueError, match=r"another state of 'box': they differ in objects\.box\.average\.w"):
+        checkpointer(tmp_path, box=Box({"count": 0, "list": [torch.zeros(2), {"x": 0}]})).load()
+
+
+def test_an_object_that_was_not_saved_is_asked_for_by_name(tmp_path: Path) -> None:
+    checkpointer(tmp_path, one=Box({"a": 1})).save(1)
+    with pytest.raises(ValueError, match="saved without 'two'"):
+        checkpointer(tmp_path, one=Box(), two=Box()).load()
+    checkpointer(tmp_path).load()
+
+
+def test_an_object_that_refuses_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    class Picky(Box):
+        def load_state_dict(self, state: Any) -> None:
+            raise ValueError("another run")
+
+    checkpointer(tmp_path, box=Box({"a": 1})).save(1)
+    model = nn.Linear(2, 2)
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with pytest.raises(ValueError, match="another run"):
+        Checkpointer(tmp_path, model, optimizer, objects={"box": Picky()}).load()
+    assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("plain_first", [True, False])
+def test_into_and_out_of_the_plain_base_optimizer(plain_first: bool, tmp_path: Path) -> None:
+    def train(optimizer: torch.optim.Optimizer, model: nn.Module, steps: int) -> None:
+        for _ in range(steps):
+            model(torch.ones(1, 2)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def make(plain: bool) -> tuple[nn.Linear, Any]:
+        model = nn.Linear(2, 2)
+        base = torch.optim.AdamW(model.parameters(), lr=0.01)
+        return model, base if plain else Mechanic(base)
+
+    model, optimizer = make(plain_first)
+    train(optimizer, model, 5)
+    Checkpointer(tmp_path, model, optimizer).save(5)
+    other, resumed = make(not plain_first)
+    train(resumed, other, 2)
+    Checkpointer(tmp_path, other, resumed).load()
+    assert torch.equal(other.weight, model.weight)
+    assert resumed.state[other.weight]["step"] == 5
+    assert torch.equal(resumed.state[other.weight]["exp_avg"], optimizer.state[model.weight]["exp_avg"])
+    if plain_first:
+        assert resumed.scale.item() == pytest.approx(6e-6)
+        train(resumed, other, 1)
+        assert torch.equal(resumed.state[other.weight]["mechanic_x_ref"], model.weight)
+    train(resumed, other, 1)
+    assert resumed.state[other.weight]["step"] == (7 if plain_first else 6)
