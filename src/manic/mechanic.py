@@ -85,7 +85,9 @@ class Mechanic(OptimizerWrapper):
         self._updates = ["snapshot" if snapshot else resolve_update(base, update) for base in optimizers]
         self._state_is_placeholder = False
         # Which bases' state is a placeholder then, see _create_state; those that came with a state keep theirs.
-        self._placeholders = [not base.state for base in optimizers]
+        self._came_with_state = [bool(base.state) for base in optimizers]
+        self._placeholders = [not came for came in self._came_with_state]
+        self._created: list[list[Any] | None] = [None for _ in optimizers]
         self._started = False
         self._agreed_on: list[list[int]] | None = None
         super().__init__(optimizers)
@@ -136,6 +138,7 @@ class Mechanic(OptimizerWrapper):
     @property
     def scale(self) -> Tensor:
         """S, the factor learned for the learning rate: a new 0-dim tensor on the parameters' device, no sync."""
+        self._share_global_state()  # ZeroRedundancyOptimizer loads by writing into the groups
         return self._tuner.scale
 
     def metrics(self) -> dict[str, Tensor]:
@@ -281,6 +284,19 @@ class Mechanic(OptimizerWrapper):
             iterate.x.copy_(iterate.x_ref)
         if self._state_is_placeholder:
             self._tuner.state[4].fill_(_PLACEHOLDER)
+        self._created = [
+            self._imprint(optimizer) if placeholder else None
+            for optimizer, placeholder in zip(self.optimizers, self._placeholders)
+        ]
+
+    def _imprint(self, optimizer: Optimizer) -> list[Any]:
+        """What tells a base's state that a step with zero gradients made from one that has seen training."""
+        return [
+            value.item() if value.numel() == 1 else int(local(value).count_nonzero())
+            for state in optimizer.state.values()
+            for name, value in state.items()
+            if name not in self.STATE_KEYS and isinstance(value, Tensor)
+        ]
 
     def _drop_placeholders(self) -> None:
         """Forget what was only made to be looked at: a run starts from where its parameters are now."""
@@ -312,6 +328,11 @@ class Mechanic(OptimizerWrapper):
             updates = float(self._tuner.updates)
             self._state_is_placeholder = updates == _PLACEHOLDER
             self._started = updates > 0
+            # A checkpoint of the base alone, read into what was created here, leaves the tuner as it was created.
+            self._placeholders = [
+                not came_with_state and (created is None or created == self._imprint(optimizer))
+                for optimizer, came_with_state, created in zip(self.optimizers, self._came_with_state, self._created)
+            ]
 
     def _home_device(self) -> torch.device:
         """The device of the first parameter; of the process group's backend where this rank has none."""
