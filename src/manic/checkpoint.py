@@ -175,6 +175,7 @@ class Checkpointer:
             try:
                 future.set_result(self._reporting(step, lambda: self._write(begun)))
             except BaseException as error:
+                logger.error("saving step %d on another thread failed: %s", step, error)  # should nobody ask
                 future.set_exception(error)
 
         self._pending = future
@@ -210,7 +211,7 @@ class Checkpointer:
             DamagedCheckpointError: on every rank, if it is incomplete or damaged; an ``OSError``. Found by ``verify``,
                 nothing has changed; found while reading, do not go on with the model.
             ValueError: on every rank, if it is of another model or optimizer, or one of the objects refuses it;
-                nothing else has changed then.
+                nothing else has changed then, but gradients are gone.
         """
         self.wait()
         if verify not in ("full", "size", "off"):

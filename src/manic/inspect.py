@@ -51,6 +51,7 @@ def inspect(path: str | os.PathLike[str], verify: Verify = "full") -> dict[str, 
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
+        ValueError: if a newer manic wrote it.
     """
     files = Files(path)
     try:
@@ -232,7 +233,7 @@ def _size(count: float) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; 0: all is well, 1: damaged, 2: no checkpoint."""
+    """The command; 0: all is well, 1: damaged, 2: no checkpoint, or one of a newer format."""
     parser = argparse.ArgumentParser(
         prog="python -m manic.inspect", description="What is in a checkpoint, from its files alone."
     )
@@ -244,7 +245,7 @@ def main(arguments: list[str] | None = None) -> int:
         directory = Directory(options.directory)
         paths = [directory.path(step) for step in directory.steps()]
         found = [inspect(path, options.verify) for path in paths or [options.directory]]
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
     if options.json:

@@ -53,7 +53,7 @@ def kill_again_and_again(tmp_path: Path, kills: int, seed: int, *arguments: str)
     file, checkpoints = tmp_path / "killed.jsonl", tmp_path / "run"
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "--max-restarts", str(kills + 2), str(LAUNCH / "train.py"), *SMALL, *arguments,
+        "--max-restarts", str(kills), str(LAUNCH / "train.py"), *SMALL, *arguments,
         "--checkpoint-dir", str(checkpoints), "--metrics", str(file),
     ]  # fmt: skip
     reached, unfinished = [], 0
@@ -65,7 +65,7 @@ def kill_again_and_again(tmp_path: Path, kills: int, seed: int, *arguments: str)
             before: list[int] = []
             for _ in range(kills):
                 wait_for_a_new_life(agent, before, file)
-                target = max(records(file)) + rng.randint(0, 25)
+                target = max(records(file)) + rng.randint(0, 20)
                 wait_until(functools.partial(has_reached, file, target), agent)
                 time.sleep(rng.uniform(0.0, 0.05))
                 if rng.random() < 0.5:
@@ -74,7 +74,7 @@ def kill_again_and_again(tmp_path: Path, kills: int, seed: int, *arguments: str)
                 os.kill(rng.choice(before), signal.SIGKILL)
                 unfinished += is_saving(checkpoints)
                 reached.append(max(step_numbers(checkpoints), default=0))
-            assert agent.wait(timeout=200) == 0, (tmp_path / "output.txt").read_text()[-4000:]
+            assert agent.wait(timeout=600) == 0, (tmp_path / "output.txt").read_text()[-4000:]
         finally:
             kill_all(agent)
     return reached, unfinished
@@ -86,7 +86,7 @@ def step_numbers(directory: Path) -> list[int]:
 
 
 def assert_as_if_undisturbed(tmp_path: Path, kills: int, seed: int, *arguments: str) -> None:
-    arguments = ("--steps", str(40 * kills), "--checkpoint-every", "3", *arguments)
+    arguments = ("--steps", str(25 * kills), "--checkpoint-every", "3", *arguments)
     run(job, 2, *arguments, "--metrics", str(tmp_path / "whole.jsonl"), timeout=280)
     whole = records(tmp_path / "whole.jsonl")
     reached, unfinished = kill_again_and_again(tmp_path, kills, seed, *arguments)
@@ -97,9 +97,8 @@ def assert_as_if_undisturbed(tmp_path: Path, kills: int, seed: int, *arguments: 
     assert not is_saving(tmp_path / "run")
 
 
-@pytest.mark.parametrize("how", [["--async-save"], []], ids=["async", "sync"])
-def test_a_run_that_is_killed_ends_bit_for_bit_as_if_it_had_not_been(how: list[str], tmp_path: Path) -> None:
-    assert_as_if_undisturbed(tmp_path, 3, len(how), *how)
+def test_a_run_that_is_killed_ends_bit_for_bit_as_if_it_had_not_been(tmp_path: Path) -> None:
+    assert_as_if_undisturbed(tmp_path, 2, 1, "--async-save")
 
 
 @pytest.mark.slow
