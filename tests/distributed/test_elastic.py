@@ -28,15 +28,19 @@ def ranks_of(agent: subprocess.Popen[bytes]) -> list[int]:
     return found
 
 
-def is_saving(directory: Path) -> bool:
-    return directory.is_dir() and any(name.startswith(".incomplete_") for name in os.listdir(directory))
+def is_saving(directory: Path, since: int = 0) -> bool:
+    """Whether a checkpoint is unfinished that was begun after ``since``, in nanoseconds of the clock."""
+    with contextlib.suppress(FileNotFoundError):
+        return any(path.stat().st_mtime_ns > since for path in directory.glob(".incomplete_*"))
+    return False
 
 
-def wait_for_a_new_life(agent: subprocess.Popen[bytes], before: list[int], file: Path) -> None:
-    """Until two new ranks have taken a step."""
+def wait_for_a_new_life(agent: subprocess.Popen[bytes], before: list[int], file: Path) -> int:
+    """Until two new ranks have taken a step; when they were there, by the clock."""
     wait_until(lambda: len(ranks_of(agent)) == 2 and not set(ranks_of(agent)) & set(before), agent)
-    began = file.stat().st_mtime_ns if file.exists() else 0
+    began = time.time_ns()
     wait_until(lambda: file.exists() and file.stat().st_mtime_ns > began and len(records(file)) > 0, agent)
+    return began
 
 
 def has_reached(file: Path, step: int) -> bool:
@@ -64,15 +68,15 @@ def kill_again_and_again(tmp_path: Path, kills: int, seed: int, *arguments: str)
         try:
             before: list[int] = []
             for _ in range(kills):
-                wait_for_a_new_life(agent, before, file)
+                began = wait_for_a_new_life(agent, before, file)
                 target = max(records(file)) + rng.randint(0, 20)
                 wait_until(functools.partial(has_reached, file, target), agent)
                 time.sleep(rng.uniform(0.0, 0.05))
                 if rng.random() < 0.5:
-                    wait_until(lambda: is_saving(checkpoints), agent)
+                    wait_until(functools.partial(is_saving, checkpoints, began), agent)
                 before = ranks_of(agent)
                 os.kill(rng.choice(before), signal.SIGKILL)
-                unfinished += is_saving(checkpoints)
+                unfinished += is_saving(checkpoints, began)
                 reached.append(max(step_numbers(checkpoints), default=0))
             assert agent.wait(timeout=600) == 0, (tmp_path / "output.txt").read_text()[-4000:]
         finally:
