@@ -86,6 +86,14 @@ def test_an_abandoned_save_leaves_nothing(url: str) -> None:
     assert [Path(path).name for path in fs.ls(root, detail=False)] == ["step_00000001"]
 
 
+def test_what_is_complete_cannot_be_abandoned(url: str) -> None:
+    directory = Directory(url)
+    save(directory, 1)
+    directory.abandon(1)
+    assert directory.steps() == [1]
+    assert Files(directory.path(1)).read("content") == b"1"
+
+
 def test_only_what_is_to_be_kept_is_kept(url: str) -> None:
     directory = Directory(url)
     for step in range(1, 6):

@@ -123,3 +123,18 @@ def test_into_and_out_of_the_plain_base_optimizer(plain_first: bool, tmp_path: P
         assert torch.equal(resumed.state[other.weight]["mechanic_x_ref"], model.weight)
     train(resumed, other, 1)
     assert resumed.state[other.weight]["step"] == (7 if plain_first else 6)
+
+
+def test_a_refused_load_leaves_an_objects_tensors_as_they_were(tmp_path: Path) -> None:
+    def make(**options: Any) -> tuple[nn.Module, nn.Module, Checkpointer]:
+        model, average = nn.Linear(2, 2), nn.Linear(2, 2)
+        optimizer = Mechanic(torch.optim.AdamW(model.parameters()), **options)
+        return model, average, Checkpointer(tmp_path, model, optimizer, objects={"average": average})
+
+    make()[2].save(1)
+    model, average, other = make(betas=(0.5, 0.6, 0.7, 0.8, 0.9, 0.95))
+    before = model.weight.detach().clone(), average.weight.detach().clone()
+    with pytest.raises(ValueError, match="other betas"):
+        other.load()
+    assert torch.equal(model.weight, before[0])
+    assert torch.equal(average.weight, before[1])

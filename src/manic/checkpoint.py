@@ -304,10 +304,10 @@ class Checkpointer:
         """Remove what is not to be kept; what has just been saved is."""
         if self.keep_latest is None:
             return
-        steps = self.steps()
         every = self.keep_every
-        keep = {saved, *steps[-self.keep_latest :], *(each for each in steps if every and each % every == 0)}
-        try:
+        try:  # the checkpoint is there, whatever becomes of the others
+            steps = self.steps()
+            keep = {saved, *steps[-self.keep_latest :], *(each for each in steps if every and each % every == 0)}
             self._directory.retire(keep)
         except OSError as error:
             logger.warning("could not remove an old checkpoint: %s", error)
@@ -368,7 +368,8 @@ class Checkpointer:
             try:
                 dcp.load(state, storage_reader=files.reader(), process_group=self._group)
             except CheckpointException as error:
-                if error.args[0] == "plan":
+                reasons = [reason[0] for reason in error.failures.values()]
+                if error.args[0] == "plan" and not any(isinstance(reason, OSError) for reason in reasons):
                     raise ValueError(f"{path} does not fit this run: {_reasons(error)}") from error
                 raise DamagedCheckpointError(f"{path} cannot be read: {_reasons(error)}") from error
 

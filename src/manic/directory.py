@@ -83,7 +83,8 @@ class Directory:
     def abandon(self, step: int) -> None:
         """Remove what there is of a folder that will not be completed, if that is possible."""
         try:
-            self._fs.rm(self._unfinished(step), recursive=True)
+            if self._files.is_local or _name(step) in self._marked():  # without the marker, it is complete
+                self._fs.rm(self._unfinished(step), recursive=True)
         except OSError as error:
             logger.debug("could not remove %s: %s", self._unfinished(step), error)
 

@@ -156,6 +156,7 @@ class _DigestingStream(io.IOBase):
             self._raw.flush()
 
     def fileno(self) -> int:
+        self._raw.flush()  # who asks is going to sync the file
         number: int = self._raw.fileno()
         return number
 

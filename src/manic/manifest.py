@@ -75,6 +75,8 @@ class Manifest:
                 f"{files.root} is incomplete: it has no {MANIFEST}. If it was not manic that wrote it, pass "
                 'verify="off"'
             ) from None
+        except OSError as error:
+            raise DamagedCheckpointError(f"{files.root} is damaged: {MANIFEST} cannot be read: {error}") from error
         damaged = DamagedCheckpointError(f"{files.root} is damaged: {MANIFEST} is not what was written")
         try:
             content = json.loads(text)

@@ -103,10 +103,12 @@ class RunState:
         mine = state["random"][str(rank())]
         mine = {key: value for key, value in mine.items() if f"random.{rank()}.{key}" in saved}
 
-        small = {"optimizer": settings, "objects": objects, "random": {str(rank()): mine}}
+        small = {"optimizer": settings, "random": {str(rank()): mine}}
         read(small)
         on_every_rank(lambda: self._check_settings(small["optimizer"]), group)
-        on_every_rank(lambda: self._load_objects(small["objects"]), group)
+        asked = {"objects": objects}  # read last of what may refuse: tensors are read in place
+        read(asked)
+        on_every_rank(lambda: self._load_objects(asked["objects"]), group)
 
         tensors = {key: value for key, value in wanted.items() if key not in settings}
         large = {"model": state["model"], "optimizer": tensors}

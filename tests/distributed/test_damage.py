@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import functools
+import itertools
 import logging
+import os
 import random
 import shutil
 import tempfile
@@ -14,6 +17,7 @@ import pytest
 import torch
 
 from manic.checkpoint import DamagedCheckpointError
+from manic.files import Files
 from manic.manifest import MANIFEST
 from manic.testing import run
 from runs import Run, assert_identical
@@ -152,6 +156,53 @@ def test_without_a_manifest_it_must_be_asked_for(copies: Path) -> None:
     fresh = at(copies)
     fresh.checkpointer.load(verify="off")
     assert_identical(fresh.result(), good()[1][-1])
+
+
+def test_files_that_the_disk_does_not_give_back_are_damaged(copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Files.read
+
+    def read(files: Files, name: str) -> bytes:
+        if "00000006" in files.root:
+            raise OSError(errno.EIO, "Input/output error")
+        return whole(files, name)
+
+    monkeypatch.setattr(Files, "read", read)
+    fresh = at(copies)
+    with pytest.raises(DamagedCheckpointError, match=r"manifest.json cannot be read: .*Input/output error"):
+        fresh.checkpointer.load()
+    assert fresh.checkpointer.load(fallback=True) == str(folder(copies, 4))
+
+
+def test_all_that_was_written_is_on_the_disk_when_it_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: dict[str, int] = {}
+    sync = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced[os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))] = os.fstat(descriptor).st_size
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    saved = at(tmp_path).checkpointer.save(1)
+    for file in Path(str(saved)).iterdir():
+        name = ".metadata.tmp" if file.name == ".metadata" else file.name
+        assert synced[name] == file.stat().st_size
+
+
+def test_a_listing_that_fails_after_a_save_costs_no_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh = at(Path("unused"))
+    url = "memory://test-damage/run"
+    checkpointer = type(fresh.checkpointer)(url, fresh.setup.model, fresh.setup.optimizer, keep_latest=1)
+    checkpointer.save(1)
+    steps, calls = checkpointer.steps, itertools.count()
+
+    def fail_at_the_end() -> list[int]:
+        if next(calls) == 0:
+            raise OSError("the listing timed out")
+        return steps()
+
+    monkeypatch.setattr(checkpointer, "steps", fail_at_the_end)
+    checkpointer.save(2)
+    assert checkpointer.steps() == [1, 2]
 
 
 def test_a_newer_format_is_refused_by_name(copies: Path) -> None:
