@@ -114,7 +114,16 @@ def test_what_is_set_aside_is_no_step_but_still_there(url: str) -> None:
 
 
 def test_other_names_are_no_steps(tmp_path: Path) -> None:
-    for name in ("step_", "step_x", "steps_1", "step_00000004.tmp", "notes"):
+    for name in ("step_", "step_x", "step_1", "steps_1", "step_00000004.tmp", "notes"):
         (tmp_path / name).mkdir()
     assert Directory(tmp_path).steps() == []
     assert Directory(tmp_path / "not" / "there").steps() == []
+
+
+def test_a_relative_path_stays_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    directory = Directory("run")
+    monkeypatch.chdir("/")
+    save(directory, 1)
+    assert (tmp_path / "run" / "step_00000001").is_dir()
+    assert Files(directory.path(1)).read("content") == b"1"

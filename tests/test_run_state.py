@@ -138,3 +138,22 @@ def test_a_refused_load_leaves_an_objects_tensors_as_they_were(tmp_path: Path) -
         other.load()
     assert torch.equal(model.weight, before[0])
     assert torch.equal(average.weight, before[1])
+
+
+@pytest.mark.parametrize("extra", [{"amax": 1.0, "n": 3}, 3], ids=str)
+def test_a_modules_extra_state_comes_back(extra: Any, tmp_path: Path) -> None:
+    class WithExtra(nn.Linear):
+        def get_extra_state(self) -> Any:
+            return extra
+
+        def set_extra_state(self, state: Any) -> None:
+            self.found = state
+
+    for save in (True, False):
+        model = WithExtra(2, 2)
+        other = Checkpointer(tmp_path, model, torch.optim.SGD(model.parameters(), lr=1.0))
+        if save:
+            other.save(1)
+        else:
+            other.load()
+            assert model.found == extra

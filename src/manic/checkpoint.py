@@ -8,6 +8,7 @@ directory.py's: here is what happens when.
 from __future__ import annotations
 
 import logging
+import operator
 import os
 import threading
 import time
@@ -243,15 +244,16 @@ class Checkpointer:
         return self._own_group
 
     def _begin(self, step: int) -> _Save:
+        step = operator.index(step)
         if step < 0:
             raise ValueError(f"step must not be negative, got {step}")
         since = time.perf_counter()
 
         def begin() -> str:
-            while self._damaged:
-                damaged = self._damaged.pop()
+            for damaged in list(self._damaged):
                 if damaged in self.steps():
                     logger.warning("the damaged checkpoint is now %s", self._directory.set_aside(damaged))
+                self._damaged.remove(damaged)
             return self._directory.begin(step)
 
         folder = on_first_rank(begin, self._group)
@@ -309,7 +311,7 @@ class Checkpointer:
             steps = self.steps()
             keep = {saved, *steps[-self.keep_latest :], *(each for each in steps if every and each % every == 0)}
             self._directory.retire(keep)
-        except OSError as error:
+        except Exception as error:  # of whatever kind a URL's file system raises
             logger.warning("could not remove an old checkpoint: %s", error)
 
     def _reporting(self, step: int, action: Callable[[], T]) -> T | None:
@@ -338,6 +340,13 @@ class Checkpointer:
             if step not in self.steps():
                 raise FileNotFoundError(
                     f"{self.path(step)} is no checkpoint; in {self.directory}, there are steps {self.steps()}"
+                )
+            if step < self.steps()[-1]:
+                logger.warning(
+                    "there are later checkpoints than %s, up to step %d: go on in another directory, or they stay the "
+                    "latest",
+                    self.path(step),
+                    self.steps()[-1],
                 )
             return [(self.path(step), step)]
         files = Files(step)
@@ -368,8 +377,8 @@ class Checkpointer:
             try:
                 dcp.load(state, storage_reader=files.reader(), process_group=self._group)
             except CheckpointException as error:
-                reasons = [reason[0] for reason in error.failures.values()]
-                if error.args[0] == "plan" and not any(isinstance(reason, OSError) for reason in reasons):
+                misfit = any(word in _reasons(error) for word in ("Missing key", "mismatch"))
+                if error.args[0] == "plan" and misfit:
                     raise ValueError(f"{path} does not fit this run: {_reasons(error)}") from error
                 raise DamagedCheckpointError(f"{path} cannot be read: {_reasons(error)}") from error
 

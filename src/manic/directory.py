@@ -18,7 +18,7 @@ __all__ = ["Directory"]
 
 logger = logging.getLogger(__name__)
 
-_STEP = re.compile(r"step_(\d+)")
+_STEP = re.compile(r"step_\d+")
 # Begin with a dot, so that no glob takes them for checkpoints.
 _INCOMPLETE, _REMOVED, _DAMAGED = ".incomplete_", ".removed_", ".damaged_"
 
@@ -31,9 +31,10 @@ class Directory:
     """
 
     def __init__(self, url: str | os.PathLike[str]) -> None:
-        self.url = os.fspath(url).rstrip("/")
-        self._files = Files(self.url)
+        self._files = Files(os.fspath(url).rstrip("/"))
         self._fs, self._root = self._files.fs, self._files.root.rstrip("/")
+        # A local one stays where it is when the process changes its working directory.
+        self.url = self._root if self._files.is_local else os.fspath(url).rstrip("/")
         self._is_clean = False
 
     def path(self, step: int) -> str:
@@ -42,8 +43,7 @@ class Directory:
 
     def steps(self) -> list[int]:
         """The steps that there are checkpoints of, ascending."""
-        names = self._names() - self._marked()
-        return sorted(int(match[1]) for match in map(_STEP.fullmatch, names) if match)
+        return sorted(self._step_of(name) for name in self._step_names() - self._marked())
 
     def begin(self, step: int) -> str:
         """Make the folder to write the checkpoint of ``step`` into; what earlier saves left unfinished goes.
@@ -107,11 +107,17 @@ class Directory:
         except (FileNotFoundError, NotADirectoryError):
             return set()
 
+    def _step_names(self) -> set[str]:
+        return {name for name in self._names() if _STEP.fullmatch(name) and name == _name(self._step_of(name))}
+
+    def _step_of(self, name: str) -> int:
+        return int(name.removeprefix("step_"))
+
     def _marked(self) -> set[str]:
         """The names of folders that hold a marker."""
         if self._files.is_local:
             return set()
-        return {os.path.basename(os.path.dirname(path)) for path in self._fs.glob(f"{self._root}/step_*/{_INCOMPLETE}")}
+        return {name for name in self._step_names() if self._fs.exists(f"{self._root}/{name}/{_INCOMPLETE}")}
 
     def _unfinished(self, step: int) -> str:
         return f"{self._root}/{_INCOMPLETE if self._files.is_local else ''}{_name(step)}"

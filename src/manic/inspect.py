@@ -232,6 +232,15 @@ def _size(count: float) -> str:
     return f"{count:.4g} TB"
 
 
+def _inspect_one_of_many(path: str, verify: Verify) -> dict[str, Any]:
+    """As :func:`inspect`, but a folder that holds nothing is a damaged checkpoint among others."""
+    try:
+        return inspect(path, verify)
+    except FileNotFoundError as error:
+        integrity = {"verified": verify, "problems": [str(error)]}
+        return {"path": path, "integrity": integrity, "manifest": None, "files": 0, "bytes": 0}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command; 0: all is well, 1: damaged, 2: no checkpoint, or one of a newer format."""
     parser = argparse.ArgumentParser(
@@ -244,7 +253,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         directory = Directory(options.directory)
         paths = [directory.path(step) for step in directory.steps()]
-        found = [inspect(path, options.verify) for path in paths or [options.directory]]
+        found = [_inspect_one_of_many(path, options.verify) for path in paths] or [
+            inspect(options.directory, options.verify)
+        ]
     except (FileNotFoundError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -30,11 +30,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from manic.collective import from_every_rank, on_every_rank, rank
+from manic.mechanic import Mechanic
 
 __all__ = ["RunState", "split"]
 
 # Flat, so that every value stands under its parameter's name, and ranks may own different parameters.
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+_MECHANIC_KEYS = frozenset(Mechanic.STATE_KEYS)
 
 Read = Callable[[dict[str, Any]], None]
 """Fills a state dict, in place where it holds tensors."""
@@ -85,12 +88,14 @@ class RunState:
             if isinstance(optimizer, ZeroRedundancyOptimizer):
                 _ask_for_groups(optimizer, self._names(), state["optimizer"])
         own_keys = frozenset[str]().union(*(getattr(inner, "own_keys", ()) for inner in self._inner()))
-        names: set[str] = set().union(*from_every_rank(set(state["model"]), group))  # a pipeline's ranks differ
+        # A pipeline's ranks have different parts of the model.
+        names: set[str] = set().union(*from_every_rank(set(_keys(state["model"], "model")), group))
+        trainable = set().union(*(self._trainable(inner) for inner in self._inner()))
 
         def ask() -> tuple[dict[str, Any], dict[str, Any]]:
             _check_model(state["model"], saved, names, name)
             objects = {each: _wanted_of_object(each, value, saved, name) for each, value in state["objects"].items()}
-            return _wanted_of_optimizer(state["optimizer"], saved, own_keys, name), objects
+            return _wanted_of_optimizer(state["optimizer"], saved, trainable, own_keys, name), objects
 
         wanted, objects = on_every_rank(ask, group)
         settings = {key: value for key, value in wanted.items() if key.startswith("param_groups.")}
@@ -147,6 +152,11 @@ class RunState:
         """The name in a checkpoint of each parameter, by identity."""
         return {id(p): min(_get_fqns(self.model, name)) for name, p in self.model.named_parameters()}
 
+    def _trainable(self, inner: Optimizer) -> set[str]:
+        """The names of an optimizer's parameters that are trained."""
+        names = self._names()
+        return {names[id(p)] for group in inner.param_groups for p in group["params"] if p.requires_grad}
+
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
         groups = _nested(settings)["param_groups"]
         names = self._names()
@@ -184,34 +194,45 @@ def _placement(parameter: torch.Tensor) -> str | None:
 
 
 def _check_model(model: Mapping[str, Any], saved: Mapping[str, Any], names: set[str], checkpoint: str) -> None:
-    """Raise ValueError if the checkpoint is of another model; ``names`` are those of the whole model."""
+    """Raise ValueError if the checkpoint is of another model; ``names`` are the keys of the whole model."""
     for name, value in model.items():
+        for key in _keys(value, f"model.{name}"):
+            if key not in saved:
+                raise ValueError(f"{checkpoint} was saved from another model: it has no {key.removeprefix('model.')}")
         there = saved.get(f"model.{name}")
-        if there is None:
-            raise ValueError(f"{checkpoint} was saved from another model: it has no {name}")
-        if isinstance(value, torch.Tensor) and tuple(there.size) != tuple(value.shape):
+        size = tuple(there.size) if isinstance(there, TensorStorageMetadata) else None
+        if isinstance(value, torch.Tensor) and size != tuple(value.shape):
             raise ValueError(
-                f"{checkpoint} was saved from another model: {name} has shape {tuple(there.size)} there and "
+                f"{checkpoint} was saved from another model: {name} has shape {size} there and "
                 f"{tuple(value.shape)} in this model"
             )
-    unknown = {key.removeprefix("model.") for key in saved if key.startswith("model.")} - names
+    unknown = {key for key in saved if key.startswith("model.")} - names
     if unknown:
-        raise ValueError(f"{checkpoint} was saved from another model: this one has no {min(unknown)}")
+        first = min(unknown).removeprefix("model.")
+        raise ValueError(f"{checkpoint} was saved from another model: this one has no {first}")
 
 
 def _wanted_of_optimizer(
-    flat: Mapping[str, Any], saved: Mapping[str, Any], own_keys: frozenset[str], checkpoint: str
+    flat: Mapping[str, Any], saved: Mapping[str, Any], trainable: set[str], own_keys: frozenset[str], checkpoint: str
 ) -> dict[str, Any]:
     """What to ask the checkpoint for, of what the live optimizer's state holds.
 
-    A parameter that had no gradient before the save has no state there. Settings that are tensors are read into copies,
-    so that an optimizer can refuse them.
+    A parameter that had no gradient before the save has no state there, and what only Mechanic has, others do without;
+    any other state that is there must be wanted here. Settings that are tensors are read into copies, so that an
+    optimizer can refuse them.
     """
     parameters = {
         key.removeprefix("param_groups.").rsplit(".", 1)[0] for key in flat if key.startswith("param_groups.")
     }
-    have_state = {split(key.removeprefix("optimizer.state."), parameters)[0] for key in saved
-                  if key.startswith("optimizer.state.")}  # fmt: skip
+    states = [key.removeprefix("optimizer.state.") for key in saved if key.startswith("optimizer.state.")]
+    have_state = {split(state, parameters)[0] for state in states}
+    for path in states:
+        parameter, state = split(path, parameters)
+        if parameter in trainable and f"state.{path}" not in flat and state not in own_keys | _MECHANIC_KEYS:
+            raise ValueError(
+                f"{checkpoint} was saved from another optimizer, or one with other options: it has {state} for "
+                f"{parameter}, this run's optimizer has none (if it took steps, load before the first)"
+            )
     wanted = {}
     for key, value in flat.items():
         there = saved.get(f"optimizer.{key}")

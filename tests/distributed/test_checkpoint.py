@@ -124,6 +124,8 @@ def refuse_and_accept(directory: str) -> None:
         make(variant="pytorch")[0].load()
     with pytest.raises(ValueError, match=r"another optimizer.*it has no max_exp_avg_sq for used"):
         make(lambda ps, lr: torch.optim.AdamW(ps, lr=lr, amsgrad=True))[0].load()
+    with pytest.raises(ValueError, match=r"another optimizer.*it has \w+ for used"):
+        make(torch.optim.SGD)[0].load()
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         make()[0].load("nowhere/at/all")
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before)), "a refused load changed the model"

@@ -33,6 +33,7 @@ from torch.distributed.fsdp import (
     ShardedOptimStateDictConfig,
     ShardedStateDictConfig,
     StateDictType,
+    fully_shard,
 )
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
@@ -421,6 +422,29 @@ def test_neither_a_look_at_the_state_nor_what_was_loaded_before_leaves_a_trace(
     layout: str, mechanism: str, tmp_path: Path
 ) -> None:
     run(look_and_load, 2, layout, mechanism, str(tmp_path), undisturbed(layout, 2), timeout=60)
+
+
+def look_at_one_element() -> None:
+    torch.manual_seed(0)
+    results = []
+    for looks in (False, True):
+        model = fully_shard(nn.Linear(4, 1, dtype=torch.float64))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(0.5)
+        optimizer = Mechanic(AdamW(model.parameters(), lr=1.0), s_init=1e-3)
+        if looks:
+            set_optimizer_state_dict(model, optimizer, get_optimizer_state_dict(model, optimizer))
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.ones(2, 4, dtype=torch.float64)).square().sum().backward()
+            optimizer.step()
+        results.append((optimizer.scale.item(), [full(parameter) for parameter in model.parameters()]))
+    assert_identical(*results)
+
+
+def test_a_look_at_the_state_of_a_parameter_that_only_one_rank_holds_leaves_no_trace() -> None:
+    run(look_at_one_element, 2, timeout=30)
 
 
 def become_mechanic(layout: str, saving: str, loading: str, into: str, directory: str) -> None:

@@ -43,6 +43,17 @@ class Net(nn.Module):
         return self.down(self.up(x).relu())
 
 
+def leave_a_run_of_mechanic_pytorch() -> None:
+    from mechanic_pytorch import mechanize
+
+    model = Net()
+    optimizer = mechanize(torch.optim.AdamW)(model.parameters(), lr=1.0)
+    model(torch.ones(3, 4)).square().mean().backward()
+    optimizer.step()
+    torch.set_grad_enabled(True)
+    torch.save(optimizer.state_dict(), "optimizer.pt")
+
+
 def execute(page: str, index: int) -> None:
     """Run a block among the names that a reader has by then."""
     box = [tempfile.mkdtemp()]
@@ -62,6 +73,9 @@ def execute(page: str, index: int) -> None:
             "RowwiseParallel": RowwiseParallel, "ZeroRedundancyOptimizer": ZeroRedundancyOptimizer,
             "DistributedDataParallel": DistributedDataParallel, "FullyShardedDataParallel": FullyShardedDataParallel,
         }  # fmt: skip
+        if dist.get_rank() == 0:
+            leave_a_run_of_mechanic_pytorch()
+        dist.barrier()
         paths = {page.name: page for page in PAGES}
         exec(compile(blocks(paths[page])[index], f"{page} block {index}", "exec"), names)
         for name, thing in list(names.items()):
