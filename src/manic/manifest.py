@@ -109,7 +109,7 @@ class Manifest:
                     found.append(f"{name} has other content than was written: its SHA-256 differs")
             except FileNotFoundError:
                 found.append(f"{name} is missing")
-            except OSError as error:
+            except Exception as error:  # of whatever kind a URL's file system raises; other ranks are waiting
                 found.append(f"{name} cannot be read: {error}")
         return found
 

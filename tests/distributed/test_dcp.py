@@ -313,7 +313,7 @@ def stop_and_resume(layout: str, mechanism: str, directory: str, expected: dict[
 
 @pytest.mark.parametrize(("mechanism", "layout", "world_size"), COMBINATIONS)
 def test_resumes_bit_for_bit(mechanism: str, layout: str, world_size: int, tmp_path: Path) -> None:
-    run(stop_and_resume, world_size, layout, mechanism, str(tmp_path), undisturbed(layout, world_size), timeout=60)
+    run(stop_and_resume, world_size, layout, mechanism, str(tmp_path), undisturbed(layout, world_size))
 
 
 @pytest.mark.parametrize("make", [from_named_parameters, of_two_bases])
@@ -324,7 +324,7 @@ def test_named_parameters_and_several_bases_resume_bit_for_bit(
     layout: str, mechanism: str, make: Any, tmp_path: Path
 ) -> None:
     expected = undisturbed(layout, 2, make)
-    run(stop_and_resume, 2, layout, mechanism, str(tmp_path), expected, make, timeout=60)
+    run(stop_and_resume, 2, layout, mechanism, str(tmp_path), expected, make)
 
 
 def in_layers(wrap: Wrap) -> Wrap:
@@ -390,7 +390,7 @@ def move(layout: str, wrappers: str, directory: str) -> None:
 def test_the_state_of_a_wrapped_module_has_bare_names_and_moves_into_the_bare_module_and_back(
     layout: str, wrappers: str, tmp_path: Path
 ) -> None:
-    run(move, 2, layout, wrappers, str(tmp_path), timeout=60)
+    run(move, 2, layout, wrappers, str(tmp_path))
 
 
 def look_and_load(layout: str, mechanism: str, directory: str, expected: dict[int, Result]) -> None:
@@ -421,7 +421,7 @@ def look_and_load(layout: str, mechanism: str, directory: str, expected: dict[in
 def test_neither_a_look_at_the_state_nor_what_was_loaded_before_leaves_a_trace(
     layout: str, mechanism: str, tmp_path: Path
 ) -> None:
-    run(look_and_load, 2, layout, mechanism, str(tmp_path), undisturbed(layout, 2), timeout=60)
+    run(look_and_load, 2, layout, mechanism, str(tmp_path), undisturbed(layout, 2))
 
 
 def look_at_one_element() -> None:
@@ -489,7 +489,7 @@ PLAIN_INTO_MECHANIC = [
 def test_a_plain_adamw_becomes_mechanic_with_its_moments_and_a_tuner_at_the_start(
     layout: str, saving: str, loading: str, into: str, tmp_path: Path
 ) -> None:
-    run(become_mechanic, 2, layout, saving, loading, into, str(tmp_path), timeout=60)
+    run(become_mechanic, 2, layout, saving, loading, into, str(tmp_path))
 
 
 def load_strictly(layout: str, directory: str) -> None:
@@ -505,7 +505,7 @@ def load_strictly(layout: str, directory: str) -> None:
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
 def test_a_checkpoint_without_a_tuner_is_refused_unless_a_part_is_asked_for(layout: str, tmp_path: Path) -> None:
-    run(load_strictly, 2, layout, str(tmp_path), timeout=60)
+    run(load_strictly, 2, layout, str(tmp_path))
 
 
 def become_plain(layout: str, mechanism: str, directory: str) -> None:
@@ -527,7 +527,7 @@ def become_plain(layout: str, mechanism: str, directory: str) -> None:
 @pytest.mark.parametrize("mechanism", ["flat files", "nested", "flat", "full", "gathered on one rank"])
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
 def test_mechanic_becomes_a_plain_adamw_with_its_moments(layout: str, mechanism: str, tmp_path: Path) -> None:
-    run(become_plain, 2, layout, mechanism, str(tmp_path), timeout=60)
+    run(become_plain, 2, layout, mechanism, str(tmp_path))
 
 
 def save_twice(layout: str, directory: str) -> tuple[Path, Path]:
@@ -543,7 +543,7 @@ def save_twice(layout: str, directory: str) -> tuple[Path, Path]:
 @pytest.mark.parametrize(("layout", "world_size"), [("ddp", 2), ("fsdp2", 4)])
 def test_what_is_staged_is_what_is_saved_at_once(layout: str, world_size: int, tmp_path: Path) -> None:
     stored = []
-    for path in run(save_twice, world_size, layout, str(tmp_path), timeout=60)[0]:
+    for path in run(save_twice, world_size, layout, str(tmp_path))[0]:
         dcp_to_torch_save(path, tmp_path / "whole.pt")
         stored.append(tree_flatten(torch.load(tmp_path / "whole.pt", weights_only=True)))
     (leaves, structure), (staged_leaves, staged_structure) = stored
