@@ -144,7 +144,7 @@ def refuse_and_accept(directory: str) -> None:
 
 
 def test_what_may_be_loaded(tmp_path: Path) -> None:
-    run(refuse_and_accept, 2, str(tmp_path), timeout=30)
+    run(refuse_and_accept, 2, str(tmp_path))
 
 
 def save_to_a_bucket(url: str) -> None:

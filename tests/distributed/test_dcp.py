@@ -444,7 +444,7 @@ def look_at_one_element() -> None:
 
 
 def test_a_look_at_the_state_of_a_parameter_that_only_one_rank_holds_leaves_no_trace() -> None:
-    run(look_at_one_element, 2, timeout=30)
+    run(look_at_one_element, 2)
 
 
 def become_mechanic(layout: str, saving: str, loading: str, into: str, directory: str) -> None:
