@@ -292,7 +292,7 @@ class Mechanic(OptimizerWrapper):
     def _imprint(self, optimizer: Optimizer) -> list[Any]:
         """What tells a base's state that a step with zero gradients made from one that has seen training."""
         return [
-            value.item() if value.numel() == 1 else int(local(value).count_nonzero())
+            local(value).item() if local(value).numel() == 1 else int(local(value).count_nonzero())
             for state in optimizer.state.values()
             for name, value in state.items()
             if name not in self.STATE_KEYS and isinstance(value, Tensor)
