@@ -87,7 +87,7 @@ class Mechanic(OptimizerWrapper):
         # Which bases' state is a placeholder then, see _create_state; those that came with a state keep theirs.
         self._came_with_state = [bool(base.state) for base in optimizers]
         self._placeholders = [not came for came in self._came_with_state]
-        self._created: list[list[Any] | None] = [None for _ in optimizers]
+        self._created: list[dict[Any, Any] | None] = [None for _ in optimizers]
         self._started = False
         self._agreed_on: list[list[int]] | None = None
         super().__init__(optimizers)
@@ -289,14 +289,14 @@ class Mechanic(OptimizerWrapper):
             for optimizer, placeholder in zip(self.optimizers, self._placeholders)
         ]
 
-    def _imprint(self, optimizer: Optimizer) -> list[Any]:
+    def _imprint(self, optimizer: Optimizer) -> dict[Any, Any]:
         """What tells a base's state that a step with zero gradients made from one that has seen training."""
-        return [
-            local(value).item() if local(value).numel() == 1 else int(local(value).count_nonzero())
-            for state in optimizer.state.values()
+        return {
+            (parameter, name): local(value).item() if local(value).numel() == 1 else int(local(value).count_nonzero())
+            for parameter, state in optimizer.state.items()
             for name, value in state.items()
             if name not in self.STATE_KEYS and isinstance(value, Tensor)
-        ]
+        }
 
     def _drop_placeholders(self) -> None:
         """Forget what was only made to be looked at: a run starts from where its parameters are now."""
@@ -329,8 +329,9 @@ class Mechanic(OptimizerWrapper):
             self._state_is_placeholder = updates == _PLACEHOLDER
             self._started = updates > 0
             # A checkpoint of the base alone, read into what was created here, leaves the tuner as it was created.
+            # Entries may be gone: FSDP1 loads none of a parameter that this rank holds nothing of.
             self._placeholders = [
-                not came_with_state and (created is None or created == self._imprint(optimizer))
+                not came_with_state and (created is None or self._imprint(optimizer).items() <= created.items())
                 for optimizer, came_with_state, created in zip(self.optimizers, self._came_with_state, self._created)
             ]
 

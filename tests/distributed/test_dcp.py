@@ -416,8 +416,10 @@ def look_and_load(layout: str, mechanism: str, directory: str, expected: dict[in
         assert_identical(disturbed.result(), expected[6])
 
 
-@pytest.mark.parametrize("mechanism", ["nested", "flat", "flat files"])
-@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(("layout", "mechanism"), [
+    *((layout, mechanism) for layout in ("ddp", "fsdp2") for mechanism in ("nested", "flat", "flat files")),
+    ("fsdp1-orig", "nested"), ("fsdp1-flat", "nested"),
+])  # fmt: skip
 def test_neither_a_look_at_the_state_nor_what_was_loaded_before_leaves_a_trace(
     layout: str, mechanism: str, tmp_path: Path
 ) -> None:
