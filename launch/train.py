@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -158,10 +159,15 @@ def evaluate(corpus: Corpus, parallel: Parallel, options: argparse.Namespace, de
 
 
 def resume(
-    checkpointer: Checkpointer | None, elsewhere: Checkpointer, options: argparse.Namespace, progress: Progress
+    checkpointer: Checkpointer | None,
+    checkpoints_in: Callable[[str], Checkpointer],
+    options: argparse.Namespace,
+    progress: Progress,
 ) -> None:
-    """Load what --resume asks for; from ``elsewhere`` if that is a folder of checkpoints."""
+    """Load what --resume asks for."""
     choice = options.resume
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        choice = "auto" if checkpointer and on_first_rank(checkpointer.latest) is not None else choice
     if checkpointer is None:
         if choice not in ("never", "auto"):
             raise ValueError("--resume PATH needs a --checkpoint-dir to go on saving to")
@@ -172,6 +178,7 @@ def resume(
             checkpointer.load(verify=options.verify, fallback=True)
         return
     if choice != "never":
+        elsewhere = checkpoints_in(choice)
         newest = on_first_rank(elsewhere.latest)
         try:
             elsewhere.load(choice if newest is None else newest, verify=options.verify)
@@ -241,10 +248,11 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
             keep_every=options.keep_every,
             on_error=options.on_save_error,
             progress=lambda *event: report.progress(*event) if report is not None else None,
+            timeout=TIMEOUT,
         )
 
     checkpointer = checkpoints_in(options.checkpoint_dir) if options.checkpoint_dir else None
-    resume(checkpointer, checkpoints_in(options.resume), options, progress)
+    resume(checkpointer, checkpoints_in, options, progress)
 
     if dist.get_rank() == 0:
         report = Report(options.steps, progress.step, options.metrics, options.tensorboard)
@@ -259,6 +267,7 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
 
     since, since_step, last_loss = time.perf_counter(), progress.step, math.nan
     stopped = False
+    saved: str | None = None
     while progress.step < options.steps and not stopped:
         tokens = corpus.batch(options.seed, progress.step, options.batch_size, part).to(device)
         loss = next_token_loss(parallel, tokens)
@@ -296,14 +305,14 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
             if options.async_save and not last:
                 checkpointer.async_save(progress.step)
             else:
-                checkpointer.save(progress.step)
+                saved = checkpointer.save(progress.step)
             since, since_step = time.perf_counter(), progress.step
 
     if checkpointer is not None:
         checkpointer.wait()
     if stopped and progress.step < options.steps:
         if report is not None:
-            where = f"; saved in {options.checkpoint_dir}" if checkpointer else "; nothing saved: no --checkpoint-dir"
+            where = f"; saved in {options.checkpoint_dir}" if saved else "; not saved"
             report.say(f"stopped after step {progress.step}{where}")
             report.close()
         return

@@ -127,3 +127,34 @@ def test_a_relative_path_stays_where_it_was(tmp_path: Path, monkeypatch: pytest.
     save(directory, 1)
     assert (tmp_path / "run" / "step_00000001").is_dir()
     assert Files(directory.path(1)).read("content") == b"1"
+
+
+def test_a_leftover_that_cannot_be_removed_ends_nothing(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = Directory(url)
+    Files(killed.begin(2)).write("content", b"half")
+    directory = Directory(url)
+
+    def fail(name: str) -> None:
+        raise PermissionError(name)
+
+    monkeypatch.setattr(directory, "_clear", fail)
+    save(directory, 3)
+    assert directory.steps() == Directory(url).steps() == [3]
+
+
+def test_while_it_is_removed_it_is_no_step(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = Directory(url)
+    save(directory, 1)
+    save(directory, 2)
+
+    def die(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(directory, "_clear", die)
+    with pytest.raises(KeyboardInterrupt):
+        directory.retire([2])
+    after = Directory(url)
+    assert after.steps() == [2]
+    save(after, 3)
+    fs, root = fsspec.core.url_to_fs(url)
+    assert sorted(Path(path).name for path in fs.ls(root, detail=False)) == ["step_00000002", "step_00000003"]

@@ -103,6 +103,12 @@ def test_a_damaged_file_is_named_and_nothing_is_read(checkpoint: Path, tmp_path:
     assert "tuners" not in found
     (problem,) = found["integrity"]["problems"]
     assert problem.startswith(".metadata has other content")
+    assert inspect(copy, "size")["integrity"]["problems"] == [problem]  # the index is always digested
+
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "another"))
+    content = bytearray((copy / "__1_0.distcp").read_bytes())
+    content[100] ^= 1
+    (copy / "__1_0.distcp").write_bytes(content)
     assert inspect(copy, "size")["integrity"]["problems"] == []
 
 

@@ -157,3 +157,45 @@ def test_a_modules_extra_state_comes_back(extra: Any, tmp_path: Path) -> None:
         else:
             other.load()
             assert model.found == extra
+
+
+def test_settings_that_differ_are_not_merged_into_one_group(tmp_path: Path) -> None:
+    def make(*rates: float) -> tuple[Any, Checkpointer]:
+        model = nn.Linear(2, 2)
+        groups = [{"params": [p], "lr": rate} for p, rate in zip(model.parameters(), rates)]
+        optimizer = torch.optim.SGD(groups or model.parameters(), lr=0.1)
+        return optimizer, Checkpointer(tmp_path, model, optimizer)
+
+    make(1.0, 5.0)[1].save(1)
+    with pytest.raises(ValueError, match=r"other param groups: weight has lr 1\.0 there and bias 5\.0"):
+        make()[1].load()
+    optimizer, other = make(2.0, 3.0)
+    other.load()
+    assert [group["lr"] for group in optimizer.param_groups] == [1.0, 5.0]
+
+
+def test_another_dtype_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpointer(tmp_path).save(1)
+    model = nn.Linear(2, 2).bfloat16()
+    Checkpointer(tmp_path, model, torch.optim.SGD(model.parameters())).load()
+    assert "holds weight in torch.float32, the model in torch.bfloat16" in caplog.text
+
+
+def test_a_run_that_went_back_keeps_its_own_checkpoints(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    started = Checkpointer(tmp_path, model, torch.optim.SGD(model.parameters()), keep_latest=2)
+    for step in (100, 200, 300):
+        started.save(step)
+    started.load(200)
+    for step in (210, 220, 230):
+        started.save(step)
+    assert started.steps() == [220, 230, 300]
+
+
+def test_a_step_may_be_any_integer(tmp_path: Path) -> None:
+    class Seven:
+        def __index__(self) -> int:
+            return 7
+
+    either = checkpointer(tmp_path)
+    assert either.save(Seven()) == either.load(Seven()) == str(tmp_path / "step_00000007")  # type: ignore[arg-type]

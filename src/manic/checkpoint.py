@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -77,6 +77,7 @@ class Checkpointer:
             ``logging`` and let training go on. Checkpoints that there are stay as they are.
         progress: Called as bytes are written and verified, on every rank and maybe on another thread, with ``"save"``
             or ``"verify"``, the bytes that this rank has done, and about how many there are.
+        timeout: How long a rank waits for another one that saves or loads; default: torch's for gloo, half an hour.
 
     Raises:
         ValueError: if ``keep_latest`` or ``keep_every`` is not positive, or ``on_error`` is unknown.
@@ -93,6 +94,7 @@ class Checkpointer:
         keep_every: int | None = None,
         on_error: Literal["raise", "warn"] = "raise",
         progress: Progress | None = None,
+        timeout: timedelta | None = None,
     ) -> None:
         for name, value in (("keep_latest", keep_latest), ("keep_every", keep_every)):
             if value is not None and value < 1:
@@ -107,6 +109,7 @@ class Checkpointer:
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         self._run = RunState(model, optimizers, dict(objects or {}))
         self._progress = progress or (lambda what, done, total: None)
+        self._timeout = timeout
         self._damaged: list[int] = []
         self._pending: Future[str | None] | None = None
         self._stager: AsyncStager | None = None
@@ -135,11 +138,16 @@ class Checkpointer:
 
         Raises:
             FileExistsError: on every rank, if there is a checkpoint of that step.
-            OSError: on every rank, if it cannot be written.
+            OSError: on every rank, if it cannot be written; or, after it was written, if an earlier save on another
+                thread could not be.
             ValueError: if ``step`` is negative.
         """
-        self.wait()
-        return self._reporting(step, lambda: self._write(self._begin(step)))
+        earlier = self._pending.exception() if self._pending is not None else None
+        self._pending = None
+        saved = self._reporting(step, lambda: self._write(self._begin(step)))
+        if earlier is not None:
+            raise earlier
+        return saved
 
     def async_save(self, step: int) -> Future[str | None]:
         """Copy the state of the run after ``step`` steps to host memory, and save it from there on another thread.
@@ -153,7 +161,7 @@ class Checkpointer:
 
         Returns:
             Of what :meth:`save` returns, or raises. What it raises, the next call of any method that saves, loads or
-            waits raises as well.
+            waits raises as well; :meth:`save` when it has saved.
 
         Raises:
             FileExistsError: on every rank, if there is a checkpoint of that step.
@@ -179,8 +187,8 @@ class Checkpointer:
                 logger.error("saving step %d on another thread failed: %s", step, error)  # should nobody ask
                 future.set_exception(error)
 
-        self._pending = future
         threading.Thread(target=write, name=f"save of step {step}").start()
+        self._pending = future
         return future
 
     def wait(self) -> None:
@@ -240,7 +248,7 @@ class Checkpointer:
     def _group(self) -> ProcessGroup | None:
         """Of all ranks, on the CPU and for this object alone, so that a save on a thread meets no other collective."""
         if self._own_group is None and dist.is_initialized():
-            self._own_group = dist.new_group(backend="gloo")
+            self._own_group = dist.new_group(backend="gloo", timeout=self._timeout)
         return self._own_group
 
     def _begin(self, step: int) -> _Save:
@@ -257,7 +265,8 @@ class Checkpointer:
             return self._directory.begin(step)
 
         folder = on_first_rank(begin, self._group)
-        return _Save(step, folder, self._run.collect(), self._run.layout(), since)
+        state = on_every_rank(self._run.collect, self._group)
+        return _Save(step, folder, state, self._run.layout(), since)
 
     def _stage(self, state: dict[str, Any]) -> dict[str, Any]:
         """A copy in host memory."""
@@ -265,9 +274,10 @@ class Checkpointer:
             self._stager = BlockingAsyncStager()  # the other knows no ShardedTensor
         elif self._stager is None:
             cuda = torch.cuda.is_available()
-            self._stager = DefaultStager(
-                StagingOptions(cuda, False, False, cuda)
-            )  # pinned, shared, async, non-blocking
+            options = StagingOptions(
+                use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
+            )
+            self._stager = DefaultStager(options)
         staged: dict[str, Any] = self._stager.stage(state)  # type: ignore[assignment]
         return staged
 
@@ -294,6 +304,9 @@ class Checkpointer:
                 time=datetime.now(UTC).isoformat(timespec="seconds"),
                 seconds=round(seconds, 3),
             )
+            missing = manifest.problems(files, "size", set(records) - {".metadata"})
+            if missing:
+                raise OSError(f"{save.folder}: {'; '.join(missing)}. Do all ranks see the same directory?")
             manifest.write(files)
             self._directory.publish(save.step)
             logger.info("saved %s: %d bytes in %.2f s", path, manifest.bytes, seconds)
@@ -309,7 +322,10 @@ class Checkpointer:
         every = self.keep_every
         try:  # the checkpoint is there, whatever becomes of the others
             steps = self.steps()
-            keep = {saved, *steps[-self.keep_latest :], *(each for each in steps if every and each % every == 0)}
+            # Later ones are of a run that was gone back from: they are no reason to remove those of this one.
+            earlier = [each for each in steps if each < saved]
+            newest = [*earlier, saved][-self.keep_latest :]
+            keep = {*newest, *steps[len(earlier) :], *(each for each in steps if every and each % every == 0)}
             self._directory.retire(keep)
         except Exception as error:  # of whatever kind a URL's file system raises
             logger.warning("could not remove an old checkpoint: %s", error)
@@ -336,7 +352,8 @@ class Checkpointer:
             if not steps:
                 raise FileNotFoundError(f"there is no checkpoint in {self.directory}")
             return [(self.path(each), each) for each in reversed(steps)]
-        if isinstance(step, int):
+        if not isinstance(step, (str, os.PathLike)):
+            step = operator.index(step)
             if step not in self.steps():
                 raise FileNotFoundError(
                     f"{self.path(step)} is no checkpoint; in {self.directory}, there are steps {self.steps()}"
@@ -380,6 +397,10 @@ class Checkpointer:
                 misfit = any(word in _reasons(error) for word in ("Missing key", "mismatch"))
                 if error.args[0] == "plan" and misfit:
                     raise ValueError(f"{path} does not fit this run: {_reasons(error)}") from error
+                out_of_memory = (MemoryError, torch.OutOfMemoryError)
+                reasons = [reason[0] for reason in error.failures.values()]
+                if verify == "full" or any(isinstance(reason, out_of_memory) for reason in reasons):
+                    raise _os_error(f"could not read {path}", error) from error
                 raise DamagedCheckpointError(f"{path} cannot be read: {_reasons(error)}") from error
 
         self._run.load(on_every_rank(metadata, self._group), read, path, self._group)
@@ -390,7 +411,10 @@ class Checkpointer:
         def count(size: int) -> None:
             nonlocal done
             done += size
-            self._progress(what, done, max(done, total))
+            try:
+                self._progress(what, done, max(done, total))
+            except Exception:  # nothing of the checkpoint depends on it
+                logger.exception("the progress callback failed")
 
         return count
 

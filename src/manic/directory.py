@@ -1,7 +1,8 @@
 """A directory of checkpoints: a folder for every step, which appears whole or not at all.
 
 It knows names and how a folder is put in place, and nothing of what is in one. On a local disk a folder is written
-under a hidden name and renamed. Behind a URL, where there may be no renaming, it holds a marker until it is complete.
+under a hidden name and renamed. Behind a URL, where there may be no renaming, a file of that name marks it from before
+its first file until after its last.
 All methods are for one rank to call.
 """
 
@@ -43,7 +44,10 @@ class Directory:
 
     def steps(self) -> list[int]:
         """The steps that there are checkpoints of, ascending."""
-        return sorted(self._step_of(name) for name in self._step_names() - self._marked())
+        names = self._names()
+        # On a local disk both stand for folders, and what is hidden is no obstacle to what is there.
+        complete = names if self._files.is_local else {name for name in names if f"{_INCOMPLETE}{name}" not in names}
+        return sorted(int(name.removeprefix("step_")) for name in complete if _is_step(name))
 
     def begin(self, step: int) -> str:
         """Make the folder to write the checkpoint of ``step`` into; what earlier saves left unfinished goes.
@@ -57,17 +61,18 @@ class Directory:
         """
         if step in self.steps():
             raise FileExistsError(f"{self.path(step)} exists; checkpoints are never written over")
-        folder = self._unfinished(step)
         if not self._is_clean:
-            hidden = {name for name in self._names() if name.startswith((_INCOMPLETE, _REMOVED))}
-            for name in hidden | self._marked():
-                self._fs.rm(f"{self._root}/{name}", recursive=True)
+            for name in self._names():
+                if name.startswith((_INCOMPLETE, _REMOVED)):
+                    self._try_to_clear(name)
             self._is_clean = True
-        elif self._fs.exists(folder):
+        folder = self._unfinished(step)
+        if not self._files.is_local:
+            self._fs.makedirs(self._root, exist_ok=True)
+            self._files.write(f"{_INCOMPLETE}{_name(step)}", b"")
+        if self._fs.exists(folder):
             self._fs.rm(folder, recursive=True)
         self._fs.makedirs(folder)
-        if not self._files.is_local:
-            self._files.write(f"{_name(step)}/{_INCOMPLETE}", b"")
         return folder if self._files.is_local else self.path(step)
 
     def publish(self, step: int) -> None:
@@ -78,27 +83,44 @@ class Directory:
             os.rename(folder, f"{self._root}/{_name(step)}")
             _sync(self._root)
         else:
-            self._fs.rm(f"{folder}/{_INCOMPLETE}")
+            self._fs.rm(f"{self._root}/{_INCOMPLETE}{_name(step)}")
 
     def abandon(self, step: int) -> None:
         """Remove what there is of a folder that will not be completed, if that is possible."""
-        try:
-            if self._files.is_local or _name(step) in self._marked():  # without the marker, it is complete
-                self._fs.rm(self._unfinished(step), recursive=True)
-        except OSError as error:
-            logger.debug("could not remove %s: %s", self._unfinished(step), error)
+        self._try_to_clear(f"{_INCOMPLETE}{_name(step)}")
 
     def retire(self, keep: Iterable[int]) -> None:
         """Remove all checkpoints but those of the steps in ``keep``."""
         kept = set(keep)
         for step in self.steps():
-            if step not in kept:
-                # Out of sight first: what is half removed must not look like a checkpoint.
-                self._fs.rm(self._hide(step, _REMOVED), recursive=True)
+            if step in kept:
+                continue
+            # Out of sight first: what is half removed must not look like a checkpoint.
+            if self._files.is_local:
+                self._clear(os.path.basename(self._hide(step, _REMOVED)))
+            else:
+                self._files.write(f"{_INCOMPLETE}{_name(step)}", b"")
+                self._clear(f"{_INCOMPLETE}{_name(step)}")
 
     def set_aside(self, step: int) -> str:
         """Take the checkpoint of ``step`` out of the steps without removing it; return where it is now."""
         return self._hide(step, _DAMAGED)
+
+    def _clear(self, name: str) -> None:
+        """Remove what is hidden under ``name``: a folder, or a marker, last, and the folder that it marks."""
+        if name not in self._names():
+            return
+        if not self._files.is_local and name.startswith(_INCOMPLETE):
+            marked = f"{self._root}/{name.removeprefix(_INCOMPLETE)}"
+            if self._fs.exists(marked):
+                self._fs.rm(marked, recursive=True)
+        self._fs.rm(f"{self._root}/{name}", recursive=True)
+
+    def _try_to_clear(self, name: str) -> None:
+        try:
+            self._clear(name)
+        except OSError as error:
+            logger.warning("could not remove %s/%s: %s", self._root, name, error)
 
     def _names(self) -> set[str]:
         self._fs.invalidate_cache()
@@ -106,18 +128,6 @@ class Directory:
             return {os.path.basename(path.rstrip("/")) for path in self._fs.ls(self._root, detail=False)}
         except (FileNotFoundError, NotADirectoryError):
             return set()
-
-    def _step_names(self) -> set[str]:
-        return {name for name in self._names() if _STEP.fullmatch(name) and name == _name(self._step_of(name))}
-
-    def _step_of(self, name: str) -> int:
-        return int(name.removeprefix("step_"))
-
-    def _marked(self) -> set[str]:
-        """The names of folders that hold a marker."""
-        if self._files.is_local:
-            return set()
-        return {name for name in self._step_names() if self._fs.exists(f"{self._root}/{name}/{_INCOMPLETE}")}
 
     def _unfinished(self, step: int) -> str:
         return f"{self._root}/{_INCOMPLETE if self._files.is_local else ''}{_name(step)}"
@@ -129,11 +139,12 @@ class Directory:
                 self._fs.rm(target, recursive=True)
             os.rename(source, target)
             return target
-        if prefix == _REMOVED:  # the marker does the same there, and copies nothing
-            self._files.write(f"{_name(step)}/{_INCOMPLETE}", b"")
-            return source
         self._fs.mv(source, target, recursive=True)
         return target
+
+
+def _is_step(name: str) -> bool:
+    return _STEP.fullmatch(name) is not None and name == _name(int(name.removeprefix("step_")))
 
 
 def _name(step: int) -> str:

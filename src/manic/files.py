@@ -32,6 +32,42 @@ class FileRecord:
     sha256: str
 
 
+@contextmanager
+def _os_errors() -> Iterator[None]:
+    """Make every error an OSError that can be pickled: DCP sends errors to other ranks, which wait if it cannot."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and type(error).__module__ == "builtins":
+            raise
+        raise OSError(getattr(error, "errno", None), f"{type(error).__name__}: {error}") from error
+
+
+class _OSErrors:
+    """A file system or stream, whatever library it is of, with OSErrors for errors."""
+
+    def __init__(self, thing: Any) -> None:
+        self._thing = thing
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self._thing, name)
+        if not callable(attribute):
+            return attribute
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with _os_errors():
+                result = attribute(*args, **kwargs)
+            return _OSErrors(result) if name == "open" else result
+
+        return call
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 class Files(FileSystemBase):
     """What DCP reads and writes through; it notes a record of every file that it wrote.
 
@@ -41,9 +77,9 @@ class Files(FileSystemBase):
     """
 
     def __init__(self, url: str | os.PathLike[str], on_bytes: Callable[[int], None] | None = None) -> None:
-        self.fs: AbstractFileSystem
-        self.fs, self.root = url_to_fs(os.fspath(url))
-        self.is_local = type(self.fs) is LocalFileSystem
+        fs, self.root = url_to_fs(os.fspath(url))
+        self.fs: AbstractFileSystem = _OSErrors(fs)
+        self.is_local = type(fs) is LocalFileSystem
         self.records: dict[str, FileRecord] = {}
         self._on_bytes = on_bytes or (lambda count: None)
 
@@ -80,13 +116,14 @@ class Files(FileSystemBase):
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
         """A stream; one that is written to is digested on its way."""
         path = os.fspath(path)
-        with self.fs.open(path, mode) as raw:
-            if "w" not in mode:
-                yield raw
-                return
-            stream = _DigestingStream(raw, self._on_bytes)
+        raw = self.fs.open(path, mode)
+        stream = _DigestingStream(raw, self._on_bytes) if "w" in mode else raw
+        try:
             yield stream
-        self.records[os.path.basename(path)] = FileRecord(stream.size, stream.digest.hexdigest())
+        finally:
+            stream.close()
+        if isinstance(stream, _DigestingStream):
+            self.records[os.path.basename(path)] = FileRecord(stream.size, stream.digest.hexdigest())
 
     def concat_path(self, path: str | os.PathLike[str], suffix: str) -> str:
         """A file's path in a directory."""

@@ -298,6 +298,11 @@ class Mechanic(OptimizerWrapper):
             if name not in self.STATE_KEYS and isinstance(value, Tensor)
         }
 
+    def _is_as_created(self, optimizer: Optimizer, created: dict[Any, Any] | None) -> bool:
+        """Whether no checkpoint of the base alone was read into what was created, which leaves the tuner as it was."""
+        # Entries may be gone: FSDP1 loads none of a parameter that this rank holds nothing of.
+        return created is None or self._imprint(optimizer).items() <= created.items()
+
     def _drop_placeholders(self) -> None:
         """Forget what was only made to be looked at: a run starts from where its parameters are now."""
         for optimizer, placeholder in zip(self.optimizers, self._placeholders):
@@ -328,12 +333,13 @@ class Mechanic(OptimizerWrapper):
             updates = float(self._tuner.updates)
             self._state_is_placeholder = updates == _PLACEHOLDER
             self._started = updates > 0
-            # A checkpoint of the base alone, read into what was created here, leaves the tuner as it was created.
-            # Entries may be gone: FSDP1 loads none of a parameter that this rank holds nothing of.
-            self._placeholders = [
-                not came_with_state and (created is None or self._imprint(optimizer).items() <= created.items())
-                for optimizer, came_with_state, created in zip(self.optimizers, self._came_with_state, self._created)
-            ]
+            if self._state_is_placeholder:
+                self._placeholders = [
+                    not came_with_state and self._is_as_created(optimizer, created)
+                    for optimizer, came_with_state, created in zip(
+                        self.optimizers, self._came_with_state, self._created
+                    )
+                ]
 
     def _home_device(self) -> torch.device:
         """The device of the first parameter; of the process group's backend where this rank has none."""

@@ -5,11 +5,12 @@ It knows how torch names these things in a checkpoint, in any layout and for any
 
 from __future__ import annotations
 
+import logging
 import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -33,6 +34,8 @@ from manic.collective import from_every_rank, on_every_rank, rank
 from manic.mechanic import Mechanic
 
 __all__ = ["RunState", "split"]
+
+logger = logging.getLogger(__name__)
 
 # Flat, so that every value stands under its parameter's name, and ranks may own different parameters.
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -83,7 +86,7 @@ class RunState:
         """
         # Of no use after a load; and while there are any, torch creates no state to load into.
         self.model.zero_grad(set_to_none=True)
-        state = self.collect()
+        state = on_every_rank(self.collect, group)
         for optimizer in self.optimizers:
             if isinstance(optimizer, ZeroRedundancyOptimizer):
                 _ask_for_groups(optimizer, self._names(), state["optimizer"])
@@ -110,7 +113,7 @@ class RunState:
 
         small = {"optimizer": settings, "random": {str(rank()): mine}}
         read(small)
-        on_every_rank(lambda: self._check_settings(small["optimizer"]), group)
+        on_every_rank(lambda: self._check_settings(small["optimizer"], name), group)
         asked = {"objects": objects}  # read last of what may refuse: tensors are read in place
         read(asked)
         on_every_rank(lambda: self._load_objects(asked["objects"]), group)
@@ -118,9 +121,13 @@ class RunState:
         tensors = {key: value for key, value in wanted.items() if key not in settings}
         large = {"model": state["model"], "optimizer": tensors}
         read(large)
-        set_model_state_dict(self.model, large["model"])
-        self._load_optimizers({**kept, **small["optimizer"], **large["optimizer"]})
-        _set_random_state(small["random"].get(str(rank()), {}))
+
+        def apply() -> None:
+            set_model_state_dict(self.model, large["model"])
+            self._load_optimizers({**kept, **small["optimizer"], **large["optimizer"]})
+            _set_random_state(small["random"].get(str(rank()), {}))
+
+        on_every_rank(apply, group)
 
     @property
     def is_fsdp1(self) -> bool:
@@ -157,14 +164,25 @@ class RunState:
         names = self._names()
         return {names[id(p)] for group in inner.param_groups for p in group["params"] if p.requires_grad}
 
-    def _check_settings(self, settings: Mapping[str, Any]) -> None:
-        groups = _nested(settings)["param_groups"]
-        names = self._names()
+    def _groups(self, inner: Optimizer) -> dict[str, int]:
+        """Of each parameter's name, the index of its param group; FSDP1's flat parameters have several names."""
+        names = {id(p): _get_fqns(self.model, name) for name, p in self.model.named_parameters()}
+        groups = enumerate(inner.param_groups)
+        return {name: index for index, group in groups for p in group["params"] for name in names[id(p)]}
+
+    def _check_settings(self, settings: Mapping[str, Any], checkpoint: str) -> None:
+        each = {group["params"][0]: group for group in _nested(settings)["param_groups"]}
         for inner in self._inner():
+            groups: dict[int, list[dict[str, Any]]] = {}
+            for name, index in self._groups(inner).items():
+                if name in each:
+                    groups.setdefault(index, []).append(each[name])
+            for first, *others in groups.values():
+                for other in others:
+                    _check_alike(first, other, checkpoint)
             check = getattr(inner, "check_param_groups", None)
             if check is not None:
-                own = {names[id(parameter)] for group in inner.param_groups for parameter in group["params"]}
-                check([group for group in groups if group["params"][0] in own])
+                check([group for members in groups.values() for group in members])
 
     def _load_objects(self, states: Mapping[str, Any]) -> None:
         for name, thing in self.objects.items():
@@ -178,7 +196,7 @@ class RunState:
             else:
                 # Not strict: whatever has a state here was asked for and found, and SGD without momentum has none.
                 options = StateDictOptions(strict=False)
-                set_optimizer_state_dict(self.model, optimizer, _nested(flat), options=options)
+                set_optimizer_state_dict(self.model, optimizer, _nested(flat, self._groups(optimizer)), options=options)
 
 
 def _placement(parameter: torch.Tensor) -> str | None:
@@ -200,7 +218,11 @@ def _check_model(model: Mapping[str, Any], saved: Mapping[str, Any], names: set[
             if key not in saved:
                 raise ValueError(f"{checkpoint} was saved from another model: it has no {key.removeprefix('model.')}")
         there = saved.get(f"model.{name}")
-        size = tuple(there.size) if isinstance(there, TensorStorageMetadata) else None
+        size = None
+        if isinstance(there, TensorStorageMetadata):
+            size, dtype = tuple(there.size), there.properties.dtype
+            if isinstance(value, torch.Tensor) and dtype != value.dtype and rank() == 0:
+                logger.warning("%s holds %s in %s, the model in %s", checkpoint, name, dtype, value.dtype)
         if isinstance(value, torch.Tensor) and size != tuple(value.shape):
             raise ValueError(
                 f"{checkpoint} was saved from another model: {name} has shape {size} there and "
@@ -322,22 +344,39 @@ def _ask_for_groups(zero: ZeroRedundancyOptimizer, names: Mapping[int, str], fla
                 flat.setdefault(f"param_groups.{first}.{key}", value)
 
 
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The optimizer state as torch nests it, with a param group for each parameter.
+def _check_alike(first: Mapping[str, Any], other: Mapping[str, Any], checkpoint: str) -> None:
+    """Raise ValueError unless two parameters that share a param group here had the same settings there."""
+    for key in (first.keys() | other.keys()) - {"params"}:
+        one, two = first.get(key), other.get(key)
+        tensors = isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor)
+        if not (torch.equal(cast(torch.Tensor, one), cast(torch.Tensor, two)) if tensors else one == two):
+            raise ValueError(
+                f"{checkpoint} was saved with other param groups: {first['params'][0]} has {key} {one} there and "
+                f"{other['params'][0]} {two}; in this run they are in one group"
+            )
+
+
+def _nested(flat: Mapping[str, Any], group_of: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """The optimizer state as torch nests it, with the param groups of ``group_of``, or one for each parameter.
 
     Torch's own inverse asks the live state for names, and with FSDP1 ranks then gather different ones.
     """
-    groups: dict[str, dict[str, Any]] = {}
+    parameters = set[str]()
+    groups: dict[Any, dict[str, Any]] = {}
     for key, value in flat.items():
         kind, path = key.split(".", 1)
         if kind == "param_groups":
             name, setting = path.rsplit(".", 1)
-            groups.setdefault(name, {"params": [name]})[setting] = value
+            group = groups.setdefault(name if group_of is None else group_of.get(name, name), {"params": []})
+            if name not in parameters:
+                parameters.add(name)
+                group["params"].append(name)
+            group[setting] = value
     state: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
         kind, path = key.split(".", 1)
         if kind == "state":
-            name, rest = split(path, groups)
+            name, rest = split(path, parameters)
             *outer, last = rest.split(".")
             place = state.setdefault(name, {})
             for part in outer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import logging
 import os
@@ -11,10 +13,12 @@ import subprocess
 import tempfile
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from fsspec.implementations.local import LocalFileSystem
 from torch import nn
 
 from manic.checkpoint import Checkpointer
@@ -236,14 +240,18 @@ def note_progress(directory: str) -> list[tuple[str, int, int]]:
 
 
 def test_progress_is_told_to_the_last_byte(tmp_path: Path) -> None:
-    for told in run(note_progress, 2, str(tmp_path)):
+    by_rank = run(note_progress, 2, str(tmp_path))
+    manifest = json.loads((tmp_path / "step_00000001" / MANIFEST).read_text())
+    for rank, told in enumerate(by_rank):
         for what in ("save", "verify"):
             done = [event[1] for event in told if event[0] == what]
             assert done == sorted(done)
             assert done
-            assert all(event[1] <= event[2] for event in told)
+        own = manifest["files"][f"__{rank}_0.distcp"]["bytes"] + (
+            manifest["files"][".metadata"]["bytes"] if rank == 0 else 0
+        )
+        assert max(event[1] for event in told if event[0] == "save") == own
     per_rank = [max(event[1] for event in told if event[0] == "verify") for told in run(reload, 2, str(tmp_path))]
-    manifest = json.loads((tmp_path / "step_00000001" / MANIFEST).read_text())
     assert sum(per_rank) == sum(record["bytes"] for record in manifest["files"].values())
 
 
@@ -251,3 +259,105 @@ def reload(directory: str) -> list[tuple[str, int, int]]:
     told: list[tuple[str, int, int]] = []
     Run("fsdp2", "adamw", directory, progress=lambda *event: told.append(event)).checkpointer.load()
     return told
+
+
+class Unpicklable(Exception):
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+
+
+class Failing:
+    """A file system's method that fails as only some library's does."""
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise Unpicklable(503, "slow down")
+
+
+def fail_strangely(directory: str, on_error: str) -> list[str]:
+    started = Run("fsdp2", "adamw", directory, on_error=on_error)
+    started.checkpointer.save(1)
+    real = LocalFileSystem.open
+    if dist.get_rank() == 0:
+        LocalFileSystem.open = Failing()
+    try:
+        if on_error == "raise":
+            with pytest.raises(OSError, match="Unpicklable: slow down"):
+                started.checkpointer.save(2)
+        else:
+            assert started.checkpointer.save(2) is None
+    finally:
+        LocalFileSystem.open = real
+    started.train(1)
+    started.checkpointer.save(3)
+    return sorted(os.listdir(directory))
+
+
+@pytest.mark.parametrize("on_error", ["raise", "warn"])
+def test_an_error_of_any_kind_is_an_os_error_on_every_rank(on_error: str, tmp_path: Path) -> None:
+    for names in run(fail_strangely, 2, str(tmp_path), on_error, timeout=60):
+        assert names == ["step_00000001", "step_00000003"]
+
+
+def raise_in_an_object(directory: str) -> None:
+    started = Run("fsdp2", "adamw", directory)
+    if dist.get_rank() == 1:
+        started.counter.state_dict = Failing()  # type: ignore[method-assign]
+    for save in (started.checkpointer.save, started.checkpointer.async_save):
+        with pytest.raises(RuntimeError, match="Unpicklable: slow down"):
+            save(1)
+
+
+def test_an_object_that_fails_on_one_rank_is_every_ranks_error(tmp_path: Path) -> None:
+    run(raise_in_an_object, 2, str(tmp_path), timeout=60)
+
+
+def save_where_others_do_not_look(directory: str) -> list[int]:
+    started = Run("fsdp2", "adamw", f"{directory}/{dist.get_rank()}")
+    if dist.get_rank() == 1:  # its files land elsewhere, as on a node's own disk
+        started.checkpointer._write = functools.partial(_write_elsewhere, started.checkpointer, directory)
+    with pytest.raises(OSError, match=r"__1_0\.distcp is missing.*same directory"):
+        started.checkpointer.save(1)
+    return started.checkpointer.steps()
+
+
+def _write_elsewhere(checkpointer: Checkpointer, directory: str, save: Any) -> Any:
+    folder = Path(directory, "1", "elsewhere")
+    folder.mkdir(parents=True)
+    return Checkpointer._write(checkpointer, dataclasses.replace(save, folder=str(folder)))
+
+
+def test_a_directory_that_ranks_do_not_share_is_found_at_the_first_save(tmp_path: Path) -> None:
+    assert run(save_where_others_do_not_look, 2, str(tmp_path), timeout=60) == [[], []]
+
+
+def save_after_a_failure(directory: str) -> list[int]:
+    started = Run("fsdp2", "adamw", directory)
+    started.checkpointer.save(1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    future = started.checkpointer.async_save(2)
+    assert future.exception() is not None
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, ignored)
+    with pytest.raises(OSError, match="step_00000002"):
+        started.checkpointer.save(3)
+    return started.checkpointer.steps()
+
+
+def test_a_save_is_made_before_an_earlier_ones_failure_is_raised(tmp_path: Path) -> None:
+    assert run(save_after_a_failure, 2, str(tmp_path), timeout=60) == [[1, 3]] * 2
+
+
+def fail_to_tell(directory: str) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    started = Run("fsdp2", "adamw", directory, progress=fail if dist.get_rank() == 1 else None)
+    started.checkpointer.save(1)
+    started.checkpointer.load(fallback=True)
+
+
+def test_a_progress_callback_that_fails_costs_no_checkpoint(tmp_path: Path) -> None:
+    run(fail_to_tell, 2, str(tmp_path), timeout=60)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]

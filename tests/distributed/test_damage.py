@@ -125,6 +125,17 @@ def test_a_file_that_is_there_but_shorter_is_found_by_its_size(copies: Path) -> 
         at(copies).checkpointer.load(verify="size")
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_damaged_index_is_found_by_any_verification(seed: int, copies: Path) -> None:
+    rng = random.Random(seed)
+    file = folder(copies, 6) / ".metadata"
+    content = bytearray(file.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    file.write_bytes(content)
+    with pytest.raises(DamagedCheckpointError, match=r"\.metadata has other content"):
+        at(copies).checkpointer.load(verify="size")
+
+
 def test_a_checkpoint_in_another_steps_place_is_found(copies: Path) -> None:
     shutil.rmtree(folder(copies, 6))
     shutil.copytree(folder(copies, 2), folder(copies, 6))

@@ -98,6 +98,9 @@ def assert_as_if_undisturbed(tmp_path: Path, kills: int, seed: int, *arguments: 
     assert records(tmp_path / "killed.jsonl") == whole
     assert reached == sorted(reached), "a checkpoint was lost"
     assert unfinished, "no kill hit a save"
+    # The main job would go back behind a damaged checkpoint, and end alike.
+    assert not list((tmp_path / "run").glob(".damaged_*"))
+    assert "going back" not in (tmp_path / "output.txt").read_text()
     assert not is_saving(tmp_path / "run")
 
 

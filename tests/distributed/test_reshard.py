@@ -11,9 +11,18 @@ import torch
 from manic.testing import run
 from runs import Run
 
-SOME = [("single", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 3), ("hsdp", 4), ("tp+fsdp2", 4), ("zero1", 3)]
+SOME = [
+    ("single", 1),
+    ("ddp", 2),
+    ("fsdp2", 2),
+    ("fsdp2", 3),
+    ("hsdp", 4),
+    ("tp+fsdp2", 4),
+    ("zero1", 3),
+    ("fsdp1-orig", 2),
+]
 ALL = [
-    *SOME, ("ddp", 3), ("fsdp2", 1), ("fsdp2", 4), ("hsdp", 2), ("tp", 2), ("zero1", 1), ("fsdp1-orig", 2),
+    *SOME, ("ddp", 3), ("fsdp2", 1), ("fsdp2", 4), ("hsdp", 2), ("tp", 2), ("zero1", 1),
     ("fsdp1-flat", 4),
 ]  # fmt: skip
 BEFORE, AFTER = 6, 20
@@ -41,6 +50,7 @@ def load_each(layout: str, sources: dict[tuple[str, int], tuple[str, Trained]], 
         found, gathered = load_and_train(layout, directory)
         if source == (layout, world_size):
             assert found == scales
+            assert all(torch.equal(gathered[name], value) for name, value in parameters.items())
         assert found == pytest.approx(scales, rel=1e-9), source
         for name, value in parameters.items():
             torch.testing.assert_close(gathered[name], value, rtol=1e-9, atol=1e-9, msg=f"{source}: {name}")
