@@ -118,6 +118,66 @@ def test_a_plain_adamw_checkpoint_keeps_its_moments_and_starts_the_tuner() -> No
     assert torch.equal(optimizer.state[other.a]["mechanic_x_ref"], before)
 
 
+def test_a_plain_state_dict_given_to_the_base_itself_starts_the_tuner() -> None:
+    model = Model()
+    plain = adamw([model.a, model.b], lr=1e-3)
+    train(plain, model.loss, 5)
+    other, optimizer = make("adamw")
+    train(optimizer, other.loss, 3)
+    other.load_state_dict(model.state_dict())
+    optimizer.optimizers[0].load_state_dict(plain.state_dict())
+    assert optimizer.scale.item() == pytest.approx(6e-3)
+    train(optimizer, other.loss, 1, start=5)
+    assert torch.equal(optimizer.state[other.a]["mechanic_x_ref"], model.a)
+
+
+@pytest.mark.parametrize(("change", "variant"), [
+    ("trained without Mechanic", "optax"), ("no model loaded", "optax"), ("edited", "optax"),
+    ("trained without Mechanic", "pytorch"), ("edited", "pytorch"),
+])  # fmt: skip
+def test_a_state_that_the_parameters_do_not_belong_to_is_refused_until_rebased(change: str, variant: str) -> None:
+    model, optimizer = make("adamw", variant=variant)
+    train(optimizer, model.loss, 5)
+    saved = optimizer.state_dict()
+    other, resumed = make("adamw", variant=variant)
+    if change == "trained without Mechanic":
+        other.load_state_dict(model.state_dict())
+        plain = adamw([other.a, other.b])
+        plain.load_state_dict(saved)
+        train(plain, other.loss, 2)
+        saved = plain.state_dict()
+    elif change == "edited":
+        other.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            other.a.mul_(0.99)
+    resumed.load_state_dict(through_a_file(saved))
+    before = tensors([other.a, other.b])
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"not where the loaded optimizer state says.*rebase\(\)"):
+            train(resumed, other.loss, 1, start=7)
+        assert_identical(tensors([other.a, other.b]), before)
+    resumed.rebase()
+    assert torch.equal(resumed.scale, optimizer.scale)
+    assert_identical([resumed.state[p]["mechanic_x_ref"] for p in (other.a, other.b)], before)
+    train(resumed, other.loss, 1, start=7)
+
+
+def test_a_parameter_left_where_an_earlier_scale_put_it_belongs_to_its_state() -> None:
+    """variant="pytorch" leaves parameters without a gradient alone, while S goes on."""
+    model, optimizer = make("adamw", variant="pytorch")
+    train(optimizer, model.loss, 3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model.a.square().sum().backward()
+        optimizer.step()
+    other, resumed = make("adamw", variant="pytorch")
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    train(resumed, other.loss, 2, start=3)
+    train(optimizer, model.loss, 2, start=3)
+    assert_identical(tensors([other.a, other.b]), tensors([model.a, model.b]))
+
+
 def test_a_mechanic_checkpoint_loads_into_plain_adamw() -> None:
     model, optimizer = make("adamw")
     train(optimizer, model.loss, 5)
@@ -212,15 +272,16 @@ def test_a_tuner_with_other_settings_is_refused_before_anything_changes(options:
 def test_a_checkpoint_of_another_precision_loads() -> None:
     model, optimizer = make("sgd")
     train(optimizer, model.loss, 3)
-    for dtype in (torch.float64, torch.bfloat16):
+    for dtype in (torch.float64, torch.bfloat16, torch.float16, torch.float32):
         other = Model().to(dtype)
         resumed = Mechanic(BASES["sgd"]([other.a, other.b]), s_init=1e-3)
         other.load_state_dict(model.state_dict())
-        resumed.load_state_dict(optimizer.state_dict())
+        resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         for p in (other.a, other.b):
             p.grad = torch.ones_like(p)
         resumed.step()
         assert resumed.state[other.a]["mechanic_x_ref"].dtype == dtype
+        model, optimizer = other, resumed  # and out of it again
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "plain", "mechanic"])
@@ -239,6 +300,7 @@ def test_a_parameter_that_never_had_a_gradient_is_no_obstacle(how: str) -> None:
         adamw([other.a, other.b]).load_state_dict(optimizer.state_dict())
     else:
         other, resumed = make("adamw")
+        other.load_state_dict(model.state_dict())
         resumed.load_state_dict(optimizer.state_dict())
         train(resumed, other.loss, 2)
         assert "mechanic_x_ref" in resumed.state[other.b]

@@ -1,7 +1,7 @@
 """The ranks compare, once, what they hold and how they are set; if they differ, all raise the same error.
 
-This is the only communication besides the step's all_reduce, and it takes place at the first step and after
-parameters were added. It makes no choice for the user but one: how often FSDP1's shards are replicated.
+This is the only communication besides the step's all_reduce, and it takes place at the first step, after parameters
+were added and after a load. It makes no choice for the user but one: how often FSDP1's shards are replicated.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from manic.displacement import chunks
 from manic.layout import Layout, check_gradient, is_fsdp1, local
 
-__all__ = ["agree"]
+__all__ = ["agree", "raise_together"]
 
 
 def agree(
@@ -40,10 +40,8 @@ def agree(
             that should hold the same, or if plain parameters that should be copies are not.
     """
     group = layout.group
-    unusable = _unusable_gradient(parameters)
+    raise_together(TypeError, _unusable_gradient(parameters), group, device)
     if group is None:
-        if unusable:
-            raise TypeError(unusable)
         return
     if dist.get_world_size(group) % layout.pipeline_stages:
         raise ValueError(
@@ -53,12 +51,7 @@ def agree(
     common = f"{settings}, plain={layout.plain}, pipeline_stages={layout.pipeline_stages}"
     held = [text for text in (_describe(parameter, layout) for parameter in parameters) if text is not None]
 
-    rows = _gather(torch.tensor([_digest(common), _digest("\n".join(held)), len(unusable)], device=device), group)
-    if any(row[2] for row in rows):
-        everyone = [""] * len(rows)
-        dist.all_gather_object(everyone, unusable, group=group)
-        rank = next(rank for rank, text in enumerate(everyone) if text)
-        raise TypeError(f"rank {rank}: {everyone[rank]}")
+    rows = _gather(torch.tensor([_digest(common), _digest("\n".join(held))], device=device), group)
     _compare([int(row[0]) for row in rows], 1, "settings", [common], group)
     _compare([int(row[1]) for row in rows], layout.pipeline_stages, "parameters", held, group)
 
@@ -69,6 +62,27 @@ def agree(
         _check_copies(replicated, layout.pipeline_stages, group, device, dtype)
         flattened = [p for p in parameters if is_fsdp1(p)]
         layout.fsdp1_replicas = _find_fsdp1_replicas(flattened, group, device, dtype)
+
+
+def raise_together(kind: type[Exception], complaint: str, group: ProcessGroup | None, device: torch.device) -> None:
+    """Raise on every rank if any rank has something to complain of.
+
+    Args:
+        kind: What to raise.
+        complaint: This rank's, in words; empty: none.
+        group: The process group, or ``None`` for this process alone.
+        device: Where the group's backend takes tensors from.
+    """
+    if group is None:
+        if complaint:
+            raise kind(complaint)
+        return
+    lengths = _gather(torch.tensor([len(complaint)], device=device), group)
+    if any(length[0] for length in lengths):
+        everyone = [""] * len(lengths)
+        dist.all_gather_object(everyone, complaint, group=group)
+        rank = next(rank for rank, text in enumerate(everyone) if text)
+        raise kind(f"rank {rank}: {everyone[rank]}")
 
 
 def _unusable_gradient(parameters: Sequence[Tensor]) -> str:

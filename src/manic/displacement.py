@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["Iterate", "Update", "chunks", "resolve_update", "stepping", "working_dtype", "write_back"]
+__all__ = ["Iterate", "Update", "chunks", "resolve_update", "stepping", "strays", "working_dtype", "write_back"]
 
 Update = Literal["snapshot", "decoupled", "coupled"]
 """How an optimizer's update is taken: by the difference of a snapshot, or in displacement space with weight decay
@@ -197,6 +197,51 @@ def write_back(iterates: Sequence[Iterate], scale: Tensor) -> None:
             _write(x, x_ref, moved, factor)
         iterate.written = True
         iterate.x_before = None
+
+
+def strays(iterates: Sequence[Iterate], any_scale: bool) -> list[int]:
+    """Find parameters that are not where x_ref, S and Delta say: something else has written them.
+
+    Where Delta is recomputed from x there is nothing to compare, and none strays. The host waits for the device.
+
+    Args:
+        iterates: The local shards, between steps.
+        any_scale: Whether x = x_ref + c * Delta is right for any c, as for variants that leave a parameter without a
+            gradient where an earlier S has put it.
+
+    Returns:
+        Indices into ``iterates``.
+    """
+    candidates = [(index, it) for index, it in enumerate(iterates) if it.delta is not None and it.x.numel()]
+    if not candidates:
+        return []
+    found = torch.stack([_is_astray(iterate, any_scale).cpu() for _, iterate in candidates])
+    return [index for (index, _), astray in zip(candidates, found.tolist()) if astray]
+
+
+def _is_astray(iterate: Iterate, any_scale: bool) -> Tensor:
+    dtype = working_dtype(iterate.x)
+    scale = iterate.scale.to(dtype)
+    if any_scale:
+        along, square = torch.zeros_like(scale), torch.zeros_like(scale)
+        for x, x_ref, delta in chunks(iterate.x, iterate.x_ref, iterate.delta):
+            along += ((x.to(dtype) - x_ref) * delta).sum()
+            square += delta.square().sum()
+        scale = along / (square + torch.finfo(dtype).tiny)
+    error, size = torch.zeros_like(scale), torch.zeros_like(scale)
+    # A checkpoint in low precision may have been loaded into wider parameters: then x is that exact, and no more.
+    coarse = {kind: torch.ones_like(scale, dtype=torch.bool) for kind in (torch.bfloat16, torch.float16, torch.float32)}
+    for x, x_ref, delta in chunks(iterate.x, iterate.x_ref, iterate.delta):
+        displacement = scale * delta
+        error += (x.to(dtype) - (x_ref.to(dtype) + displacement)).square().sum()
+        size += x.to(dtype).square().sum() + displacement.square().sum()
+        for kind, fits in coarse.items():
+            fits &= (x.to(kind).to(x.dtype) == x).all()
+    rounding = torch.full_like(scale, torch.finfo(iterate.x.dtype).eps)
+    for kind, fits in coarse.items():
+        rounding = torch.where(fits, rounding.clamp(min=torch.finfo(kind).eps), rounding)
+    # Written so that a nan is no reason: what is not finite is another matter.
+    return error > (4 * rounding).square() * size
 
 
 def _write(x: Tensor, x_ref: Tensor, delta: Tensor, factor: Tensor) -> None:

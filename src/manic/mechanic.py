@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from manic.agreement import agree
-from manic.displacement import Iterate, resolve_update, stepping, working_dtype, write_back
+from manic.agreement import agree, raise_together
+from manic.displacement import Iterate, resolve_update, stepping, strays, working_dtype, write_back
 from manic.layout import Layout, Plain, local, local_gradient
 from manic.reduction import Reduction, gradient_sums, position_sums
 from manic.tuner import Tuner
@@ -89,6 +89,7 @@ class Mechanic(OptimizerWrapper):
         self._placeholders = [not came for came in self._came_with_state]
         self._created: list[dict[Any, Any] | None] = [None for _ in optimizers]
         self._started = False
+        self._was_loaded = False
         self._agreed_on: list[list[int]] | None = None
         super().__init__(optimizers)
         self._tuner.to(self._home_device())
@@ -109,7 +110,8 @@ class Mechanic(OptimizerWrapper):
 
         Raises:
             TypeError: if a gradient is sparse or complex.
-            ValueError: at the first step, if the ranks do not hold what they are said to.
+            ValueError: at the first step, if the ranks do not hold what they are said to; at the first step after a
+                load, if the parameters are not those that the loaded state belongs to.
         """
         loss = None
         if closure is not None:
@@ -140,6 +142,21 @@ class Mechanic(OptimizerWrapper):
         """S, the factor learned for the learning rate: a new 0-dim tensor on the parameters' device, no sync."""
         self._share_global_state()  # ZeroRedundancyOptimizer loads by writing into the groups
         return self._tuner.scale
+
+    @torch.no_grad()
+    def rebase(self) -> None:
+        """Go on from where the parameters are now: x_ref = x and Delta = 0, with the scale and the tuner kept.
+
+        To be called after parameters were changed by anything but this optimizer: weights clipped, averaged or
+        exchanged, a model loaded without its optimizer. The step would undo such a change otherwise.
+        """
+        self._share_global_state()
+        for parameter, state in self.state.items():
+            if X_REF in state:
+                local(state[X_REF]).copy_(local(parameter))
+            if DELTA in state:
+                local(state[DELTA]).zero_()
+        self._was_loaded = False
 
     def metrics(self) -> dict[str, Tensor]:
         """What to log: 0-dim tensors on the parameters' device, the same on every rank; no sync, no communication.
@@ -194,6 +211,8 @@ class Mechanic(OptimizerWrapper):
         if creating:
             self._create_state(iterates)
             return None
+        if self._was_loaded:
+            self._check_loaded(iterates)
         return iterates
 
     def _iterate(
@@ -268,6 +287,22 @@ class Mechanic(OptimizerWrapper):
         agree(parameters, self._settings(), self._layout, device, self._tuner.state.dtype)
         self._agreed_on = identities
 
+    def _check_loaded(self, iterates: list[Iterate]) -> None:
+        """Refuse a state that the parameters do not belong to: the step would put them back where it says."""
+        astray = strays(iterates, any_scale=not self._tuner.variant.moves_without_gradient)
+        complaint = ""
+        if astray:
+            shape = tuple(iterates[astray[0]].parameter.shape)
+            complaint = (
+                f"{len(astray)} of {len(iterates)} parameters, the first of shape {shape}, are not where the loaded "
+                "optimizer state says (x_ref + S * Delta). Load the model from the same checkpoint; read a checkpoint "
+                "of the base optimizer alone before the first step, or by load_state_dict; if the parameters were "
+                "changed on purpose, call rebase() before the step"
+            )
+        device = self._layout.communication_device(self._home_device())
+        raise_together(ValueError, complaint, self._layout.group, device)
+        self._was_loaded = False
+
     def _create_state(self, iterates: list[Iterate]) -> None:
         """Let base optimizers without a state create it, and change nothing else.
 
@@ -327,12 +362,12 @@ class Mechanic(OptimizerWrapper):
     def _load_global_state(self, saved: Tensor | None) -> None:
         if saved is None:
             self._tuner.reset()
-            self._state_is_placeholder = self._started = False
+            self._state_is_placeholder = self._started = self._was_loaded = False
         else:
             self._tuner.load(saved)
             updates = float(self._tuner.updates)
             self._state_is_placeholder = updates == _PLACEHOLDER
-            self._started = updates > 0
+            self._started = self._was_loaded = updates > 0
             if self._state_is_placeholder:
                 self._placeholders = [
                     not came_with_state and self._is_as_created(optimizer, created)

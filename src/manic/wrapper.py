@@ -97,6 +97,7 @@ class OptimizerWrapper(Optimizer):
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         # Not Optimizer.__init__, which would make groups and a state of its own; __setstate__ makes the rest.
         self.optimizers = list(optimizers)
+        self._shared = False
         super().__setstate__({"defaults": dict(optimizers[0].defaults) if len(optimizers) == 1 else {}})
 
     @property
@@ -176,8 +177,10 @@ class OptimizerWrapper(Optimizer):
         self._share_global_state()
 
     def _share_global_state(self) -> None:
-        """Put the wrapper's tensor into groups that lack it, taking over one that was loaded behind our back."""
+        """Put the wrapper's tensor into groups that lack it, taking over what was loaded behind our back."""
         live = self._global_state()
+        if self._shared and self.param_groups and not any(self.GROUP_KEY in group for group in self.param_groups):
+            self._load_global_state(None)  # a base optimizer was given a state dict of its own
         for group in self.param_groups:
             found = group.get(self.GROUP_KEY)
             if found is not live and isinstance(found, Tensor):
@@ -189,6 +192,7 @@ class OptimizerWrapper(Optimizer):
         live = self._global_state()
         for group in self.param_groups:
             group[self.GROUP_KEY] = live
+            self._shared = True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict()`` gave, or a state dict of the base optimizer alone.
@@ -239,7 +243,7 @@ class OptimizerWrapper(Optimizer):
             self.state[parameter].update(tensors)
 
         self._load_global_state(next((tensor for tensor in saved if tensor is not None), None))
-        self._share_global_state()
+        self._put_global_state()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

@@ -494,6 +494,41 @@ def test_a_plain_adamw_becomes_mechanic_with_its_moments_and_a_tuner_at_the_star
     run(become_mechanic, 2, layout, saving, loading, into, str(tmp_path))
 
 
+def become_mechanic_late(layout: str, saving: str, loading: str, into: str, directory: str) -> None:
+    """torch's functions hand a Mechanic that has taken steps its own state back where the checkpoint has none."""
+    left = Run(layout, plain)
+    left.train(4)
+    saved = left.save(saving, directory)
+    moved = Run(layout)
+    moved.train(2)
+    mechanic = moved.optimizer
+    if into == "the base":
+        moved.optimizer = mechanic.optimizers[0]
+    moved.load(loading, saved)
+    moved.optimizer = mechanic
+    started = mechanic.scale.item() == pytest.approx(6e-3)
+    before = moved.result()[1]
+    if not started:
+        with pytest.raises(ValueError, match="not where the loaded optimizer state says"):
+            moved.train(1)
+        assert_identical((0.0, moved.result()[1]), (0.0, before))
+        mechanic.rebase()
+    moved.train(1)
+    references = [mechanic.state[p]["mechanic_x_ref"] for p in moved.model.parameters() if p in mechanic.state]
+    trained = [x for x, p in zip(before, moved.model.parameters(), strict=True) if p in mechanic.state]
+    assert_identical((0.0, [full(reference) for reference in references]), (0.0, trained))
+
+
+@pytest.mark.parametrize(("saving", "loading", "into"), [
+    combination for combination in PLAIN_INTO_MECHANIC if "before" not in combination[2]
+])  # fmt: skip
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+def test_a_plain_adamw_read_into_a_mechanic_that_has_taken_steps_is_started_or_refused(
+    layout: str, saving: str, loading: str, into: str, tmp_path: Path
+) -> None:
+    run(become_mechanic_late, 2, layout, saving, loading, into, str(tmp_path))
+
+
 def load_strictly(layout: str, directory: str) -> None:
     started = Run(layout, plain)
     started.train(2)
