@@ -14,12 +14,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
+from host_memory import peak, reset_peak
 from manic import Mechanic
 from manic.checkpoint import Checkpointer
 from manic.testing import run
 from model import GPT
 
 SEQ_LEN = 64
+# Width and number of blocks of a GPT with about so many parameters.
+SIZES = {"1M": (128, 5), "25M": (512, 8), "124M": (768, 17), "1B": (2048, 20)}
 
 
 def measure(width: int, layers: int, directory: str | None, repeats: int) -> dict[str, float]:
@@ -70,23 +73,6 @@ def median(action: Callable[[], Any], repeats: int, after: Callable[[], Any] = l
         seconds.append(time.perf_counter() - start)
         after()
     return statistics.median(seconds)
-
-
-def reset_peak() -> int:
-    """Forget the largest host memory so far; return what is held now (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return status("VmRSS")
-
-
-def peak() -> int:
-    """The largest host memory since then."""
-    return status("VmHWM")
-
-
-def status(name: str) -> int:
-    """A line of /proc/self/status, in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return 1024 * int(line.split()[1])
 
 
 def table(sizes: dict[str, tuple[int, int]], ranks: list[int], directory: str | None, repeats: int) -> str:

@@ -1,0 +1,268 @@
+"""What an optimizer's step costs: time and memory beside fused AdamW, and what it asks of device and network."""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.multiprocessing as multiprocessing
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from host_memory import held, peak, reset_peak
+from manic import Mechanic
+from manic.testing import run
+
+Shapes = list[tuple[int, ...]]
+WARM_UP = 4
+
+
+def gpt_shapes(width: int, layers: int) -> Shapes:
+    """The shapes of launch/model.py's parameters."""
+    block: Shapes = [(width, width)] * 4 + [(4 * width, width), (width, 4 * width)] + [(width,)] * 4
+    return [(256, width), *block * layers, (width,), (width,), (256, width)]
+
+
+SIZES: dict[str, Shapes] = {
+    "1M": gpt_shapes(128, 5),
+    "25M": gpt_shapes(512, 8),
+    "124M": gpt_shapes(768, 17),
+    "1B": gpt_shapes(2048, 20),
+    "10k-small": [(1000,)] * 10_000,
+}
+
+
+def fused(parameters: Sequence[Tensor]) -> Optimizer:
+    return AdamW(parameters, lr=1.0, weight_decay=0.1, fused=True)
+
+
+def foreach(parameters: Sequence[Tensor]) -> Optimizer:
+    return AdamW(parameters, lr=1e-3, weight_decay=0.1, foreach=True)
+
+
+def mechanic_pytorch(parameters: Sequence[Tensor]) -> Optimizer:
+    from mechanic_pytorch import mechanize
+
+    return mechanize(AdamW)(parameters, lr=1.0, weight_decay=0.1, fused=True)
+
+
+def prodigy(parameters: Sequence[Tensor]) -> Optimizer:
+    from prodigyopt import Prodigy
+
+    return Prodigy(parameters, lr=1.0, weight_decay=0.1)
+
+
+def d_adaptation(parameters: Sequence[Tensor]) -> Optimizer:
+    from dadaptation import DAdaptAdam
+
+    return DAdaptAdam(parameters, lr=1.0, weight_decay=0.1, decouple=True)
+
+
+def schedule_free(parameters: Sequence[Tensor]) -> Optimizer:
+    from schedulefree import AdamWScheduleFree
+
+    optimizer = AdamWScheduleFree(parameters, lr=1e-3, weight_decay=0.1)
+    optimizer.train()
+    return optimizer
+
+
+METHODS: dict[str, Callable[[Sequence[Tensor]], Optimizer]] = {
+    "AdamW, fused": fused,
+    "AdamW, foreach": foreach,
+    "Mechanic(AdamW)": lambda parameters: Mechanic(fused(parameters)),
+    "Mechanic(AdamW), store_delta=False": lambda parameters: Mechanic(fused(parameters), store_delta=False),
+    'Mechanic(AdamW), update="snapshot"': lambda parameters: Mechanic(fused(parameters), update="snapshot"),
+    'Mechanic(AdamW), variant="pytorch"': lambda parameters: Mechanic(fused(parameters), variant="pytorch"),
+    "mechanic-pytorch": mechanic_pytorch,
+    "Prodigy": prodigy,
+    "D-Adaptation": d_adaptation,
+    "Schedule-Free": schedule_free,
+}
+REFERENCE = "AdamW, fused"
+
+
+@dataclass
+class Cost:
+    """Of one method."""
+
+    seconds: float
+    """Of a step: the median."""
+    at_rest: float
+    """Bytes per parameter that the optimizer holds between steps, parameters and gradients not counted."""
+    at_peak: float
+    """The most that it holds during a step."""
+    collectives: int
+    """On two ranks, a step."""
+    operators: int
+    """Kernels launched, on CUDA; operators other than views, on a CPU. A step on one rank."""
+    syncs: int
+    """How often a step asks for a number that is on the device."""
+
+
+class Calls(TorchDispatchMode):
+    """Counts what is called inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.counts["collectives"] += 1
+        elif func is torch.ops.aten._local_scalar_dense.default:
+            self.counts["syncs"] += 1
+        elif not func.is_view and func is not torch.ops.aten.detach.default:
+            self.counts["operators"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def make_parameters(shapes: Shapes, device: torch.device) -> list[Tensor]:
+    """Parameters with gradients."""
+    generator = torch.Generator(device).manual_seed(0)
+    parameters = []
+    for shape in shapes:
+        parameter = torch.randn(shape, generator=generator, device=device).requires_grad_()
+        parameter.grad = 1e-3 * torch.randn(shape, generator=generator, device=device)
+        parameters.append(parameter)
+    return parameters
+
+
+def count_collectives(method: str) -> int:
+    """Called on every rank, after the first steps."""
+    optimizer = METHODS[method](make_parameters(SIZES["1M"][:3], torch.device("cpu")))
+    for _ in range(WARM_UP):
+        optimizer.step()
+    with Calls() as calls:
+        optimizer.step()
+    return calls.counts["collectives"]
+
+
+def serve(pipe: Connection, method: str, shapes: Shapes, device_name: str, threads: int) -> None:
+    """One method in a process of its own: takes a step whenever it is told to, and sends the seconds."""
+    torch.set_num_threads(threads)
+    device = torch.device(device_name)
+    cuda = device.type == "cuda"
+    parameters = make_parameters(shapes, device)
+    size = sum(parameter.numel() for parameter in parameters)
+    before = torch.cuda.memory_allocated() if cuda else held()
+    optimizer = METHODS[method](parameters)
+    for _ in range(WARM_UP):
+        optimizer.step()
+    gc.collect()
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        rest = torch.cuda.memory_allocated()
+        optimizer.step()
+        most = torch.cuda.max_memory_allocated()
+    else:
+        rest = reset_peak()
+        optimizer.step()
+        most = peak()
+    with Calls() as calls:
+        optimizer.step()
+    launches = _cuda_launches(optimizer) if cuda else calls.counts["operators"]
+    pipe.send({
+        "at_rest": (rest - before) / size, "at_peak": (most - before) / size,
+        "operators": launches, "syncs": calls.counts["syncs"],
+    })  # fmt: skip
+    while pipe.recv():
+        start = time.perf_counter()
+        optimizer.step()
+        if cuda:
+            torch.cuda.synchronize()
+        pipe.send(time.perf_counter() - start)
+
+
+def _cuda_launches(optimizer: Optimizer) -> int:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        optimizer.step()
+        torch.cuda.synchronize()
+    return sum(event.count for event in profile.key_averages() if "LaunchKernel" in event.key)
+
+
+def measure(methods: Sequence[str], size: str, repeats: int, device: torch.device) -> dict[str, Cost]:
+    """All methods side by side: they take turns, so that a slow moment of the machine meets all."""
+    context = multiprocessing.get_context("spawn")
+    threads = torch.get_num_threads()
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    pipes: dict[str, Connection] = {}
+    processes = []
+    facts: dict[str, dict[str, float]] = {}
+    try:
+        for method in methods:
+            pipes[method], theirs = context.Pipe()
+            process = context.Process(target=serve, args=(theirs, method, SIZES[size], str(device), threads))
+            process.start()
+            theirs.close()  # a child that dies is then an EOFError here
+            processes.append(process)
+            facts[method] = pipes[method].recv()
+        seconds: dict[str, list[float]] = {method: [] for method in methods}
+        for _ in range(repeats):
+            for method, pipe in pipes.items():
+                for _ in range(2):  # the first one finds caches full of another's numbers
+                    pipe.send(True)
+                    last = pipe.recv()
+                seconds[method].append(last)
+        for pipe in pipes.values():
+            pipe.send(False)
+    finally:
+        for process in processes:
+            process.join(timeout=10)
+            process.kill()
+    return {
+        method: Cost(
+            seconds=statistics.median(seconds[method]),
+            collectives=max(run(count_collectives, 2, method, timeout=300)),
+            **facts[method],
+        )
+        for method in methods
+    }
+
+
+def as_json(costs: dict[str, Cost]) -> dict[str, Any]:
+    """With the ratio to the reference."""
+    return {
+        method: {**asdict(cost), "ratio": cost.seconds / costs[REFERENCE].seconds} for method, cost in costs.items()
+    }
+
+
+def table(costs: dict[str, Cost], device: torch.device) -> str:
+    """As Markdown."""
+    unit = "launches" if device.type == "cuda" else "operators"
+    heads = ["", "step", "over fused AdamW", "B/param at rest", "at peak", unit, "all_reduces", "host syncs"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
+    for method, cost in costs.items():
+        cells = [
+            method, f"{1e3 * cost.seconds:.1f} ms", f"{cost.seconds / costs[REFERENCE].seconds:.2f}",
+            f"{cost.at_rest:.1f}", f"{cost.at_peak:.1f}", str(cost.operators), str(cost.collectives), str(cost.syncs),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(costs: dict[str, Cost], title: str, path: str) -> None:
+    """Bars of the ratios."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 0.45 * len(costs) + 1), layout="constrained")
+    names = list(costs)[::-1]
+    ratios = [costs[name].seconds / costs[REFERENCE].seconds for name in names]
+    bars = axes.barh(names, ratios, color=["#3566a8" if name.startswith("Mechanic(") else "#a0a0a0" for name in names])
+    axes.bar_label(bars, [f" {ratio:.2f}" for ratio in ratios])
+    axes.set_xlabel("time of a step, in steps of fused AdamW")
+    axes.set_title(title, fontsize="medium")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
