@@ -1,6 +1,7 @@
-"""What manic costs: the optimizer's step against fused AdamW, as ratios from one run, and checkpoints.
+"""What manic costs: the step against fused AdamW, as ratios from one run; on thousands of ranks; and checkpoints.
 
 python launch/benchmark.py step --params 25M
+python launch/benchmark.py scale --models 8B 405B
 python launch/benchmark.py checkpoint --params 25M --ranks 1 2
 """
 
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 
 import checkpoint_cost
+import scale_cost
 import step_cost
 
 
@@ -38,6 +40,16 @@ def checkpoint(options: argparse.Namespace) -> None:
     print(checkpoint_cost.table(sizes, options.ranks, options.directory, options.repeats))
 
 
+def scale(options: argparse.Namespace) -> None:
+    """The subcommand."""
+    print(
+        "Rank 0's step, float32; hops up and down a tree of nodes of "
+        f"{options.node} ranks, {1e6 * options.hop:g} us each by assumption",
+        scale_cost.table(options.models, options.ranks, options.repeats, options.node, options.hop),
+        sep="\n\n",
+    )
+
+
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -50,6 +62,13 @@ def main() -> None:
     add.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add.add_argument("--json", metavar="FILE", help="write the figures there")
     add.add_argument("--plot", metavar="FILE", help="draw the ratios there")
+    add = commands.add_parser("scale", help="a step on thousands of ranks, without hardware")
+    add.set_defaults(run=scale)
+    add.add_argument("--models", choices=scale_cost.MODELS, nargs="+", default=list(scale_cost.MODELS))
+    add.add_argument("--ranks", type=int, nargs="+", default=[64, 1024, 16384])
+    add.add_argument("--repeats", type=int, default=5)
+    add.add_argument("--node", type=int, default=8, help="ranks of a node, for the model of the all_reduce's latency")
+    add.add_argument("--hop", type=float, default=10e-6, help="seconds from one node to the next, for that model")
     add = commands.add_parser("checkpoint", help="size, time and memory of checkpoints, on CPU ranks")
     add.set_defaults(run=checkpoint)
     add.add_argument("--params", choices=checkpoint_cost.SIZES, nargs="+", default=["25M", "124M"])

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import nn
 
-from manic.displacement import chunks, resolve_update
+from manic.displacement import resolve_update
 from manic.layout import Layout, is_fsdp1, local, local_gradient
 
 
@@ -32,22 +31,6 @@ def test_torch_still_marks_fsdp1_parameters_as_we_expect() -> None:
     assert not is_fsdp1(parameter)
     setattr(parameter, FSDP_FLATTENED, True)
     assert is_fsdp1(parameter)
-
-
-@pytest.mark.parametrize("shape", [(0,), (1,), (7, 3), (1 << 18,), ((1 << 18) + 1,), (300, 1000)])
-@pytest.mark.parametrize("transpose", [False, True])
-def test_chunks_cover_every_element_once(shape: tuple[int, ...], transpose: bool) -> None:
-    first, second = torch.zeros(shape), torch.zeros(shape)
-    if transpose:
-        first, second = first.t() if first.ndim == 2 else first, second
-        second = second.reshape(first.shape)
-    for a, b, nothing in chunks(first, second, None):
-        assert nothing is None
-        assert a.shape == b.shape
-        a += 1
-        b += 1
-    assert (first == 1).all()
-    assert (second == 1).all()
 
 
 def test_only_optimizers_that_were_read_step_in_displacement_space() -> None:

@@ -14,7 +14,7 @@ from oracle import problem
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
 
-from manic import Mechanic, displacement, is_mechanized, mechanize
+from manic import Mechanic, displacement, is_mechanized, mechanize, passes
 
 Loss = Callable[[int], Tensor]
 
@@ -103,8 +103,9 @@ class TestStep:
         alone, alone_loss = problem()
         one = Mechanic(torch.optim.AdamW(alone, lr=1.0))
         train(one, alone_loss, 30)
-        assert joint.scale.item() == one.scale.item()
-        assert_identical(tensors(parameters), tensors(alone))
+        assert joint.scale.item() == pytest.approx(one.scale.item(), rel=1e-12)  # the sums are in another order
+        for p, q in zip(tensors(parameters), tensors(alone)):
+            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
 
     def test_a_group_with_lr_zero_stays_and_lrs_differ_by_group(self) -> None:
         parameters, loss = problem()
@@ -193,6 +194,7 @@ class TestStep:
         train(optimizer, loss, 5)
         before = tensors(parameters)
         loss(5).backward()
+        monkeypatch.setattr(passes, "_SMALL", -1)  # one parameter after the other
         write, calls = displacement._write, []
 
         def interrupted(*args: Any) -> None:
@@ -208,6 +210,33 @@ class TestStep:
             torch.testing.assert_close(p.detach(), q, rtol=0.2, atol=0.2)  # a step moves by 0.01; an update is 1
         train(optimizer, loss, 1, start=6)
 
+    @pytest.mark.parametrize("options", [{}, {"update": "snapshot"}, {"store_delta": False}], ids=str)
+    @pytest.mark.parametrize("at", [1, 2, 5])
+    def test_an_interrupt_before_the_base_step_changes_nothing(
+        self, options: dict[str, Any], at: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(passes, "_SMALL", -1)
+        monkeypatch.setattr(passes, "_CPU_PIECE", 4)
+        parameters, loss = problem()
+        optimizer = Mechanic(adamw(parameters), s_init=1e-3, **options)
+        train(optimizer, loss, 5)
+        before = tensors(parameters)
+        loss(5).backward()
+        calls: list[int] = []
+
+        def interrupted(*args: Any) -> None:
+            calls.append(1)
+            if len(calls) == at:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr("manic.reduction.PartialSums.add", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                optimizer.step()
+        for p, q in zip(parameters, before):
+            torch.testing.assert_close(p.detach(), q, rtol=1e-15, atol=1e-15)
+        train(optimizer, loss, 1, start=6)
+
     def test_a_snapshot_that_cannot_be_taken_changes_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         parameters, loss = problem()
         optimizer = Mechanic(adamw(parameters), s_init=1e-3, update="snapshot", store_delta=False)
@@ -215,7 +244,7 @@ class TestStep:
         before = tensors(parameters)
         loss(5).backward()
 
-        def no_memory(iterate: Any) -> None:
+        def no_memory(batch: Any, visit: Any) -> None:
             raise RuntimeError("out of memory")
 
         monkeypatch.setattr(displacement, "_enter", no_memory)

@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from manic import Mechanic
-from manic.displacement import _CPU_CHUNK
+from manic.passes import _CPU_PIECE
 
-SIZE = 5 * _CPU_CHUNK
+SIZE = 5 * _CPU_PIECE
 
 
 class Allocations(TorchDispatchMode):
@@ -52,7 +52,7 @@ def test_a_step_allocates_chunks_and_at_most_a_snapshot(
     optimizer = Mechanic(torch.optim.AdamW([parameter], lr=1.0, weight_decay=0.1, fused=True), **options)
     step(optimizer, parameter)
     sizes = step(optimizer, parameter)
-    assert sorted(size for size in sizes if size > _CPU_CHUNK) == [SIZE] * copies
+    assert sorted(size for size in sizes if size > _CPU_PIECE) == [SIZE] * copies
 
 
 @pytest.mark.parametrize(("options", "copies"), [({}, 2), ({"store_delta": False}, 1)], ids=str)

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from manic.displacement import chunks
 from manic.layout import Layout, check_gradient, is_fsdp1, local
+from manic.passes import pieces
 
 __all__ = ["agree", "raise_together"]
 
@@ -150,7 +150,7 @@ def _moments(parameters: Sequence[Tensor], device: torch.device, dtype: torch.dt
     for parameter in parameters:
         x = local(parameter)
         row = torch.zeros(4, dtype=dtype, device=x.device)
-        for (piece,) in chunks(x):
+        for (piece,) in pieces([x]):
             wide = piece.reshape(-1).to(dtype)
             row[0] += wide.numel()
             row[1] += wide.sum()

@@ -3,14 +3,18 @@
 It works on the plain local tensors of one rank. It knows no process group and no placements, and takes S as given.
 
 *Displacement space.* An update that does not depend on where the parameters are can be made on Delta instead of on
-x: the parameter's own storage holds a displacement while the base optimizer steps. No copy, and no cancellation.
+x. An optimizer of torch.optim is handed Delta in the parameter's place, where Delta has the parameter's dtype; for all
+others the parameter's storage holds a displacement during the base step. No copy, and no cancellation.
 
 *Snapshot.* For every other update: keep x aside for the length of the step and take the difference.
+
+The time goes into moving words between memory and the cores, so the tensors are gone through once before the base step
+and once after it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -19,16 +23,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["Iterate", "Update", "chunks", "resolve_update", "stepping", "strays", "working_dtype", "write_back"]
+from manic.passes import batched, pieces
+
+__all__ = [
+    "Batch", "Iterate", "Update", "Visit", "batches", "resolve_update", "show", "stepping", "strays", "working_dtype",
+    "write_back",
+]  # fmt: skip
 
 Update = Literal["snapshot", "decoupled", "coupled"]
 """How an optimizer's update is taken: by the difference of a snapshot, or in displacement space with weight decay
 that acts on the parameter (decoupled) or through the gradient (coupled)."""
-
-# Elements worked on at a time. On a CPU the operands of one chunk stay in the core's cache, so that several
-# operations cost one pass over memory; elsewhere a chunk bounds the scratch and is large enough to fill the device.
-_CPU_CHUNK = 1 << 18
-_DEVICE_CHUNK = 1 << 24
 
 # The optimizers whose source was read (torch 2.6 to 2.13): the update is a function of gradients and state alone,
 # apart from the weight decay named here. Adafactor (scales by the parameter's RMS) and ASGD (averages parameters)
@@ -75,13 +79,15 @@ def resolve_update(optimizer: Optimizer, update: str) -> str:
 class Iterate:
     """One parameter's local shard in Mechanic's coordinates: x = x_ref + S * Delta.
 
-    All tensors are plain, of the shard's shape and on its device.
+    All tensors but ``parameter`` and ``stand_in`` are plain, of the shard's shape and on its device.
     """
 
-    parameter: Tensor
-    """The parameter as the base optimizer holds it; a DTensor where it is sharded."""
+    optimizer: Optimizer
+    """The base optimizer that has the parameter."""
     group: dict[str, Any]
     """The param group it belongs to."""
+    parameter: Tensor
+    """The parameter as the base optimizer holds it; a DTensor where it is sharded."""
     update: Update
     x: Tensor
     """The parameter's local storage, of its dtype."""
@@ -90,23 +96,36 @@ class Iterate:
     """x_1, of the parameter's dtype."""
     delta: Tensor | None
     """Delta_t, at least float32; ``None`` where it is recomputed from x, x_ref and S."""
+    stand_in: Tensor | None
+    """What ``delta`` is the local shard of, where the base optimizer steps on that instead of on ``parameter``."""
     replicas: float
     """How many ranks of the group hold each element."""
     scale: Tensor
     """S_t: 0-dim."""
     eps: float
     """Added to S_t where Delta is recomputed."""
+    decay: float | Tensor = 0.0
+    """How much of x_t decoupled weight decay adds to Delta, a negative number: set during the step."""
     x_before: Tensor | None = None
     """The snapshot of x_t, during the base step."""
+    displaced: int = 0
+    """How many elements of ``x`` hold a displacement, during the base step."""
     never_moved: bool = False
     """It has had no gradient yet: it counts in |x|^2, and there is nothing to step on or to write."""
     written: bool = False
     """x_{t+1} is in place."""
 
     def delta_from(self, x: Tensor, x_ref: Tensor) -> Tensor:
-        """Recompute Delta_t from chunks of x_t and x_ref: a new tensor of their shape, in the working dtype."""
+        """Recompute Delta_t from pieces of x_t and x_ref: a new tensor of their shape, in the working dtype."""
         dtype = working_dtype(x)
         return (x.to(dtype) - x_ref).div_((self.scale + self.eps).to(dtype))
+
+
+Batch = list[Iterate]
+"""Iterates that are worked on as if they were one; the first speaks for all."""
+
+Visit = Callable[[Iterate, Tensor, Tensor, "Tensor | None"], None]
+"""Is shown a piece of Delta_t, x and the gradient, if there is one, and whose it is."""
 
 
 def working_dtype(tensor: Tensor) -> torch.dtype:
@@ -114,89 +133,83 @@ def working_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def chunks(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """Cut tensors of one shape into aligned pieces that are views of them.
-
-    Args:
-        tensors: Tensors of one shape; a ``None`` stays a ``None`` in every piece.
-
-    Yields:
-        A tuple as long as ``tensors``. Contiguous tensors are cut flat; others come whole.
-    """
-    present = [tensor for tensor in tensors if tensor is not None]
-    size = _CPU_CHUNK if present[0].is_cpu else _DEVICE_CHUNK
-    total = present[0].numel()
-    if total == 0:
-        return
-    if total <= size or not all(tensor.is_contiguous() for tensor in present):
-        yield tensors
-        return
-    flat = [None if tensor is None else tensor.view(-1) for tensor in tensors]
-    for start in range(0, total, size):
-        yield tuple(None if tensor is None else tensor[start : start + size] for tensor in flat)
+def batches(iterates: Iterable[Iterate]) -> list[Batch]:
+    """Put small iterates together that are alike."""
+    return batched(
+        iterates,
+        tensor_of=lambda it: it.x,
+        kind_of=lambda it: (id(it.group), it.replicas, it.gradient is None, it.never_moved, it.stand_in is None),
+    )
 
 
 @contextmanager
-def stepping(iterates: Sequence[Iterate]) -> Iterator[None]:
-    """Let the base optimizers step inside, and then :func:`write_back` what they left in each ``x``.
+def stepping(batches: Sequence[Batch], visit: Visit) -> Iterator[None]:
+    """Let the base optimizers step inside, and then :func:`write_back` what they did.
 
     Weight decay that the base optimizer would compute from the parameter's storage is made here, from x, and its
     setting is 0 inside. Whatever is raised inside, parameters hold an iterate, and gradients and settings are put
-    back, before it leaves.
+    back, before it leaves; what base optimizers have added to Delta itself by then stays, as their momenta do.
 
     Args:
-        iterates: Every iterate that the base optimizers may move.
+        batches: Every iterate that the base optimizers may move.
+        visit: Is shown every piece, with x_t, before anything is changed in it.
     """
-    entered: list[Iterate] = []
-    decays: list[tuple[dict[str, Any], Any]] = []
-    gradients: list[tuple[Tensor, Tensor | None]] = []
-    try:
-        for iterate in iterates:
-            if iterate.never_moved:
-                continue
-            if iterate.update == "coupled" and iterate.gradient is not None and _weight_decay(iterate):
-                gradients.append((iterate.parameter, iterate.parameter.grad))
-                iterate.parameter.grad = _decayed_gradient(iterate)
-            entered.append(iterate)
-            _enter(iterate)
-        for group in {id(it.group): it.group for it in iterates if it.update != "snapshot"}.values():
-            if "weight_decay" in group:
-                decays.append((group, group["weight_decay"]))
-                group["weight_decay"] = 0.0
-        yield
-    except BaseException:
-        for iterate in entered:
-            if not iterate.written:
-                _undo(iterate)
-        raise
-    finally:
-        for group, weight_decay in decays:
-            group["weight_decay"] = weight_decay
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
+    iterates = [iterate for batch in batches for iterate in batch]
+    with _without_weight_decay(iterates):
+        try:
+            for batch in batches:
+                _enter(batch, visit)
+            with _standing_in(iterates):
+                yield
+        except BaseException:
+            for iterate in iterates:
+                if not iterate.written:
+                    _undo(iterate)
+            raise
 
 
-def write_back(iterates: Sequence[Iterate], scale: Tensor) -> None:
-    """Add the base optimizer's update to Delta and write x = x_ref + S * Delta.
+def show(batches: Iterable[Batch], visit: Visit) -> None:
+    """Show ``visit`` every piece of Delta_t and of what the parameters hold now, without gradients.
 
     Args:
-        iterates: What :func:`stepping` was given.
+        batches: Iterates between steps, or with a snapshot.
+        visit: Changes nothing.
+    """
+    for batch in batches:
+        first = batch[0]
+        columns = _columns(batch, "x", "x_ref", "delta", "x_before")
+        for x, x_ref, delta, x_before in pieces(*columns):
+            if delta is None:
+                delta = first.delta_from(x if x_before is None else x_before, x_ref)
+            visit(first, delta, x, None)
+
+
+def write_back(batches: Iterable[Batch], scale: Tensor) -> None:
+    """Complete Delta by the base optimizer's update and write x = x_ref + S * Delta.
+
+    Args:
+        batches: What :func:`stepping` was given.
         scale: S_{t+1}, a 0-dim tensor.
     """
-    for iterate in iterates:
-        if iterate.never_moved:
+    for batch in batches:
+        first = batch[0]
+        if first.never_moved:
             continue
-        factor = scale.to(iterate.x.device, working_dtype(iterate.x))
-        for x, x_ref, delta, x_before in chunks(iterate.x, iterate.x_ref, iterate.delta, iterate.x_before):
-            if x_before is None:
+        factor = scale.to(first.x.device, working_dtype(first.x))
+        columns = _columns(batch, "x", "x_ref", "delta", "x_before")
+        for x, x_ref, delta, x_before in pieces(*columns, written=(0, 2)):
+            if first.stand_in is not None:
+                moved = _add_product(delta, x, first.decay)
+            elif x_before is None:
                 moved = x if delta is None else delta.add_(x)
             elif delta is None:
-                moved = iterate.delta_from(x_before, x_ref).add_(x.to(factor.dtype) - x_before)
+                moved = first.delta_from(x_before, x_ref).add_(x.to(factor.dtype) - x_before)
             else:
                 moved = delta.add_(x.to(delta.dtype) - x_before)
             _write(x, x_ref, moved, factor)
-        iterate.written = True
-        iterate.x_before = None
+        for iterate in batch:
+            iterate.written = True
+            iterate.x_before = None
 
 
 def strays(iterates: Sequence[Iterate], any_scale: bool) -> list[int]:
@@ -224,14 +237,14 @@ def _is_astray(iterate: Iterate, any_scale: bool) -> Tensor:
     scale = iterate.scale.to(dtype)
     if any_scale:
         along, square = torch.zeros_like(scale), torch.zeros_like(scale)
-        for x, x_ref, delta in chunks(iterate.x, iterate.x_ref, iterate.delta):
+        for x, x_ref, delta in pieces(*_columns([iterate], "x", "x_ref", "delta")):
             along += ((x.to(dtype) - x_ref) * delta).sum()
             square += delta.square().sum()
         scale = along / (square + torch.finfo(dtype).tiny)
     error, size = torch.zeros_like(scale), torch.zeros_like(scale)
     # A checkpoint in low precision may have been loaded into wider parameters: then x is that exact, and no more.
     coarse = {kind: torch.ones_like(scale, dtype=torch.bool) for kind in (torch.bfloat16, torch.float16, torch.float32)}
-    for x, x_ref, delta in chunks(iterate.x, iterate.x_ref, iterate.delta):
+    for x, x_ref, delta in pieces(*_columns([iterate], "x", "x_ref", "delta")):
         displacement = scale * delta
         error += (x.to(dtype) - (x_ref.to(dtype) + displacement)).square().sum()
         size += x.to(dtype).square().sum() + displacement.square().sum()
@@ -244,6 +257,10 @@ def _is_astray(iterate: Iterate, any_scale: bool) -> Tensor:
     return error > (4 * rounding).square() * size
 
 
+def _columns(batch: Batch, *names: str) -> list[list[Tensor | None]]:
+    return [[getattr(iterate, name) for iterate in batch] for name in names]
+
+
 def _write(x: Tensor, x_ref: Tensor, delta: Tensor, factor: Tensor) -> None:
     if x.dtype == delta.dtype == factor.dtype:
         torch.addcmul(x_ref, delta, factor, out=x)
@@ -251,43 +268,116 @@ def _write(x: Tensor, x_ref: Tensor, delta: Tensor, factor: Tensor) -> None:
         x.copy_(torch.addcmul(x_ref.to(factor.dtype), delta.to(factor.dtype), factor))
 
 
-def _enter(iterate: Iterate) -> None:
-    """Make ``x`` ready for the base step: a snapshot, or the displacement that the update is added to."""
-    if iterate.update == "snapshot":
+def _add_product(target: Tensor, x: Tensor, factor: float | Tensor) -> Tensor:
+    """``target += factor * x`` in one pass, or none; a tensor's value stays where it is."""
+    if isinstance(factor, Tensor):
+        return target.addcmul_(x, factor)
+    return target.add_(x, alpha=factor) if factor else target
+
+
+def _scale(x: Tensor, factor: float | Tensor) -> None:
+    """``x *= factor``, without a look at x where the factor is known to be 0."""
+    if isinstance(factor, Tensor) or factor:
+        x.mul_(factor)
+    else:
+        x.zero_()
+
+
+def _enter(batch: Batch, visit: Visit) -> None:
+    """Show every piece of x_t, and make ``x`` ready: a snapshot, or the displacement that the update is added to."""
+    first = batch[0]
+    snapshot = first.update == "snapshot" and not first.never_moved
+    for iterate in batch if snapshot else ():
         iterate.x_before = iterate.x.clone()
-        return
-    decays = iterate.update == "decoupled" and iterate.gradient is not None and bool(_weight_decay(iterate))
-    decay = _weight_decay(iterate) * iterate.group["lr"] if decays else 0.0
-    for x, x_ref, delta in chunks(iterate.x, iterate.x_ref, iterate.delta):
-        if delta is None:
-            displacement = iterate.delta_from(x, x_ref)
-            x.copy_(displacement.sub_(x * decay) if decays else displacement)
-        elif decays:
-            x.mul_(-decay)
+    stays = snapshot or first.never_moved or first.stand_in is not None
+    columns = _columns(batch, "x", "x_ref", "delta", "gradient")
+    for x, x_ref, stored, gradient in pieces(*columns, written=() if stays else (0,)):
+        delta = first.delta_from(x, x_ref) if stored is None else stored
+        visit(first, delta, x, gradient)
+        if stays:
+            continue
+        for iterate in batch:
+            iterate.displaced += x.numel()
+        if stored is None:
+            x.copy_(_add_product(delta, x.to(delta.dtype), first.decay))
         else:
-            x.zero_()
+            _scale(x, first.decay)
 
 
 def _undo(iterate: Iterate) -> None:
     """Put x_t back after a base step that raised: exactly where a snapshot or Delta is kept, closely elsewhere."""
-    if iterate.update == "snapshot" and iterate.x_before is None:
-        return  # there was no memory for the snapshot: nothing has changed yet
     factor = (iterate.scale + (iterate.eps if iterate.delta is None else 0.0)).to(working_dtype(iterate.x))
-    for x, x_ref, delta, x_before in chunks(iterate.x, iterate.x_ref, iterate.delta, iterate.x_before):
-        if x_before is None:
-            _write(x, x_ref, x if delta is None else delta, factor)
-        else:
+    columns = _columns([iterate], "x", "x_ref", "delta", "x_before")
+    for x, x_ref, delta, x_before in pieces(*columns):
+        if x_before is not None:
             x.copy_(x_before)
+        elif iterate.displaced > 0:
+            if delta is None:
+                # x holds Delta_t + decay * x_t, which is (1 + decay * factor) * Delta_t + decay * x_ref.
+                delta = (x.to(factor.dtype) - iterate.decay * x_ref) / (1.0 + iterate.decay * factor)
+            _write(x, x_ref, delta, factor)
+            iterate.displaced -= x.numel()
     iterate.x_before = None
 
 
-def _weight_decay(iterate: Iterate) -> Any:
-    return iterate.group.get("weight_decay", 0.0)
+@contextmanager
+def _without_weight_decay(iterates: Sequence[Iterate]) -> Iterator[None]:
+    """Take over from the base optimizers what they would do with x; the user's gradients are left as they are."""
+    decays: list[tuple[dict[str, Any], Any]] = []
+    gradients: list[tuple[Tensor, Tensor | None]] = []
+    try:
+        for iterate in iterates:
+            weight_decay = iterate.group.get("weight_decay", 0.0)
+            if not weight_decay or iterate.gradient is None:
+                continue
+            if iterate.update == "decoupled":
+                iterate.decay = -weight_decay * _without_copy(iterate.group["lr"])
+            elif iterate.update == "coupled":
+                gradients.append((iterate.parameter, iterate.parameter.grad))
+                iterate.parameter.grad = _decayed_gradient(iterate, float(weight_decay))
+        for group in {id(it.group): it.group for it in iterates if it.update != "snapshot"}.values():
+            if "weight_decay" in group:
+                decays.append((group, group["weight_decay"]))
+                group["weight_decay"] = 0.0
+        yield
+    finally:
+        for group, weight_decay in decays:
+            group["weight_decay"] = weight_decay
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
 
 
-def _decayed_gradient(iterate: Iterate) -> Tensor:
-    """The gradient with coupled weight decay in it, of the parameter's kind; the user's own is left as it is."""
+def _without_copy(lr: Any) -> Any:
+    """A number where the host knows it; a learning rate on another device stays there."""
+    return lr if isinstance(lr, Tensor) and not lr.is_cpu else float(lr)
+
+
+def _decayed_gradient(iterate: Iterate, weight_decay: float) -> Tensor:
+    """The gradient with coupled weight decay in it, of the parameter's kind."""
     parameter = iterate.parameter
     assert parameter.grad is not None
     sign = -1.0 if iterate.group.get("maximize", False) else 1.0
-    return parameter.grad.add(parameter.detach(), alpha=sign * float(_weight_decay(iterate)))
+    return parameter.grad.add(parameter.detach(), alpha=sign * weight_decay)
+
+
+@contextmanager
+def _standing_in(iterates: Sequence[Iterate]) -> Iterator[None]:
+    """Hand base optimizers Delta where they know a parameter: in their groups, and as the key of its state."""
+    swaps = [(it.optimizer.state, it.parameter, it.stand_in) for it in iterates if it.stand_in is not None]
+    stand_ins = {id(parameter): delta for _, parameter, delta in swaps}
+    groups = {id(it.group): it.group for it in iterates if it.stand_in is not None}.values()
+    members = [(group, group["params"]) for group in groups]
+    try:
+        for states, parameter, delta in swaps:
+            delta.grad = parameter.grad
+            states[delta] = states.pop(parameter)
+        for group, parameters in members:
+            group["params"] = [stand_ins.get(id(parameter), parameter) for parameter in parameters]
+        yield
+    finally:
+        for group, parameters in members:
+            group["params"] = parameters
+        for states, parameter, delta in swaps:
+            delta.grad = None
+            if delta in states:
+                states[parameter] = states.pop(delta)

@@ -15,9 +15,9 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from manic.agreement import agree, raise_together
-from manic.displacement import Iterate, resolve_update, stepping, strays, working_dtype, write_back
+from manic.displacement import Iterate, batches, resolve_update, show, stepping, strays, working_dtype, write_back
 from manic.layout import Layout, Plain, local, local_gradient
-from manic.reduction import Reduction, gradient_sums, position_sums
+from manic.reduction import PartialSums, Reduction
 from manic.tuner import Tuner
 from manic.wrapper import OptimizerWrapper, is_creating_state
 
@@ -82,6 +82,8 @@ class Mechanic(OptimizerWrapper):
         self._layout = Layout(process_group, plain, pipeline_stages)
         self._store_delta = bool(store_delta)
         snapshot = self._tuner.variant.x_after_base_step
+        # Optimizers whose source is known take any tensor for the parameter; another may know its own by other ways.
+        self._hands_over_delta = update == "auto"
         self._updates = ["snapshot" if snapshot else resolve_update(base, update) for base in optimizers]
         self._state_is_placeholder = False
         # Which bases' state is a placeholder then, see _create_state; those that came with a state keep theirs.
@@ -121,20 +123,17 @@ class Mechanic(OptimizerWrapper):
         iterates = self._prepare()
         if iterates is None:  # checkpointing wants a state to be created, and nothing else
             return loss
-        tuner, like = self._tuner, self._tuner.state
-
-        gradient = gradient_sums(iterates, like)
-        if tuner.variant.x_after_base_step:
-            with stepping(iterates):
+        shards, sums = batches(iterates), PartialSums()
+        if self._tuner.variant.x_after_base_step:
+            with stepping(shards, sums.add_gradient):
                 self._step_bases()
-                sums = self._reduce(gradient, position_sums(iterates, like)).wait()
-                write_back(iterates, tuner.update(sums))
+                show(shards, sums.add_position)
+                write_back(shards, self._tuner.update(self._reduce(sums).wait()))
         else:
-            reduction = self._reduce(gradient, position_sums(iterates, like))
-            with stepping(iterates):
+            with stepping(shards, sums.add):
+                reduction = self._reduce(sums)
                 self._step_bases()  # the all_reduce hides behind it
-                sums = reduction.wait()
-                write_back(iterates, tuner.update(sums))
+                write_back(shards, self._tuner.update(reduction.wait()))
         return loss
 
     @property
@@ -181,9 +180,9 @@ class Mechanic(OptimizerWrapper):
             for optimizer in self.optimizers:
                 optimizer.step()
 
-    def _reduce(self, gradient: Tensor, position: Tensor) -> Reduction:
-        device = self._layout.communication_device(gradient.device)
-        return Reduction(gradient, position, self._layout.group, device)
+    def _reduce(self, sums: PartialSums) -> Reduction:
+        device = self._layout.communication_device(self._tuner.state.device)
+        return Reduction(sums.total(self._tuner.state), self._layout.group, device)
 
     def _prepare(self) -> list[Iterate] | None:
         """Everything that the first step has to do, and the local shards of this one."""
@@ -243,14 +242,18 @@ class Mechanic(OptimizerWrapper):
             self._complete(state, parameter, scales[x.device])
         if update == "by group":
             update = "decoupled" if group.get("decoupled_weight_decay", False) else "coupled"
+        delta = state[DELTA] if self._store_delta and not never_moved else None
+        stands_in = self._hands_over_delta and update != "snapshot" and delta is not None and delta.dtype == x.dtype
         return Iterate(
-            parameter=parameter,
+            optimizer=optimizer,
             group=group,
+            parameter=parameter,
             update=update,  # type: ignore[arg-type]
             x=x,
             gradient=gradient,
             x_ref=local(state[X_REF]),
-            delta=local(state[DELTA]) if self._store_delta and not never_moved else None,
+            delta=None if delta is None else local(delta),
+            stand_in=delta if stands_in else None,
             replicas=self._layout.replicas(parameter),
             scale=scales[x.device],
             eps=self._tuner.eps,

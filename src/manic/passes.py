@@ -1,0 +1,101 @@
+"""In what pieces a pass over many tensors goes, so that it costs one trip of every word to the cores and few calls.
+
+It knows sizes, devices and how tensors lie in memory, and nothing of what they mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+__all__ = ["batched", "pieces"]
+
+# Elements worked on at a time. On a CPU the operands of one piece stay in the last cache, so that several operations
+# cost one pass over memory; elsewhere a piece bounds the scratch and is large enough to fill the device.
+_CPU_PIECE = 1 << 20
+_DEVICE_PIECE = 1 << 24
+# Tensors of at most so many elements are copied together to be worked on: calls cost more than copies.
+_SMALL = 1 << 14
+# Elements of such a copy, at most.
+_BATCH = 1 << 20
+
+T = TypeVar("T")
+
+
+def batched(items: Iterable[T], tensor_of: Callable[[T], Tensor], kind_of: Callable[[T], Hashable]) -> list[list[T]]:
+    """Group what can be worked on together.
+
+    Args:
+        items: Things with a tensor each.
+        tensor_of: Gives the tensor, whose size decides.
+        kind_of: Items of different kinds stay apart.
+
+    Returns:
+        Every item once: small ones in lists of at most 2**20 elements, each of the others alone.
+    """
+    batches: list[list[T]] = []
+    fillable: dict[Hashable, tuple[list[T], int]] = {}
+    for item in items:
+        tensor = tensor_of(item)
+        size = tensor.numel()
+        if size > _SMALL:
+            batches.append([item])
+            continue
+        kind = (tensor.device, tensor.dtype, kind_of(item))
+        batch, room = fillable.get(kind, (None, 0))
+        if batch is None or room < size:
+            batch, room = [], _BATCH
+            batches.append(batch)
+        batch.append(item)
+        fillable[kind] = batch, room - size
+    return batches
+
+
+def pieces(*columns: Sequence[Tensor | None], written: Sequence[int] = ()) -> Iterator[tuple[Any, ...]]:
+    """Walk through tensors side by side.
+
+    Args:
+        columns: Sequences of one length. Tensors at the same place of each have one shape; a column may be all None.
+        written: Numbers of the columns that the caller changes in place.
+
+    Yields:
+        A tuple as long as ``columns``. A lone tensor comes in pieces that are views of it, flat ones if it is large
+        and contiguous in every column. Several come as one flat copy, of which ``written`` columns are copied back
+        when the next piece is asked for.
+    """
+    if len(columns[0]) > 1:
+        flat = [None if column[0] is None else _flatten(column) for column in columns]
+        yield tuple(flat)
+        for index in written:
+            if (source := flat[index]) is not None:
+                _unflatten_into(source, columns[index])
+        return
+    row = [column[0] for column in columns]
+    present = [tensor for tensor in row if tensor is not None]
+    size, total = _piece_size(present[0]), present[0].numel()
+    if total == 0:
+        return
+    if total <= size or not all(tensor.is_contiguous() for tensor in present):
+        yield tuple(row)
+        return
+    row = [None if tensor is None else tensor.view(-1) for tensor in row]
+    for start in range(0, total, size):
+        yield tuple(None if tensor is None else tensor[start : start + size] for tensor in row)
+
+
+# torch has no public function that copies many tensors into one, or back, in few calls; DDP and torch.optim use these.
+def _flatten(tensors: Sequence[Tensor | None]) -> Tensor:
+    return _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _unflatten_into(flat: Tensor, tensors: Sequence[Tensor | None]) -> None:
+    parts = _unflatten_dense_tensors(flat, tensors)  # type: ignore[no-untyped-call]
+    torch._foreach_copy_(tensors, parts)  # type: ignore[arg-type]
+
+
+def _piece_size(tensor: Tensor) -> int:
+    return _CPU_PIECE if tensor.is_cpu else _DEVICE_PIECE

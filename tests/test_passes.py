@@ -1,0 +1,96 @@
+"""A pass over many tensors meets every element once, however they are sized and laid out, and changes nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from manic import Mechanic, passes
+from manic.passes import batched, pieces
+
+SHAPES: list[tuple[int, ...]] = [
+    (), (0,), (1,), (7, 3), (3, 5, 2), (1 << 14,), ((1 << 14) + 1,), (300, 1000), (1 << 20,), ((1 << 20) + 1,),
+]  # fmt: skip
+
+
+def tensors(dtype: torch.dtype, transposed: bool, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for shape in SHAPES:
+        tensor = torch.randn(shape[::-1] if transposed else shape, generator=generator).to(dtype)
+        made.append(tensor.permute(tuple(reversed(range(tensor.ndim)))) if transposed else tensor)
+    return made
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_every_element_is_met_once_beside_its_own(dtype: torch.dtype, transposed: bool) -> None:
+    changed, read = tensors(dtype, transposed), tensors(dtype, False, seed=1)
+    before = [(a.clone(), b.clone()) for a, b in zip(changed, read)]
+    rows = batched(zip(changed, read), tensor_of=lambda row: row[0], kind_of=lambda row: None)
+    assert sorted(id(a) for batch in rows for a, _ in batch) == sorted(map(id, changed))
+    for batch in rows:
+        a_column, b_column = zip(*batch)
+        for a, b, nothing in pieces(a_column, b_column, [None] * len(batch), written=(0, 2)):
+            assert nothing is None
+            assert a.shape == b.shape
+            a += b
+            b += 0
+    for a, b, (old_a, old_b) in zip(changed, read, before):
+        assert torch.equal(a, old_a + old_b)
+        assert torch.equal(b, old_b)
+
+
+def test_kinds_and_dtypes_stay_apart_and_batches_are_bounded() -> None:
+    items = [(torch.zeros(size, dtype=dtype), kind) for size in (1, 10, 9_999, 1 << 14, 1 << 15) for kind in "ab"
+             for dtype in (torch.float32, torch.bfloat16) for _ in range(50)]  # fmt: skip
+    batches = batched(items, tensor_of=lambda item: item[0], kind_of=lambda item: item[1])
+    for batch in batches:
+        assert len({(tensor.dtype, kind) for tensor, kind in batch}) == 1
+        assert len(batch) == 1 or sum(tensor.numel() for tensor, _ in batch) <= passes._BATCH
+    assert sum(map(len, batches)) == len(items)
+    assert len(batches) < 300
+
+
+def test_an_interrupted_pass_leaves_what_it_was_at() -> None:
+    small = [torch.ones(3), torch.ones(2)]
+    walk = pieces(small, written=(0,))
+    (piece,) = next(walk)
+    piece.zero_()
+    walk.close()  # what a for loop does that is left by an exception
+    assert all((tensor == 1).all() for tensor in small)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [
+    {}, {"store_delta": False}, {"update": "snapshot"}, {"variant": "pytorch"}, {"update": "decoupled"},
+], ids=str)  # fmt: skip
+def test_together_or_each_alone_gives_the_same_numbers(
+    options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small parameters, worked on together, do what they do one by one, and pieces what whole tensors do."""
+    runs = []
+    for small, piece in ((1 << 14, 1 << 20), (-1, 1 << 40), (100, 1000)):
+        monkeypatch.setattr(passes, "_SMALL", small)
+        monkeypatch.setattr(passes, "_CPU_PIECE", piece)
+        shapes = [(3,), (), (4, 5), (40, 50), (0,), (128, 64), (7,)]
+        generator = torch.Generator().manual_seed(0)
+        parameters = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+        parameters.append(torch.randn(6, 9, generator=generator).to(dtype).t().requires_grad_())
+        groups = [{"params": parameters[:4]}, {"params": parameters[4:], "weight_decay": 0.0, "lr": 0.5}]
+        optimizer = Mechanic(torch.optim.AdamW(groups, lr=1.0, weight_decay=0.1), s_init=1e-3, **options)
+        for step in range(6):
+            for index, parameter in enumerate(parameters):
+                gradient = torch.randn(parameter.shape, generator=generator).to(dtype)
+                parameter.grad = None if (index + step) % 5 == 0 else gradient
+            optimizer.step()
+        runs.append((optimizer.scale, [parameter.detach().clone() for parameter in parameters]))
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-6}[dtype]
+    of_scale = max(tolerance, 1e-12 if dtype == torch.float64 else 1e-4)
+    for scale, found in runs[1:]:
+        torch.testing.assert_close(scale, runs[0][0], rtol=of_scale, atol=0)
+        for a, b in zip(found, runs[0][1]):
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
