@@ -14,7 +14,7 @@ from oracle import problem
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
 
-from manic import Mechanic, displacement, is_mechanized, mechanize, passes
+from manic import Mechanic, displacement, is_mechanized, kernels, mechanize, passes
 
 Loss = Callable[[int], Tensor]
 
@@ -195,7 +195,7 @@ class TestStep:
         before = tensors(parameters)
         loss(5).backward()
         monkeypatch.setattr(passes, "_SMALL", -1)  # one parameter after the other
-        write, calls = displacement._write, []
+        write, calls = kernels.write, []
 
         def interrupted(*args: Any) -> None:
             calls.append(1)
@@ -203,7 +203,7 @@ class TestStep:
                 raise KeyboardInterrupt
             write(*args)
 
-        monkeypatch.setattr(displacement, "_write", interrupted)
+        monkeypatch.setattr(kernels, "write", interrupted)
         with pytest.raises(KeyboardInterrupt):
             optimizer.step()
         for p, q in zip(parameters, before):

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from manic.kernels import Kernels, add_product, plain, working_dtype
 from manic.passes import batched, pieces
 
 __all__ = [
-    "Batch", "Iterate", "Update", "Visit", "batches", "resolve_update", "show", "stepping", "strays", "working_dtype",
-    "write_back",
+    "Batch", "Iterate", "Update", "Visit", "batches", "resolve_update", "show", "stepping", "strays", "write_back",
 ]  # fmt: skip
 
 Update = Literal["snapshot", "decoupled", "coupled"]
@@ -128,11 +128,6 @@ Visit = Callable[[Iterate, Tensor, Tensor, "Tensor | None"], None]
 """Is shown a piece of Delta_t, x and the gradient, if there is one, and whose it is."""
 
 
-def working_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which ``tensor``'s elements are multiplied: float64 for float64, float32 for all others."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
 def batches(iterates: Iterable[Iterate]) -> list[Batch]:
     """Put small iterates together that are alike."""
     return batched(
@@ -184,12 +179,13 @@ def show(batches: Iterable[Batch], visit: Visit) -> None:
             visit(first, delta, x, None)
 
 
-def write_back(batches: Iterable[Batch], scale: Tensor) -> None:
+def write_back(batches: Iterable[Batch], scale: Tensor, kernels: Kernels) -> None:
     """Complete Delta by the base optimizer's update and write x = x_ref + S * Delta.
 
     Args:
         batches: What :func:`stepping` was given.
         scale: S_{t+1}, a 0-dim tensor.
+        kernels: How it is written.
     """
     for batch in batches:
         first = batch[0]
@@ -199,14 +195,15 @@ def write_back(batches: Iterable[Batch], scale: Tensor) -> None:
         columns = _columns(batch, "x", "x_ref", "delta", "x_before")
         for x, x_ref, delta, x_before in pieces(*columns, written=(0, 2)):
             if first.stand_in is not None:
-                moved = _add_product(delta, x, first.decay)
-            elif x_before is None:
+                kernels.write(x, x_ref, delta, first.decay, factor)
+                continue
+            if x_before is None:
                 moved = x if delta is None else delta.add_(x)
             elif delta is None:
                 moved = first.delta_from(x_before, x_ref).add_(x.to(factor.dtype) - x_before)
             else:
                 moved = delta.add_(x.to(delta.dtype) - x_before)
-            _write(x, x_ref, moved, factor)
+            kernels.write(x, x_ref, moved, 0.0, factor)
         for iterate in batch:
             iterate.written = True
             iterate.x_before = None
@@ -261,20 +258,6 @@ def _columns(batch: Batch, *names: str) -> list[list[Tensor | None]]:
     return [[getattr(iterate, name) for iterate in batch] for name in names]
 
 
-def _write(x: Tensor, x_ref: Tensor, delta: Tensor, factor: Tensor) -> None:
-    if x.dtype == delta.dtype == factor.dtype:
-        torch.addcmul(x_ref, delta, factor, out=x)
-    else:  # low precision: one rounding, at the end
-        x.copy_(torch.addcmul(x_ref.to(factor.dtype), delta.to(factor.dtype), factor))
-
-
-def _add_product(target: Tensor, x: Tensor, factor: float | Tensor) -> Tensor:
-    """``target += factor * x`` in one pass, or none; a tensor's value stays where it is."""
-    if isinstance(factor, Tensor):
-        return target.addcmul_(x, factor)
-    return target.add_(x, alpha=factor) if factor else target
-
-
 def _scale(x: Tensor, factor: float | Tensor) -> None:
     """``x *= factor``, without a look at x where the factor is known to be 0."""
     if isinstance(factor, Tensor) or factor:
@@ -299,7 +282,7 @@ def _enter(batch: Batch, visit: Visit) -> None:
         for iterate in batch:
             iterate.displaced += x.numel()
         if stored is None:
-            x.copy_(_add_product(delta, x.to(delta.dtype), first.decay))
+            x.copy_(add_product(delta, x.to(delta.dtype), first.decay))
         else:
             _scale(x, first.decay)
 
@@ -315,7 +298,7 @@ def _undo(iterate: Iterate) -> None:
             if delta is None:
                 # x holds Delta_t + decay * x_t, which is (1 + decay * factor) * Delta_t + decay * x_ref.
                 delta = (x.to(factor.dtype) - iterate.decay * x_ref) / (1.0 + iterate.decay * factor)
-            _write(x, x_ref, delta, factor)
+            plain().write(x, x_ref, delta, 0.0, factor)
             iterate.displaced -= x.numel()
     iterate.x_before = None
 

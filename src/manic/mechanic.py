@@ -15,7 +15,8 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from manic.agreement import agree, raise_together
-from manic.displacement import Iterate, batches, resolve_update, show, stepping, strays, working_dtype, write_back
+from manic.displacement import Iterate, batches, resolve_update, show, stepping, strays, write_back
+from manic.kernels import Kernels, compiled, plain, working_dtype
 from manic.layout import Layout, Plain, local, local_gradient
 from manic.reduction import PartialSums, Reduction
 from manic.tuner import Tuner
@@ -52,6 +53,8 @@ class Mechanic(OptimizerWrapper):
         update: How the base optimizer's update is taken: ``"auto"``, or ``"snapshot"`` for any optimizer, or
             ``"decoupled"`` / ``"coupled"`` for one whose update does not depend on where the parameters are, apart from
             weight decay of that kind. ``variant="pytorch"`` always takes a snapshot.
+        compile: Compile the step's sums and writes with ``torch.compile`` at the first step, so that each takes one
+            pass over memory on any device. The base optimizer's own step stays as it is.
 
     Raises:
         TypeError: if ``optimizer`` is no optimizer, or one that Mechanic cannot scale.
@@ -75,12 +78,14 @@ class Mechanic(OptimizerWrapper):
         plain: Plain = "replicated",
         pipeline_stages: int = 1,
         update: str = "auto",
+        compile: bool = False,
     ) -> None:
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         _check_bases(optimizers, may_be_empty=plain == "sharded")
         self._tuner = Tuner(betas, s_init, s_decay, eps, variant)
         self._layout = Layout(process_group, plain, pipeline_stages)
         self._store_delta = bool(store_delta)
+        self._compile = bool(compile)
         snapshot = self._tuner.variant.x_after_base_step
         # Optimizers whose source is known take any tensor for the parameter; another may know its own by other ways.
         self._hands_over_delta = update == "auto"
@@ -97,6 +102,8 @@ class Mechanic(OptimizerWrapper):
         self._tuner.to(self._home_device())
         self._share_global_state()
 
+    # It steers by what the host knows; its arithmetic is compiled apart, if asked for.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step of Algorithm 1.
@@ -123,17 +130,17 @@ class Mechanic(OptimizerWrapper):
         iterates = self._prepare()
         if iterates is None:  # checkpointing wants a state to be created, and nothing else
             return loss
-        shards, sums = batches(iterates), PartialSums()
+        shards, sums = batches(iterates), PartialSums(self._kernels)
         if self._tuner.variant.x_after_base_step:
             with stepping(shards, sums.add_gradient):
                 self._step_bases()
                 show(shards, sums.add_position)
-                write_back(shards, self._tuner.update(self._reduce(sums).wait()))
+                write_back(shards, self._tuner.update(self._reduce(sums).wait()), self._kernels)
         else:
             with stepping(shards, sums.add):
                 reduction = self._reduce(sums)
                 self._step_bases()  # the all_reduce hides behind it
-                write_back(shards, self._tuner.update(reduction.wait()))
+                write_back(shards, self._tuner.update(reduction.wait()), self._kernels)
         return loss
 
     @property
@@ -378,6 +385,10 @@ class Mechanic(OptimizerWrapper):
                         self.optimizers, self._came_with_state, self._created
                     )
                 ]
+
+    @property
+    def _kernels(self) -> Kernels:
+        return compiled() if self._compile else plain()
 
     def _home_device(self) -> torch.device:
         """The device of the first parameter; of the process group's backend where this rank has none."""

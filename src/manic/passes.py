@@ -63,9 +63,9 @@ def pieces(*columns: Sequence[Tensor | None], written: Sequence[int] = ()) -> It
         written: Numbers of the columns that the caller changes in place.
 
     Yields:
-        A tuple as long as ``columns``. A lone tensor comes in pieces that are views of it, flat ones if it is large
-        and contiguous in every column. Several come as one flat copy, of which ``written`` columns are copied back
-        when the next piece is asked for.
+        A tuple as long as ``columns``. A lone tensor comes in pieces that are views of it, flat ones if it is
+        contiguous in every column, whole otherwise. Several come as one flat copy, of which ``written`` columns are
+        copied back when the next piece is asked for.
     """
     if len(columns[0]) > 1:
         flat = [None if column[0] is None else _flatten(column) for column in columns]
@@ -79,10 +79,13 @@ def pieces(*columns: Sequence[Tensor | None], written: Sequence[int] = ()) -> It
     size, total = _piece_size(present[0]), present[0].numel()
     if total == 0:
         return
-    if total <= size or not all(tensor.is_contiguous() for tensor in present):
+    if not all(tensor.is_contiguous() for tensor in present):
         yield tuple(row)
         return
     row = [None if tensor is None else tensor.view(-1) for tensor in row]
+    if total <= size:
+        yield tuple(row)
+        return
     for start in range(0, total, size):
         yield tuple(None if tensor is None else tensor[start : start + size] for tensor in row)
 

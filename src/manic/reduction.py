@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from manic.displacement import Iterate, working_dtype
+from manic.displacement import Iterate
+from manic.kernels import Kernels
 from manic.tuner import Sums
 
 __all__ = ["PartialSums", "Reduction"]
@@ -22,27 +23,32 @@ class PartialSums:
     Its methods are what :func:`manic.displacement.stepping` and :func:`manic.displacement.show` show pieces to.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
         self._gradient: _Products = {}
         self._position: _Products = {}
 
     def add(self, iterate: Iterate, delta: Tensor, x: Tensor, gradient: Tensor | None) -> None:
         """Add all four."""
-        self.add_gradient(iterate, delta, x, gradient)
-        self.add_position(iterate, delta, x, gradient)
+        if gradient is None:
+            self.add_position(iterate, delta, x, gradient)
+        else:
+            delta_grad, grad_square, *position = self._kernels.all_products(delta, gradient, x)
+            self._note_gradient(iterate, delta_grad, grad_square)
+            _note(self._position, iterate, *position)
 
     def add_gradient(self, iterate: Iterate, delta: Tensor, x: Tensor, gradient: Tensor | None) -> None:
         """Add <Delta, g> and |g|^2: nothing, where there is no gradient."""
         if gradient is not None:
-            g = _vector(gradient)
-            product = torch.dot(_vector(delta), g)
-            ascends = iterate.group.get("maximize", False)
-            _note(self._gradient, iterate.replicas, -product if ascends else product, torch.dot(g, g))
+            self._note_gradient(iterate, *self._kernels.products(delta, gradient))
 
     def add_position(self, iterate: Iterate, delta: Tensor, x: Tensor, gradient: Tensor | None) -> None:
         """Add <Delta, x> and |x|^2."""
-        v = _vector(x)
-        _note(self._position, iterate.replicas, torch.dot(_vector(delta), v), torch.dot(v, v))
+        _note(self._position, iterate, *self._kernels.products(delta, x))
+
+    def _note_gradient(self, iterate: Iterate, delta_grad: Tensor, grad_square: Tensor) -> None:
+        ascends = iterate.group.get("maximize", False)
+        _note(self._gradient, iterate, -delta_grad if ascends else delta_grad, grad_square)
 
     def total(self, like: Tensor) -> Tensor:
         """The sums, in the order of :class:`manic.tuner.Sums`: shape (4,), of ``like``'s dtype and device."""
@@ -70,16 +76,12 @@ class Reduction:
         return Sums(*self._sums.to(self._home).unbind())
 
 
-def _vector(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).to(working_dtype(tensor))
-
-
 # Pairs of products by the number of replicas, the dtype and the device: one after the other, to be added at the end.
 _Products = dict[tuple[float, torch.dtype, torch.device], list[Tensor]]
 
 
-def _note(products: _Products, replicas: float, first: Tensor, second: Tensor) -> None:
-    products.setdefault((replicas, first.dtype, first.device), []).extend((first, second))
+def _note(products: _Products, iterate: Iterate, first: Tensor, second: Tensor) -> None:
+    products.setdefault((iterate.replicas, first.dtype, first.device), []).extend((first, second))
 
 
 def _total(products: _Products, like: Tensor) -> Tensor:
