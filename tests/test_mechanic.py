@@ -244,7 +244,7 @@ class TestStep:
         before = tensors(parameters)
         loss(5).backward()
 
-        def no_memory(batch: Any, visit: Any) -> None:
+        def no_memory(*args: Any) -> None:
             raise RuntimeError("out of memory")
 
         monkeypatch.setattr(displacement, "_enter", no_memory)

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from manic.kernels import Kernels, add_product, plain, working_dtype
-from manic.passes import batched, pieces
+from manic.passes import Scratch, batched, pieces
 
 __all__ = [
     "Batch", "Iterate", "Update", "Visit", "batches", "resolve_update", "show", "stepping", "strays", "write_back",
@@ -115,10 +115,14 @@ class Iterate:
     written: bool = False
     """x_{t+1} is in place."""
 
-    def delta_from(self, x: Tensor, x_ref: Tensor) -> Tensor:
-        """Recompute Delta_t from pieces of x_t and x_ref: a new tensor of their shape, in the working dtype."""
-        dtype = working_dtype(x)
-        return (x.to(dtype) - x_ref).div_((self.scale + self.eps).to(dtype))
+    def delta_from(self, x: Tensor, x_ref: Tensor, scratch: Scratch) -> Tensor:
+        """Recompute Delta_t from pieces of x_t and x_ref: in ``scratch``, of their shape, in the working dtype."""
+        delta = scratch.like(x, working_dtype(x))
+        if x.dtype == delta.dtype:
+            torch.sub(x, x_ref, out=delta)
+        else:
+            delta.copy_(x).sub_(x_ref)
+        return delta.div_((self.scale + self.eps).to(delta.dtype))
 
 
 Batch = list[Iterate]
@@ -152,8 +156,10 @@ def stepping(batches: Sequence[Batch], visit: Visit) -> Iterator[None]:
     iterates = [iterate for batch in batches for iterate in batch]
     with _without_weight_decay(iterates):
         try:
+            scratch = Scratch()
             for batch in batches:
-                _enter(batch, visit)
+                _enter(batch, visit, scratch)
+            del scratch
             with _standing_in(iterates):
                 yield
         except BaseException:
@@ -170,12 +176,13 @@ def show(batches: Iterable[Batch], visit: Visit) -> None:
         batches: Iterates between steps, or with a snapshot.
         visit: Changes nothing.
     """
+    scratch = Scratch()
     for batch in batches:
         first = batch[0]
         columns = _columns(batch, "x", "x_ref", "delta", "x_before")
         for x, x_ref, delta, x_before in pieces(*columns):
             if delta is None:
-                delta = first.delta_from(x if x_before is None else x_before, x_ref)
+                delta = first.delta_from(x if x_before is None else x_before, x_ref, scratch)
             visit(first, delta, x, None)
 
 
@@ -187,6 +194,7 @@ def write_back(batches: Iterable[Batch], scale: Tensor, kernels: Kernels) -> Non
         scale: S_{t+1}, a 0-dim tensor.
         kernels: How it is written.
     """
+    scratch = Scratch()
     for batch in batches:
         first = batch[0]
         if first.never_moved:
@@ -200,7 +208,7 @@ def write_back(batches: Iterable[Batch], scale: Tensor, kernels: Kernels) -> Non
             if x_before is None:
                 moved = x if delta is None else delta.add_(x)
             elif delta is None:
-                moved = first.delta_from(x_before, x_ref).add_(x.to(factor.dtype) - x_before)
+                moved = first.delta_from(x_before, x_ref, scratch).add_(x.to(factor.dtype) - x_before)
             else:
                 moved = delta.add_(x.to(delta.dtype) - x_before)
             kernels.write(x, x_ref, moved, 0.0, factor)
@@ -266,7 +274,7 @@ def _scale(x: Tensor, factor: float | Tensor) -> None:
         x.zero_()
 
 
-def _enter(batch: Batch, visit: Visit) -> None:
+def _enter(batch: Batch, visit: Visit, scratch: Scratch) -> None:
     """Show every piece of x_t, and make ``x`` ready: a snapshot, or the displacement that the update is added to."""
     first = batch[0]
     snapshot = first.update == "snapshot" and not first.never_moved
@@ -275,16 +283,18 @@ def _enter(batch: Batch, visit: Visit) -> None:
     stays = snapshot or first.never_moved or first.stand_in is not None
     columns = _columns(batch, "x", "x_ref", "delta", "gradient")
     for x, x_ref, stored, gradient in pieces(*columns, written=() if stays else (0,)):
-        delta = first.delta_from(x, x_ref) if stored is None else stored
+        delta = first.delta_from(x, x_ref, scratch) if stored is None else stored
         visit(first, delta, x, gradient)
         if stays:
             continue
         for iterate in batch:
             iterate.displaced += x.numel()
-        if stored is None:
-            x.copy_(add_product(delta, x.to(delta.dtype), first.decay))
-        else:
+        if stored is not None:
             _scale(x, first.decay)
+        elif x.dtype == delta.dtype and not isinstance(first.decay, Tensor):
+            torch.add(delta, x, alpha=first.decay, out=x)
+        else:
+            x.copy_(add_product(delta, x.to(delta.dtype), first.decay))
 
 
 def _undo(iterate: Iterate) -> None:

@@ -34,7 +34,9 @@ def local(tensor: Tensor) -> Tensor:
 
     Call it where gradients are disabled.
     """
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def local_gradient(parameter: Tensor) -> Tensor | None:

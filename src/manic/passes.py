@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-__all__ = ["batched", "pieces"]
+__all__ = ["Scratch", "batched", "pieces"]
 
 # Elements worked on at a time. On a CPU the operands of one piece stay in the last cache, so that several operations
 # cost one pass over memory; elsewhere a piece bounds the scratch and is large enough to fill the device.
@@ -88,6 +88,20 @@ def pieces(*columns: Sequence[Tensor | None], written: Sequence[int] = ()) -> It
         return
     for start in range(0, total, size):
         yield tuple(None if tensor is None else tensor[start : start + size] for tensor in row)
+
+
+class Scratch:
+    """Memory for a piece, kept from one to the next: fresh pages cost more than what is written on them."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def like(self, piece: Tensor, dtype: torch.dtype) -> Tensor:
+        """A tensor of ``piece``'s shape and device, contiguous; what it held before is lost."""
+        key = piece.device, dtype
+        if key not in self._kept or self._kept[key].numel() < piece.numel():
+            self._kept[key] = torch.empty(piece.numel(), dtype=dtype, device=piece.device)
+        return self._kept[key][: piece.numel()].view(piece.shape)
 
 
 # torch has no public function that copies many tensors into one, or back, in few calls; DDP and torch.optim use these.
