@@ -1,6 +1,8 @@
 """What manic costs: the step against fused AdamW, as ratios from one run; on thousands of ranks; and checkpoints.
 
 python launch/benchmark.py step --params 25M
+python launch/benchmark.py latency --params 25M
+python launch/benchmark.py train --ranks 1 2
 python launch/benchmark.py scale --models 8B 405B
 python launch/benchmark.py checkpoint --params 25M --ranks 1 2
 """
@@ -16,6 +18,7 @@ import torch
 import checkpoint_cost
 import scale_cost
 import step_cost
+import train_cost
 
 
 def step(options: argparse.Namespace) -> None:
@@ -40,6 +43,23 @@ def checkpoint(options: argparse.Namespace) -> None:
     print(checkpoint_cost.table(sizes, options.ranks, options.directory, options.repeats))
 
 
+def latency(options: argparse.Namespace) -> None:
+    """The subcommand."""
+    for delay in options.delays:
+        at_once, late = step_cost.latency_left(options.params, delay, options.repeats)
+        print(
+            f"all_reduce of {1e3 * delay:.1f} ms: a step takes {1e3 * late:.1f} ms, {1e3 * at_once:.1f} ms without it"
+        )
+
+
+def train(options: argparse.Namespace) -> None:
+    """The subcommand."""
+    for ranks in options.ranks:
+        print(f"{ranks} rank(s), torch {torch.__version__}, medians of {options.repeats} runs of each\n")
+        extra = options.options.split()
+        print(train_cost.table(train_cost.measure(ranks, options.steps, options.repeats, extra)), end="\n\n")
+
+
 def scale(options: argparse.Namespace) -> None:
     """The subcommand."""
     print(
@@ -62,6 +82,17 @@ def main() -> None:
     add.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add.add_argument("--json", metavar="FILE", help="write the figures there")
     add.add_argument("--plot", metavar="FILE", help="draw the ratios there")
+    add = commands.add_parser("latency", help="how much of an all_reduce's latency a step waits for, on a CPU")
+    add.set_defaults(run=latency)
+    add.add_argument("--params", choices=step_cost.SIZES, default="25M")
+    add.add_argument("--delays", type=float, nargs="+", default=[0.002, 0.005, 0.1], help="seconds")
+    add.add_argument("--repeats", type=int, default=20)
+    add = commands.add_parser("train", help="tokens/s of launch/train.py with and without the tuner")
+    add.set_defaults(run=train)
+    add.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    add.add_argument("--steps", type=int, default=100)
+    add.add_argument("--repeats", type=int, default=3)
+    add.add_argument("--options", default="", help="of launch/train.py, in one string")
     add = commands.add_parser("scale", help="a step on thousands of ranks, without hardware")
     add.set_defaults(run=scale)
     add.add_argument("--models", choices=scale_cost.MODELS, nargs="+", default=list(scale_cost.MODELS))

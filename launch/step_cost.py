@@ -11,12 +11,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from host_memory import held, peak, reset_peak
@@ -81,6 +84,7 @@ METHODS: dict[str, Callable[[Sequence[Tensor]], Optimizer]] = {
     "AdamW, foreach": foreach,
     "Mechanic(AdamW)": lambda parameters: Mechanic(fused(parameters)),
     "Mechanic(AdamW), store_delta=False": lambda parameters: Mechanic(fused(parameters), store_delta=False),
+    "Mechanic(AdamW), compile=True": lambda parameters: Mechanic(fused(parameters), compile=True),
     'Mechanic(AdamW), update="snapshot"': lambda parameters: Mechanic(fused(parameters), update="snapshot"),
     'Mechanic(AdamW), variant="pytorch"': lambda parameters: Mechanic(fused(parameters), variant="pytorch"),
     "mechanic-pytorch": mechanic_pytorch,
@@ -230,6 +234,41 @@ def measure(methods: Sequence[str], size: str, repeats: int, device: torch.devic
         )
         for method in methods
     }
+
+
+def latency_left(size: str, delay: float, repeats: int) -> tuple[float, float]:
+    """Find out how much of an all_reduce's latency a step waits for.
+
+    Args:
+        size: A name in :data:`SIZES`.
+        delay: Seconds that the all_reduce is made to take.
+        repeats: Steps of each kind, which take turns.
+
+    Returns:
+        The median of a step's seconds, with an all_reduce that is there at once and with the delayed one.
+    """
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        optimizer = Mechanic(fused(make_parameters(SIZES[size], torch.device("cpu"))))
+        with mock.patch("manic.mechanic.agree"):  # a rank that only pretends has no notes to compare
+            optimizer.step()
+        now = time.perf_counter
+        all_reduce = dist.all_reduce
+
+        def delayed(*args: Any, **kwargs: Any) -> Any:
+            work, due = all_reduce(*args, **kwargs), now() + delay
+            return mock.Mock(wait=lambda: (time.sleep(max(0.0, due - now())), work.wait()))
+
+        seconds: dict[bool, list[float]] = {False: [], True: []}
+        for _ in range(repeats):
+            for late, function in ((False, all_reduce), (True, delayed)):
+                with mock.patch.object(dist, "all_reduce", function):
+                    start = now()
+                    optimizer.step()
+                    seconds[late].append(now() - start)
+        return statistics.median(seconds[False]), statistics.median(seconds[True])
+    finally:
+        dist.destroy_process_group()
 
 
 def as_json(costs: dict[str, Cost]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
 HERE = Path(__file__).parent
-OPTIONS = [{}, {"store_delta": False}, {"variant": "pytorch"}, {"update": "snapshot"}]
+OPTIONS = [{}, {"compile": True}, {"store_delta": False}, {"variant": "pytorch"}, {"update": "snapshot"}]
 
 
 def train(device: str, dtype: torch.dtype, steps: int = 30, **options: Any) -> tuple[Mechanic, list[torch.Tensor]]:
@@ -64,6 +64,33 @@ def test_a_step_does_not_wait_for_the_device(options: dict[str, Any], dtype: tor
         optimizer.metrics()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_captured_step_replays_to_the_same_numbers(options: dict[str, Any]) -> None:
+    runs = []
+    for capture in (False, True):
+        parameters = [p.detach().float().cuda().requires_grad_() for p in problem()[0]]
+        lr = torch.tensor(1.0, device="cuda")
+        base = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.1, capturable=True)
+        optimizer = Mechanic(base, s_init=1e-3, **options)
+        for p in parameters:
+            p.grad = torch.zeros_like(p)
+        take_step = optimizer.step
+        for step in range(12):
+            if capture and step == 4:  # the state is there, and what compiles is compiled
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    optimizer.step()
+                take_step = graph.replay
+            lr.fill_(1.0 - 0.05 * step)
+            for index, p in enumerate(parameters):
+                noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + index))
+                p.grad.copy_(p.detach() + 0.1 * noise.cuda())
+            take_step()
+        runs.append((optimizer.scale.clone(), [p.detach().clone() for p in parameters]))
+    torch.testing.assert_close(runs[1], runs[0], rtol=1e-5, atol=1e-6)
 
 
 def test_a_model_that_is_moved_after_the_optimizer_was_built() -> None:

@@ -119,6 +119,17 @@ class TestStep:
         assert metrics["effective_lr/0"] == 0
         assert metrics["effective_lr/1"] == 2 * optimizer.scale
 
+    @pytest.mark.parametrize("options", [{}, {"store_delta": False}], ids=str)
+    def test_a_learning_rate_may_be_a_tensor(self, options: dict[str, Any]) -> None:
+        results = []
+        for lr in (0.5, torch.tensor(0.5)):
+            parameters, loss = problem()
+            optimizer = Mechanic(torch.optim.AdamW(parameters, lr=lr, weight_decay=0.1), s_init=1e-3, **options)
+            train(optimizer, loss, 10)
+            results.append(tensors(parameters))
+        for p, q in zip(*results):
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
+
     def test_a_parameter_without_gradient_follows_the_scale_or_stays(self) -> None:
         for variant, follows in (("optax", True), ("pytorch", False)):
             parameters, loss = problem()
