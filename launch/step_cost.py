@@ -175,6 +175,19 @@ def serve(pipe: Connection, method: str, shapes: Shapes, device_name: str, threa
         rest = reset_peak()
         optimizer.step()
         most = peak()
+    pipe.send(None)
+    while _ordered(pipe):
+        for parameter in parameters:  # a gradient that never turns would send a learned rate to infinity
+            assert parameter.grad is not None
+            parameter.grad.neg_()
+        if cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        optimizer.step()
+        if cuda:
+            torch.cuda.synchronize()
+        pipe.send(time.perf_counter() - start)
+    # Last, for the compiler gives up on what it has once met under such a mode.
     with Calls() as calls:
         optimizer.step()
     launches = _cuda_launches(optimizer) if cuda else calls.counts["operators"]
@@ -182,12 +195,14 @@ def serve(pipe: Connection, method: str, shapes: Shapes, device_name: str, threa
         "at_rest": (rest - before) / size, "at_peak": (most - before) / size,
         "operators": launches, "syncs": calls.counts["syncs"],
     })  # fmt: skip
-    while pipe.recv():
-        start = time.perf_counter()
-        optimizer.step()
-        if cuda:
-            torch.cuda.synchronize()
-        pipe.send(time.perf_counter() - start)
+
+
+def _ordered(pipe: Connection) -> bool:
+    """Wait for the order to take a step; False once there is nobody left to give any."""
+    try:
+        return bool(pipe.recv())
+    except EOFError:
+        return False
 
 
 def _cuda_launches(optimizer: Optimizer) -> int:
@@ -212,7 +227,7 @@ def measure(methods: Sequence[str], size: str, repeats: int, device: torch.devic
             process.start()
             theirs.close()  # a child that dies is then an EOFError here
             processes.append(process)
-            facts[method] = pipes[method].recv()
+            pipes[method].recv()
         seconds: dict[str, list[float]] = {method: [] for method in methods}
         for _ in range(repeats):
             for method, pipe in pipes.items():
@@ -220,9 +235,12 @@ def measure(methods: Sequence[str], size: str, repeats: int, device: torch.devic
                     pipe.send(True)
                     last = pipe.recv()
                 seconds[method].append(last)
-        for pipe in pipes.values():
+        for method, pipe in pipes.items():
             pipe.send(False)
+            facts[method] = pipe.recv()
     finally:
+        for pipe in pipes.values():
+            pipe.close()  # whoever waits for an order ends
         for process in processes:
             process.join(timeout=10)
             process.kill()
