@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import statistics
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -323,6 +324,6 @@ def plot(costs: dict[str, Cost], title: str, path: str) -> None:
     bars = axes.barh(names, ratios, color=["#3566a8" if name.startswith("Mechanic(") else "#a0a0a0" for name in names])
     axes.bar_label(bars, [f" {ratio:.2f}" for ratio in ratios])
     axes.set_xlabel("time of a step, in steps of fused AdamW")
-    axes.set_title(title, fontsize="medium")
+    figure.suptitle(textwrap.fill(title, 70), fontsize="medium")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
