@@ -1,0 +1,178 @@
+"""Every configuration in which torch tests its own optimizers: the step is Algorithm 1 around it, or it is refused."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from oracle import Oracle, problem
+from torch import Tensor
+from torch.optim import Optimizer
+
+from manic import Mechanic
+
+STEPS = 10
+S_INIT = 1.0
+# By name: words of the reason.
+REFUSED = {"LBFGS": "no first-order optimizer", "SparseAdam": "gradients are sparse"}
+NAMES = sorted(
+    name
+    for name, value in vars(torch.optim).items()
+    if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer
+)
+
+# In a process of its own, because the import changes settings of torch for good and may start CUDA. Expecttest, which
+# torch's own tests compare outputs with, is nothing that configurations need.
+READ = """
+import pickle, sys, types, unittest
+try:
+    import expecttest
+except ImportError:
+    sys.modules["expecttest"] = types.SimpleNamespace(TestCase=unittest.TestCase)
+from torch.testing._internal.common_optimizers import optim_db
+found = {}
+for info in optim_db:
+    # What is listed for CUDA alone has options in it that a CPU takes too, if it need not be capturable.
+    inputs = [one for device in ("cpu", "cuda") for one in info.optim_inputs_func(device=device)]
+    inputs = {one.desc: {k: v for k, v in one.kwargs.items() if k != "capturable"} for one in inputs}
+    fused = "fused" in info.supported_impls and "cpu" in info.supports_fused_on
+    found[info.optim_cls.__name__] = inputs, [i for i in info.supported_impls if i != "fused" or fused]
+with open(sys.argv[1], "wb") as file:
+    pickle.dump(found, file)
+"""
+
+
+@pytest.fixture(scope="session")
+def database(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, dict[str, Any]], list[str]]]:
+    """By optimizer: its options by description, and the implementations it supports."""
+    path = tmp_path_factory.mktemp("configurations") / "configurations.pickle"
+    result = subprocess.run([sys.executable, "-c", READ, str(path)], capture_output=True, text=True, check=False)
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        pytest.skip(f"torch.testing._internal.common_optimizers, a private module, has no optim_db to read: {reason}")
+    found: dict[str, Any] = pickle.loads(path.read_bytes())
+    return found
+
+
+def configurations(database: Any, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Description and options of every configuration that torch has for ``name``, in every implementation."""
+    if name not in database:
+        pytest.skip(f"this torch has no test configurations for {name}")
+    inputs, implementations = database[name]
+    for description, options in inputs.items():
+        options = {key: widened(value) for key, value in options.items()}
+        yield description, options
+        for flag in implementations:
+            yield f"{description} & {flag}", {**options, flag: True}
+
+
+def widened(value: Any) -> Any:
+    """Tensors among options in float64: torch computes with them in their own dtype."""
+    if isinstance(value, tuple):
+        return tuple(map(widened, value))
+    return value.double() if isinstance(value, Tensor) else value
+
+
+def make(name: str, parameters: list[Tensor], options: dict[str, Any]) -> Optimizer:
+    optimizer: Optimizer = getattr(torch.optim, name)(parameters, **copy.deepcopy(options))
+    return optimizer
+
+
+@dataclass
+class Trajectory:
+    """What the oracle did around a base optimizer, step by step."""
+
+    gradients: list[list[Tensor | None]] = field(default_factory=list)
+    """Where it was; after the first steps one parameter has none for once."""
+    scales: list[float] = field(default_factory=list)
+    parameters: list[list[Tensor]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, name: str, options: dict[str, Any], variant: str, every_gradient: bool = False) -> Trajectory:
+        parameters, loss = problem()
+        oracle = Oracle(parameters, make(name, parameters, options), variant, S_INIT)
+        trajectory = cls()
+        for step in range(STEPS):
+            for parameter in parameters:
+                parameter.grad = None
+            loss(step).backward()
+            if step == 4 and not every_gradient:
+                parameters[1].grad = None
+            trajectory.gradients.append([None if p.grad is None else p.grad.clone() for p in parameters])
+            oracle.step()
+            trajectory.scales.append(oracle.scale)
+            trajectory.parameters.append([p.detach().clone() for p in parameters])
+        return trajectory
+
+    def compare(self, optimizer: Mechanic, parameters: list[Tensor], rtol: float, description: str) -> None:
+        """Give ``optimizer`` the same gradients; it must come by the same scales and parameters."""
+
+        def say(message: str) -> str:
+            return f"{description}: {message}"
+
+        for gradients, scale, expected in zip(self.gradients, self.scales, self.parameters):
+            for parameter, gradient in zip(parameters, gradients):
+                parameter.grad = None if gradient is None else gradient.clone()
+            optimizer.step()
+            assert optimizer.scale.item() == pytest.approx(scale, rel=rtol, abs=0), description
+            for parameter, right in zip(parameters, expected):
+                torch.testing.assert_close(parameter.detach(), right, rtol=rtol, atol=rtol, msg=say)
+
+
+def is_refused(name: str, options: dict[str, Any]) -> bool:
+    """Whether the base optimizer by itself does not take its options together."""
+    try:
+        make(name, problem()[0], options)
+    except (ValueError, RuntimeError):
+        return True
+    return False
+
+
+@pytest.mark.parametrize("variant", ["optax", "pytorch"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in REFUSED])
+def test_equals_the_oracle(name: str, variant: str, database: Any) -> None:
+    compared = 0
+    for description, options in configurations(database, name):
+        if "differentiable" in options or is_refused(name, options):
+            continue
+        if variant == "pytorch" and ("foreach" in options or "fused" in options):
+            continue  # it takes snapshots, whatever the implementation
+        trajectory = Trajectory.of(name, options, variant)
+        moved = [(a - b).abs().max().item() for a, b in zip(trajectory.parameters[0], trajectory.parameters[-1])]
+        assert min(moved) > 1e-4, f"{description}: nothing has moved, so that the comparison shows nothing"
+        parameters, _ = problem()
+        optimizer = Mechanic(make(name, parameters, options), variant=variant, s_init=S_INIT)
+        trajectory.compare(optimizer, parameters, 1e-9, description)
+        compared += 1
+
+        # Recomputing Delta divides by S + eps, which is a relative eps / S off. It divides by the wrong S where a
+        # parameter was left where another S had put it, as "pytorch" leaves those without a gradient.
+        if variant == "pytorch":
+            trajectory = Trajectory.of(name, options, variant, every_gradient=True)
+        parameters, _ = problem()
+        optimizer = Mechanic(make(name, parameters, options), variant=variant, s_init=S_INIT, store_delta=False)
+        trajectory.compare(optimizer, parameters, 1e-6, description)
+    assert compared >= 4, "torch has fewer configurations than it had"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_mechanic_cannot_do_is_refused_when_it_is_built(name: str, database: Any) -> None:
+    for _, options in configurations(database, name):
+        parameters, _ = problem()
+        if name in REFUSED:
+            with pytest.raises(TypeError, match=f"cannot wrap {name}: .*{REFUSED[name]}"):
+                Mechanic(make(name, parameters, options))
+        elif "differentiable" in options and not is_refused(name, options):
+            with pytest.raises(ValueError, match="differentiable=True is not supported"):
+                Mechanic(make(name, parameters, options))
+
+
+def test_no_optimizer_of_torch_is_left_out(database: Any) -> None:
+    assert set(database) <= set(NAMES)
