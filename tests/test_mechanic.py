@@ -263,39 +263,6 @@ class TestStep:
             optimizer.step()
         assert_identical(tensors(parameters), before)
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize("options", [{}, {"update": "snapshot"}, {"store_delta": False}, {"variant": "pytorch"}])
-    def test_low_precision_parameters(self, dtype: torch.dtype, options: dict[str, Any]) -> None:
-        wide, _ = problem()
-        parameters = [p.detach().to(dtype).requires_grad_() for p in wide]
-        optimizer = Mechanic(torch.optim.SGD(parameters, lr=1.0, momentum=0.9), s_init=1e-2, **options)
-        for _ in range(20):
-            optimizer.zero_grad()
-            sum(p.float().square().sum() for p in parameters).backward()
-            optimizer.step()
-        assert all(p.dtype == dtype and p.isfinite().all() for p in parameters)
-        assert optimizer.scale.dtype == torch.float64
-        state = optimizer.state[parameters[0]]
-        assert state["mechanic_x_ref"].dtype == dtype
-        if options.get("store_delta", True):
-            assert state["mechanic_delta"].dtype == torch.float32
-
-    def test_low_precision_follows_the_float32_run(self) -> None:
-        """With a float32 Delta, x is rounded once, from x_ref + S * Delta."""
-        gradients = [torch.randn(64, 64, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(40)]
-        start = torch.randn(64, 64, generator=torch.Generator().manual_seed(99)).bfloat16()
-        results = []
-        for dtype in (torch.float32, torch.bfloat16):
-            parameter = start.to(dtype).requires_grad_()
-            optimizer = Mechanic(torch.optim.SGD([parameter], lr=1.0), s_init=1e-3, s_decay=0.0)
-            for gradient in gradients:
-                parameter.grad = gradient.to(dtype)
-                optimizer.step()
-            results.append((optimizer.scale.item(), parameter.detach().float()))
-        (scale32, x32), (scale16, x16) = results
-        assert scale16 == pytest.approx(scale32, rel=1e-3)
-        torch.testing.assert_close(x16, x32, rtol=2**-8, atol=1e-3)
-
     def test_non_contiguous_and_zero_dimensional_parameters(self) -> None:
         results = []
         for update in ("auto", "snapshot"):
