@@ -195,11 +195,11 @@ def test_the_first_steps_are_lost_where_delta_is_recomputed() -> None:
 
 
 def teach(model: nn.Module, optimizer: Mechanic, dtype: torch.dtype, autocast: bool, scaler: Any) -> list[float]:
-    """Losses of 100 steps towards a linear map."""
+    """Losses of 200 steps towards a linear map."""
     generator = torch.Generator().manual_seed(1)
     matrix = torch.randn(16, 4, generator=generator)
     losses = []
-    for _ in range(100):
+    for _ in range(200):
         inputs = torch.randn(64, 16, generator=generator)
         optimizer.zero_grad()
         with torch.autocast("cpu", dtype=dtype, enabled=autocast):
@@ -232,8 +232,8 @@ def learn(dtype: torch.dtype = torch.float32, policy: bool = False) -> tuple[flo
 def assert_learns_as_in_float32(found: tuple[float, float, set[torch.dtype]]) -> None:
     scale, fall, _ = learn()
     assert fall < 0.3
-    assert found[0] == pytest.approx(scale, rel=0.005)
-    assert found[1] == pytest.approx(fall, rel=0.005)
+    assert found[0] == pytest.approx(scale, rel=0.01)
+    assert found[1] == pytest.approx(fall, rel=0.01)
     assert found[2] == {torch.float32}
 
 
@@ -242,6 +242,7 @@ def test_float32_parameters_under_autocast(dtype: torch.dtype) -> None:
     assert_learns_as_in_float32(learn(dtype))
 
 
+@pytest.mark.slow
 def test_float32_parameters_under_a_mixed_precision_policy() -> None:
     for found in run(learn, 2, torch.bfloat16, True):
         assert_learns_as_in_float32(found)
