@@ -119,8 +119,8 @@ def test_learning_rate_and_gradients_of_any_size(lr: float, magnitude: float) ->
 def test_any_combination(
     size: int, dtype: torch.dtype, of_gradient: float, of_x: float, lr: float, s_init: float
 ) -> None:
-    """Powers of ten, as far as a sum of 200 products of them and of Delta is a float32."""
-    of_gradient = min(of_gradient, (34 - lr) / 2)
+    """Powers of ten, as far as sums of 200 products of gradients, Delta and what x becomes are float32 numbers."""
+    of_gradient = min(of_gradient, (34 - lr) / 2, 15 - lr - s_init)
     gradients = drifting(size, 4, 10**of_gradient, dtype)
     check_steps(weights(size, dtype, 10**of_x), gradients, 10**lr, 10**s_init)
 
