@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import operator
 import os
+import pickle
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +37,7 @@ from manic.directory import Directory
 from manic.files import FileRecord, Files
 from manic.manifest import DamagedCheckpointError, Manifest, Verify
 from manic.run_state import RunState
+from manic.unpickling import RefusedError, SafePlanner, check_loadable
 
 __all__ = ["Checkpointer", "DamagedCheckpointError", "on_first_rank"]
 
@@ -264,8 +266,13 @@ class Checkpointer:
                 self._damaged.remove(damaged)
             return self._directory.begin(step)
 
+        def collect() -> dict[str, Any]:
+            state = self._run.collect()
+            check_loadable(self._run.plain_entries(state))
+            return state
+
+        state = on_every_rank(collect, self._group)
         folder = on_first_rank(begin, self._group)
-        state = on_every_rank(self._run.collect, self._group)
         return _Save(step, folder, state, self._run.layout(), since)
 
     def _stage(self, state: dict[str, Any]) -> dict[str, Any]:
@@ -387,19 +394,25 @@ class Checkpointer:
         def metadata() -> Any:
             try:
                 return files.reader().read_metadata().state_dict_metadata
+            except pickle.UnpicklingError as error:
+                raise DamagedCheckpointError(f"{path} is damaged: .metadata cannot be read: {error}") from error
             except Exception as error:  # unpickling what is damaged may raise anything
                 raise DamagedCheckpointError(f"{path} is damaged: .metadata cannot be read: {error!r}") from error
 
         def read(state: dict[str, Any]) -> None:
             try:
-                dcp.load(state, storage_reader=files.reader(), process_group=self._group)
+                dcp.load(state, storage_reader=files.reader(), planner=SafePlanner(), process_group=self._group)
             except CheckpointException as error:
+                failures = [failure[0] for failure in error.failures.values()]
+                if any(isinstance(each, RefusedError) for each in failures):
+                    raise ValueError(f"{path} is not loaded: {_reasons(error)}") from error
+                if any(isinstance(each, pickle.UnpicklingError) for each in failures):
+                    raise DamagedCheckpointError(f"{path} is damaged: {_reasons(error)}") from error
                 misfit = any(word in _reasons(error) for word in ("Missing key", "mismatch"))
                 if error.args[0] == "plan" and misfit:
                     raise ValueError(f"{path} does not fit this run: {_reasons(error)}") from error
                 out_of_memory = (MemoryError, torch.OutOfMemoryError)
-                reasons = [reason[0] for reason in error.failures.values()]
-                if verify == "full" or any(isinstance(reason, out_of_memory) for reason in reasons):
+                if verify == "full" or any(isinstance(each, out_of_memory) for each in failures):
                     raise _os_error(f"could not read {path}", error) from error
                 raise DamagedCheckpointError(f"{path} cannot be read: {_reasons(error)}") from error
 

@@ -16,8 +16,10 @@ from typing import Any
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.filesystem import FileSystemBase
+
+from manic.unpickling import Reader
 
 __all__ = ["FileRecord", "Files", "record_of"]
 
@@ -90,9 +92,9 @@ class Files(FileSystemBase):
         writer.fs, writer.path = self, self.root  # type: ignore[assignment]
         return writer
 
-    def reader(self) -> FileSystemReader:
+    def reader(self) -> Reader:
         """What ``dcp.load`` takes to read from the root."""
-        reader = FileSystemReader(self.root)
+        reader = Reader(self.root)
         reader.fs, reader.path = self, self.root  # type: ignore[assignment]
         return reader
 

@@ -18,13 +18,13 @@ from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
 from manic.directory import Directory
 from manic.files import Files
 from manic.manifest import MANIFEST, DamagedCheckpointError, Manifest, Verify
 from manic.run_state import split
+from manic.unpickling import SafePlanner
 
 __all__ = ["inspect", "main"]
 
@@ -105,18 +105,11 @@ def _content(files: Files) -> dict[str, Any]:
             if name not in kind["dtypes"]:
                 kind["dtypes"].append(name)
     if settings:
-        planner = _SafePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner = SafePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             dcp.load(settings, storage_reader=files.reader(), planner=planner, no_dist=True)
     return {"tensors": dict(sorted(tensors.items()))} | _groups(settings)
-
-
-class _SafePlanner(DefaultLoadPlanner):
-    """Reads numbers without running what a pickle may ask for."""
-
-    def load_bytes(self, read_item: Any, value: Any) -> None:
-        cast(Any, self).state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
 
 
 def _placeholder(entry: TensorStorageMetadata | BytesStorageMetadata) -> Any:

@@ -71,6 +71,14 @@ class RunState:
             "random": {str(rank()): _random_state()},
         }
 
+    @staticmethod
+    def plain_entries(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        """Of what :meth:`collect` gave, what is no tensor, by the keys under which DCP stores it."""
+        for kind, each in state.items():
+            for key, value in _entries(each, kind):
+                if not isinstance(value, torch.Tensor):
+                    yield key, value
+
     def load(self, saved: Mapping[str, Any], read: Read, name: str, group: ProcessGroup | None) -> None:
         """Load a checkpoint; what may refuse it is asked first.
 
@@ -101,21 +109,27 @@ class RunState:
             return _wanted_of_optimizer(state["optimizer"], saved, trainable, own_keys, name), objects
 
         wanted, objects = on_every_rank(ask, group)
-        settings = {key: value for key, value in wanted.items() if key.startswith("param_groups.")}
+        settings = {
+            key: value
+            for key, value in wanted.items()
+            if key.startswith("param_groups.") or not isinstance(value, torch.Tensor)
+        }
         # What an older torch, say, had no setting for stays as it is; what the wrapper has none for starts anew.
         kept = {
             key: value
             for key, value in state["optimizer"].items()
             if key.startswith("param_groups.") and key not in settings and key.rsplit(".", 1)[1] not in own_keys
         }
+        asked = {"objects": objects}
         mine = state["random"][str(rank())]
         mine = {key: value for key, value in mine.items() if f"random.{rank()}.{key}" in saved}
 
         small = {"optimizer": settings, "random": {str(rank()): mine}}
-        read(small)
+        # What stands among tensors, which are read in place, is read before them, too: it may be refused.
+        among = {name: each for name, each in objects.items() if not isinstance(each, tuple)}
+        read({**small, **dict(self.plain_entries({"model": state["model"], "objects": among}))})
         on_every_rank(lambda: self._check_settings(small["optimizer"], name), group)
-        asked = {"objects": objects}  # read last of what may refuse: tensors are read in place
-        read(asked)
+        read(asked)  # last of what may refuse: tensors are read in place
         on_every_rank(lambda: self._load_objects(asked["objects"]), group)
 
         tensors = {key: value for key, value in wanted.items() if key not in settings}
@@ -298,14 +312,19 @@ def _wanted_of_object(name: str, live: Any, saved: Mapping[str, Any], checkpoint
 
 def _keys(value: Any, prefix: str) -> Iterator[str]:
     """The keys under which DCP stores a nested state."""
+    return (key for key, _ in _entries(value, prefix))
+
+
+def _entries(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """A nested state as DCP stores it: keys, and what is stored under them."""
     if isinstance(value, Mapping):
         for key, each in value.items():
-            yield from _keys(each, f"{prefix}.{key}")
+            yield from _entries(each, f"{prefix}.{key}")
     elif isinstance(value, list) and any(isinstance(each, Mapping) or _has_tensor(each) for each in value):
         for index, each in enumerate(value):
-            yield from _keys(each, f"{prefix}.{index}")
+            yield from _entries(each, f"{prefix}.{index}")
     else:
-        yield prefix
+        yield prefix, value
 
 
 def _whole_or_flat(state: Any) -> Any:
@@ -409,6 +428,8 @@ def _random_state() -> dict[str, Any]:
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if "numpy" in sys.modules:
         state["numpy"] = sys.modules["numpy"].random.get_state()
+        if isinstance(state["numpy"], tuple):  # an array is none of the plain data that is loaded again
+            state["numpy"] = tuple(each.tolist() if hasattr(each, "tolist") else each for each in state["numpy"])
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
