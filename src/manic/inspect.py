@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorStorageMetadata
 
 from manic.directory import Directory
@@ -82,6 +83,9 @@ def inspect(path: str | os.PathLike[str], verify: Verify = "full") -> dict[str, 
     if not problems:
         try:
             found |= _content(files)
+        except CheckpointException as error:
+            ((reason, _),) = error.failures.values()  # of the one rank that reads
+            problems.append(f"cannot be read: {reason}")
         except Exception as error:  # of a damaged file without a manifest, anything
             problems.append(f"cannot be read: {error!r}")
     return found
