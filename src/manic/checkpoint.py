@@ -73,6 +73,7 @@ class Checkpointer:
         model: The model, sharded or wrapped in whatever way.
         optimizer: Its optimizer, or several.
         objects: Whatever else has ``state_dict`` and ``load_state_dict``, the same on all ranks: a scheduler, say.
+            Their states consist of tensors, plain data and classes that ``torch.serialization.add_safe_globals`` knows.
         keep_latest: How many checkpoints to keep, the newest ones; ``None``: all.
         keep_every: Keep those whose step is a multiple of this as well.
         on_error: What a save does that cannot write: ``"raise"`` an ``OSError`` on every rank, or ``"warn"`` through
@@ -142,7 +143,8 @@ class Checkpointer:
             FileExistsError: on every rank, if there is a checkpoint of that step.
             OSError: on every rank, if it cannot be written; or, after it was written, if an earlier save on another
                 thread could not be.
-            ValueError: if ``step`` is negative.
+            ValueError: if ``step`` is negative; on every rank, if some rank's state holds an object that could not be
+                loaded again.
         """
         earlier = self._pending.exception() if self._pending is not None else None
         self._pending = None
@@ -168,7 +170,7 @@ class Checkpointer:
         Raises:
             FileExistsError: on every rank, if there is a checkpoint of that step.
             OSError: on every rank, if its folder cannot be made.
-            ValueError: if ``step`` is negative.
+            ValueError: as :meth:`save`.
         """
         self.wait()
         future: Future[str | None] = Future()
@@ -221,8 +223,9 @@ class Checkpointer:
             FileNotFoundError: on every rank, if there is no such checkpoint.
             DamagedCheckpointError: on every rank, if it is incomplete or damaged; an ``OSError``. Found by ``verify``,
                 nothing has changed; found while reading, do not go on with the model.
-            ValueError: on every rank, if it is of another model or optimizer, or one of the objects refuses it;
-                nothing else has changed then, but gradients are gone.
+            ValueError: on every rank, if it is of another model or optimizer, holds an object of a class that is not
+                admitted (see ``torch.serialization.add_safe_globals``), or one of the objects refuses it; nothing else
+                has changed then, but gradients are gone.
         """
         self.wait()
         if verify not in ("full", "size", "off"):
