@@ -8,7 +8,6 @@ import pickle
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -106,9 +105,8 @@ def test_what_is_no_index_is_refused(thing: Any) -> None:
         read_metadata(pickle.dumps(thing))
 
 
-@dataclass
-class Position:
-    epoch: int = 0
+class Position(int):
+    """A number, as torch allows in an optimizer's state, and of a class that nobody knows."""
 
 
 class Loader:
@@ -138,9 +136,21 @@ class Net(nn.Linear):
         self.extra = state
 
 
-def checkpointer(directory: Path, model: nn.Module | None = None, **objects: Any) -> Checkpointer:
+class Marking(torch.optim.SGD):
+    """Has a state that is no tensor."""
+
+    mark: Any = 0
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["mark"] = self.mark
+
+
+def checkpointer(directory: Path, model: nn.Module | None = None, mark: Any = 0, **objects: Any) -> Checkpointer:
     model = model or nn.Linear(2, 2)
-    return Checkpointer(directory, model, torch.optim.SGD(model.parameters(), lr=1.0), objects=objects)
+    optimizer = Marking(model.parameters(), lr=1.0)
+    optimizer.mark = mark
+    return Checkpointer(directory, model, optimizer, objects=objects)
 
 
 @pytest.mark.parametrize(("state", "name"), [
@@ -173,10 +183,7 @@ def _forget() -> None:
     torch.serialization.add_safe_globals(kept)
 
 
-WITH_TENSORS = {"average": torch.ones(2), "position": Position(3)}
-
-
-@pytest.mark.parametrize("where", ["object", "beside tensors", "model"])
+@pytest.mark.parametrize("where", ["object", "beside tensors", "model", "optimizer"])
 def test_a_class_that_is_admitted_is_saved_and_loaded_and_else_refused_before_anything_changes(
     where: str, admitted: None, tmp_path: Path
 ) -> None:
@@ -184,13 +191,13 @@ def test_a_class_that_is_admitted_is_saved_and_loaded_and_else_refused_before_an
         model = Net(state if where == "model" else 0)
         both = {"average": torch.full((2,), average), "at": state}
         loader = Loader({"object": state, "beside tensors": both}.get(where, 0))
-        return checkpointer(tmp_path, model, loader=loader), model, loader
+        return checkpointer(tmp_path, model, state if where == "optimizer" else 0, loader=loader), model, loader
 
     make(Position(3), 1.0)[0].save(1)
     other, model, loader = make(Position(0), 0.0)
     weight = model.weight.detach().clone()
     _forget()
-    name = "model._extra_state" if where == "model" else "objects.loader"
+    name = {"model": r"model\._extra_state", "optimizer": r"optimizer\.state\.\w+\.mark"}.get(where, r"objects\.loader")
     with pytest.raises(ValueError, match=rf"step_00000001 is not loaded: .*{name}.* holds test_unpickling\.Position"):
         other.load()
     assert torch.equal(model.weight, weight)
@@ -201,7 +208,9 @@ def test_a_class_that_is_admitted_is_saved_and_loaded_and_else_refused_before_an
     torch.serialization.add_safe_globals([Position])
     other.load()
     assert not torch.equal(model.weight, weight)
-    loaded = model.extra if where == "model" else loader.state
+    (optimizer,) = other._run.optimizers
+    marks = [state["mark"] for state in optimizer.state.values()]
+    loaded = {"model": model.extra, "optimizer": marks[0]}.get(where, loader.state)
     assert (loaded["at"] if where == "beside tensors" else loaded) == Position(3)
 
 
