@@ -93,6 +93,18 @@ def test_classes_are_neither_changed_nor_looked_into(content: bytes) -> None:
         assert not hasattr(thing, "poison")
 
 
+class Reaching:
+    """Asks for a function by way of a class that is admitted."""
+
+    def __reduce__(self) -> Any:
+        return getattr, (Metadata, "__init__")
+
+
+def test_getattr_is_for_memory_formats_alone() -> None:
+    with pytest.raises(KeyError, match="__init__"):
+        read_metadata(pickle.dumps(Metadata({}, planner_data=Reaching())))
+
+
 @pytest.mark.parametrize("path", ["/etc/passwd", "../step_00000001/__0_0.distcp", "a/../../b"])
 def test_an_index_of_files_elsewhere_is_refused(path: str) -> None:
     with pytest.raises(pickle.UnpicklingError, match=f"a file outside of the checkpoint: {path}"):
@@ -301,8 +313,12 @@ def test_the_index_of_one_rank_is_read_with_the_same_restraint(tmp_path: Path) -
     state = {"x": 1}
     dcp.save(state, checkpoint_id=tmp_path / "a")
     (tmp_path / "a" / ".metadata").rename(tmp_path / "a" / "__0.metadata")
-    dcp.load(loaded := {"x": 0}, storage_reader=Files(tmp_path / "a").reader())
+    reader = Files(tmp_path / "a").reader()
+    dcp.load(loaded := {"x": 0}, storage_reader=reader)
     assert loaded == state
+    storage = reader.read_metadata(rank=0).storage_meta
+    assert storage is not None
+    assert storage.load_id == reader.load_id
     (tmp_path / "a" / "__0.metadata").write_bytes(pickle.dumps(Bomb(tmp_path / "went off")))
     with pytest.raises(dcp.api.CheckpointException, match=r"asks for _?io\.open"):
         dcp.load(loaded, storage_reader=Files(tmp_path / "a").reader())
