@@ -223,7 +223,7 @@ _MEMORY_FORMATS: dict[str | int, int] = {
     key: each.value for each in _MEM_FORMAT_ENCODING for key in (each.name, each.value)
 }
 _METADATA = "torch.distributed.checkpoint.metadata"
-_OLDER = "torch.distributed._shard.sharded_tensor.metadata"  # where torch 2.1, say, has a tensor's properties
+_OLDER = "torch.distributed._shard.sharded_tensor.metadata"  # where older versions of torch have them
 _LAYOUTS = {str(each): each for each in vars(torch).values() if isinstance(each, torch.layout)}
 
 _ADMITTED: dict[tuple[str, str], Any] = {
