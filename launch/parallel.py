@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     FullyShardedDataParallel,
     MixedPrecision,
@@ -25,6 +26,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, Block
 
+# A rank that hangs should end the others in minutes, not in the default half hour. One that dies does so at once, or
+# when the first of the others has ended.
+TIMEOUT = timedelta(minutes=5)
 MODES = ("fsdp2", "hsdp", "tp", "fsdp1", "ddp", "zero1", "none")
 
 
@@ -42,6 +46,21 @@ class Parallel:
         """This rank's sequences of the global batch."""
         share = batch_size // self.data_size
         return slice(self.data_rank * share, (self.data_rank + 1) * share)
+
+
+def make_mesh(
+    device_type: str, shape: tuple[int, ...], mesh_dim_names: tuple[str, ...], timeout: timedelta = TIMEOUT
+) -> DeviceMesh:
+    """What ``init_device_mesh`` gives, with process groups that wait no longer than ``timeout``.
+
+    Theirs wait for torch's default, whatever the default group was told: half an hour, or ten minutes with NCCL alone.
+    """
+    ranks = torch.arange(dist.get_world_size()).view(shape)
+    groups = [
+        dist.new_subgroups_by_enumeration(ranks.movedim(dim, -1).reshape(-1, size).tolist(), timeout=timeout)[0]
+        for dim, size in enumerate(shape)
+    ]
+    return DeviceMesh.from_group(groups, device_type, mesh=ranks, mesh_dim_names=mesh_dim_names)
 
 
 def parallelize(model: GPT, mode: str, device: torch.device, dtype: str) -> Parallel:
@@ -62,8 +81,10 @@ def parallelize(model: GPT, mode: str, device: torch.device, dtype: str) -> Para
     ids = [device.index] if device.type == "cuda" else None
 
     if mode in ("fsdp2", "hsdp"):
-        shape = (world,) if mode == "fsdp2" else _hybrid_shape(world)
-        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+        if mode == "fsdp2":  # a mesh of all ranks has the default group
+            mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+        else:
+            mesh = make_mesh(device.type, _hybrid_shape(world), ("replicate", "shard"))
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
         for block in model.blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)

@@ -15,7 +15,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,9 @@ from data import Corpus
 from manic.checkpoint import Checkpointer, on_first_rank
 from model import GPT
 from optimizers import BASES, SCHEDULES, make_optimizer, make_scheduler, mechanic_of
-from parallel import MODES, Parallel, clip_gradients, parallelize
+from parallel import MODES, TIMEOUT, Parallel, clip_gradients, parallelize
 from report import Report
 
-# A rank that is lost should end the others in minutes, not in the default half hour.
-TIMEOUT = timedelta(minutes=5)
 EVAL_BATCHES = 16
 
 

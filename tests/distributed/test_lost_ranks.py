@@ -1,0 +1,112 @@
+"""A rank is lost: the others get an error within the process group's timeout, and hold what they held before the step.
+
+Their parameters are x_t again, bit for bit, never Delta; settings, gradients, tuner and the grad mode are as they were.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from lost_ranks import FAULTS, MARGIN, TIMEOUT, Trial, trial
+from manic.testing import ranks
+from parallel import make_mesh
+
+LAYOUTS = [
+    *((layout, world_size) for layout in ("single", "ddp", "fsdp2", "fsdp1-orig", "zero1") for world_size in (2, 4)),
+    ("hsdp", 4), ("tp+fsdp2", 4),
+]  # fmt: skip
+MATRIX = [(fault, *layout, lost) for fault in FAULTS for layout in LAYOUTS for lost in ("first", "last")]
+# Every fault and every layout once, as far as that takes a second or is the point of the test.
+SHORT = [
+    ("killed before its first step", "fsdp2", 2, "last"),
+    ("killed before its backward", "ddp", 2, "last"),
+    ("killed while others are in the all_reduce", "tp+fsdp2", 4, "first"),
+    ("killed after it joined the all_reduce", "fsdp1-orig", 2, "last"),
+    ("stopped before its backward", "hsdp", 4, "last"),
+    ("stopped while others are in the all_reduce", "fsdp2", 2, "first"),
+    ("exits before its step", "single", 2, "first"),
+    ("raises before its step", "zero1", 2, "last"),
+]
+
+
+def assert_noticed_and_undone(result: Trial, fault: str, closeness: float = 0.0) -> None:
+    assert not result.missing, f"ranks {result.missing} hang; the others: {result.survivors}"
+    for survivor in result.survivors:
+        assert survivor.phase, f"{survivor} did not notice"
+        assert result.seconds(survivor) < TIMEOUT + MARGIN, survivor
+        assert survivor.error.startswith(("RuntimeError", "Dist")), survivor
+        assert "gloo" in survivor.error, f"{survivor} has no error of its process group"
+        assert survivor.moved or FAULTS[fault].step == 0, "the model has not moved: the comparison shows nothing"
+        assert survivor.off <= closeness, survivor
+        assert not survivor.wrong, survivor
+        if FAULTS[fault].where == "reduce":
+            assert survivor.in_the_all_reduce, survivor
+    if "stopped" not in fault:  # a connection that is closed is noticed without waiting, by a rank that reads from it
+        assert min(map(result.seconds, result.survivors)) < TIMEOUT - 1.0
+
+
+def lose_a_rank(
+    fault: str, layout: str, world_size: int, lost: str, base: str = "adamw", dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> Trial:  # fmt: skip
+    return trial(fault, world_size, 0 if lost == "first" else world_size - 1, layout, base, dtype, options)
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize(("fault", "layout", "world_size", "lost"), SHORT)
+def test_each_fault(fault: str, layout: str, world_size: int, lost: str) -> None:
+    assert_noticed_and_undone(lose_a_rank(fault, layout, world_size, lost), fault)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize(("fault", "layout", "world_size", "lost"), [case for case in MATRIX if case not in SHORT])
+def test_each_fault_on_each_layout(fault: str, layout: str, world_size: int, lost: str) -> None:
+    assert_noticed_and_undone(lose_a_rank(fault, layout, world_size, lost), fault)
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize(("base", "dtype", "options", "closeness"), [
+    ("adamw", torch.bfloat16, {}, 0.0),  # the parameters' storage holds displacements during the base step
+    ("sgd", torch.float32, {}, 0.0),  # gradients are exchanged for ones with weight decay
+    ("sgd", torch.bfloat16, {}, 0.0),
+    ("asgd", torch.float32, {}, 0.0),  # a snapshot
+    ("adamw", torch.float32, {"variant": "pytorch"}, 0.0),
+    # Nothing is kept that x_t could be made from: x_ref + S_t * Delta_{t+1}, the update at the old scale. Delta itself
+    # would be a hundred times as far off.
+    ("sgd", torch.float32, {"store_delta": False}, 1.0),
+    ("adamw", torch.float32, {"store_delta": False}, 1.0),
+], ids=str)  # fmt: skip
+def test_however_the_update_is_taken(base: str, dtype: torch.dtype, options: dict[str, Any], closeness: float) -> None:
+    fault = "killed while others are in the all_reduce"
+    result = lose_a_rank(fault, "single", 2, "last", base, dtype, **options)
+    assert_noticed_and_undone(result, fault, closeness)
+
+
+def timeout_of(group: dist.ProcessGroup | None) -> timedelta:
+    # Torch shows it nowhere in public.
+    timeout: timedelta = (group or dist.group.WORLD)._get_backend(torch.device("cpu")).options._timeout
+    return timeout
+
+
+@ranks(4)
+def test_groups_of_a_mesh_wait_as_long_as_they_are_told() -> None:
+    shape, names = (2, 2), ("replicate", "shard")
+    by_torch = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    mesh = make_mesh("cpu", shape, names, timedelta(seconds=77))
+    assert mesh == by_torch
+    assert mesh.mesh_dim_names == names
+    assert mesh.get_coordinate() == by_torch.get_coordinate()
+    for name in names:
+        members = dist.get_process_group_ranks(by_torch.get_group(name))
+        assert dist.get_process_group_ranks(mesh.get_group(name)) == members
+        assert timeout_of(mesh.get_group(name)) == timedelta(seconds=77)
+        # Why make_mesh is there: once this fails, it can go.
+        assert timeout_of(by_torch.get_group(name)) == timedelta(minutes=30) != timeout_of(None)
+    assert timeout_of(init_device_mesh("cpu", (4,)).get_group()) == timeout_of(None)
