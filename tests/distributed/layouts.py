@@ -54,6 +54,8 @@ def batch(step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def make_base(name: str, parameters: Any) -> torch.optim.Optimizer:
     if name == "adamw":
         return torch.optim.AdamW(parameters, lr=1.0, weight_decay=0.1)
+    if name == "adamw-fused":
+        return torch.optim.AdamW(parameters, lr=1.0, weight_decay=0.1, fused=True)
     if name == "sgd":
         return torch.optim.SGD(parameters, lr=1.0, momentum=0.9, nesterov=True, weight_decay=0.01)
     if name == "asgd":  # reads its parameters: a snapshot is taken
