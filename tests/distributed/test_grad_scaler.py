@@ -29,7 +29,7 @@ FACTOR = 2.0**10
 S_INIT = 1e-2
 # Two ranks of DDP: it sums in another order from the second backward on, which more of them would round differently.
 # These make gradients alike on all ranks before the scaler sees them, or DTensors that it reduces over their mesh.
-BY_TORCH = [("ddp", 2), ("zero1", 2), ("fsdp2", 2), ("fsdp2", 4), ("hsdp", 4), ("tp+fsdp2", 4)]
+BY_TORCH = [("single", 1), ("ddp", 2), ("zero1", 2), ("fsdp2", 2), ("fsdp2", 4), ("hsdp", 4), ("tp+fsdp2", 4)]
 ALL = [
     *BY_TORCH, ("fsdp1-orig", 2), ("fsdp1-orig", 3), ("fsdp1-flat", 4), ("fsdp1-hybrid", 4), ("pipeline", 4),
 ]  # fmt: skip
