@@ -192,17 +192,18 @@ def trial(
     connections: list[Connection] = []
     reports: dict[int, Survivor] = {}
     try:
-        port = 0
         for rank in range(world_size):
             here, there = context.Pipe()
-            arguments = (there, fault, world_size, rank, lost, layout, base, dtype, options, port)
+            arguments = (there, fault, world_size, rank, lost, layout, base, dtype, options)
             process = context.Process(target=_live, args=arguments, daemon=True)
             process.start()
             there.close()
             processes.append(process)
             connections.append(here)
-            if rank == 0:  # it has the store, as the first rank of a job has, on a port that is free
-                port = here.recv() if here.poll(LIFE) else 0
+        # All at once, or the time that a busy machine takes to start them would count as waiting for each other.
+        ports = [connection.recv() if connection.poll(LIFE) else 0 for connection in connections]
+        for connection in connections:
+            connection.send(ports[0])
         deadline = began + LIFE
         lost_at: float = connections[lost].recv() if connections[lost].poll(LIFE) else 0.0
         deadline = min(deadline, lost_at + TIMEOUT + 2 * MARGIN)
@@ -235,15 +236,15 @@ def _live(
     base: str,
     dtype: torch.dtype,
     options: dict[str, Any],
-    port: int,
 ) -> None:
     signal.alarm(LIFE)  # ends a rank that nobody is left to end, wherever it waits
     torch.set_num_threads(1)
     timeout = timedelta(seconds=TIMEOUT)
-    store = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False)
-    if rank == 0:
-        connection.send(store.port)
-    # Connecting takes as long as a busy machine takes; only the group's own operations are held to its timeout.
+    # The first rank has the store, as in a job, on a port that is free.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if rank == 0 else None
+    connection.send(store.port if store is not None else 0)
+    port: int = connection.recv()
+    store = store or dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
     # The groups of a mesh that torch makes wait half an hour.
     layouts.init_device_mesh = lambda kind, shape, mesh_dim_names: make_mesh(kind, shape, mesh_dim_names, timeout)
