@@ -20,7 +20,7 @@ _WSD_DECAY = 0.2
 
 
 def make_optimizer(
-    model: nn.Module, base: str, lr: float, weight_decay: float, tuner: str, variant: str, parallel: str
+    model: nn.Module, base: str, lr: float, weight_decay: float, tuner: str, parallel: str, **options: Any
 ) -> Optimizer | list[Optimizer]:
     """Build the optimizer of a run.
 
@@ -30,8 +30,8 @@ def make_optimizer(
         lr: Base learning rate, which the tuner scales.
         weight_decay: For matrices; norms have none.
         tuner: ``"mechanic"`` or ``"none"``.
-        variant: Of Mechanic.
         parallel: The mode that ``model`` is in.
+        **options: Of Mechanic.
 
     Returns:
         One optimizer, or Muon and AdamW where no tuner joins them.
@@ -52,17 +52,17 @@ def make_optimizer(
                 f"--base-optimizer muon needs whole matrices; --parallel {parallel} splits them by elements"
             )
         bases = _muon_and_adamw(trainable, lr, weight_decay)
-        return Mechanic(bases, variant=variant) if tuner == "mechanic" else bases
+        return Mechanic(bases, **options) if tuner == "mechanic" else bases
 
     cls, settings = {
         "adamw": (torch.optim.AdamW, {"lr": lr, "betas": (0.9, 0.95)}),
         "sgd": (torch.optim.SGD, {"lr": lr, "momentum": 0.9}),
     }[base]
     if parallel == "zero1":
-        inner = mechanize(cls, plain="sharded", variant=variant) if tuner == "mechanic" else cls
+        inner = mechanize(cls, plain="sharded", **options) if tuner == "mechanic" else cls
         return ZeroRedundancyOptimizer(groups, optimizer_class=inner, **settings)
     optimizer = cls(groups, **settings)
-    return Mechanic(optimizer, variant=variant) if tuner == "mechanic" else optimizer
+    return Mechanic(optimizer, **options) if tuner == "mechanic" else optimizer
 
 
 def mechanic_of(optimizer: Optimizer | list[Optimizer]) -> Mechanic | None:

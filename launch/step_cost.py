@@ -84,7 +84,11 @@ METHODS: dict[str, Callable[[Sequence[Tensor]], Optimizer]] = {
     "AdamW, fused": fused,
     "AdamW, foreach": foreach,
     "Mechanic(AdamW)": lambda parameters: Mechanic(fused(parameters)),
+    'Mechanic(AdamW), nonfinite="ignore"': lambda parameters: Mechanic(fused(parameters), nonfinite="ignore"),
     "Mechanic(AdamW), store_delta=False": lambda parameters: Mechanic(fused(parameters), store_delta=False),
+    'Mechanic(AdamW), store_delta=False, nonfinite="ignore"': lambda parameters: Mechanic(
+        fused(parameters), store_delta=False, nonfinite="ignore"
+    ),
     "Mechanic(AdamW), compile=True": lambda parameters: Mechanic(fused(parameters), compile=True),
     'Mechanic(AdamW), update="snapshot"': lambda parameters: Mechanic(fused(parameters), update="snapshot"),
     'Mechanic(AdamW), variant="pytorch"': lambda parameters: Mechanic(fused(parameters), variant="pytorch"),
@@ -268,7 +272,7 @@ def latency_left(size: str, delay: float, repeats: int) -> tuple[float, float]:
     """
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     try:
-        optimizer = Mechanic(fused(make_parameters(SIZES[size], torch.device("cpu"))))
+        optimizer = Mechanic(fused(make_parameters(SIZES[size], torch.device("cpu"))), nonfinite="ignore")
         with mock.patch("manic.mechanic.agree"):  # a rank that only pretends has no notes to compare
             optimizer.step()
         now = time.perf_counter

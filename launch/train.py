@@ -54,6 +54,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--base-optimizer", choices=BASES, default="adamw")
     add("--tuner", choices=("mechanic", "none"), default="mechanic")
     add("--variant", choices=("optax", "pytorch"), default="optax")
+    add("--nonfinite", choices=("raise", "skip", "ignore"), default="raise", help="what to do with such gradients")
+    add("--check-every", type=int, default=0, help="steps after which ranks see whether they drift apart; 0: never")
     add("--parallel", choices=MODES, default="fsdp2")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the computation; parameters are fp32")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -222,8 +224,8 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
     if options.batch_size % parallel.data_size:
         raise ValueError(f"--batch-size {options.batch_size} is not a multiple of {parallel.data_size} ranks")
     optimizer = make_optimizer(
-        parallel.model, options.base_optimizer, options.lr, options.weight_decay, options.tuner, options.variant,
-        options.parallel,
+        parallel.model, options.base_optimizer, options.lr, options.weight_decay, options.tuner, options.parallel,
+        variant=options.variant, nonfinite=options.nonfinite, check_every=options.check_every,
     )  # fmt: skip
     optimizers = optimizer if isinstance(optimizer, list) else [optimizer]
     schedulers = [make_scheduler(each, options.schedule, options.warmup, options.steps) for each in optimizers]

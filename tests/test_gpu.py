@@ -19,6 +19,8 @@ pytestmark = [
 ]
 HERE = Path(__file__).parent
 OPTIONS = [{}, {"compile": True}, {"store_delta": False}, {"variant": "pytorch"}, {"update": "snapshot"}]
+# In the other modes the host waits for the step's sums.
+NO_WAIT = {"nonfinite": "ignore"}
 
 
 def train(device: str, dtype: torch.dtype, steps: int = 30, **options: Any) -> tuple[Mechanic, list[torch.Tensor]]:
@@ -55,7 +57,7 @@ def test_equals_the_cpu(options: dict[str, Any]) -> None:
     "options", [{}, {"store_delta": False}, {"variant": "pytorch"}, {"update": "snapshot"}], ids=str
 )
 def test_a_step_does_not_wait_for_the_device(options: dict[str, Any], dtype: torch.dtype) -> None:
-    optimizer, parameters = train("cuda", dtype, steps=2, **options)
+    optimizer, parameters = train("cuda", dtype, steps=2, **options, **NO_WAIT)
     set_gradients(parameters, 3)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -73,7 +75,7 @@ def test_a_captured_step_replays_to_the_same_numbers(options: dict[str, Any]) ->
         parameters = [p.detach().float().cuda().requires_grad_() for p in problem()[0]]
         lr = torch.tensor(1.0, device="cuda")
         base = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.1, capturable=True)
-        optimizer = Mechanic(base, s_init=1e-3, **options)
+        optimizer = Mechanic(base, s_init=1e-3, **options, **NO_WAIT)
         for p in parameters:
             p.grad = torch.zeros_like(p)
         take_step = optimizer.step
@@ -91,6 +93,28 @@ def test_a_captured_step_replays_to_the_same_numbers(options: dict[str, Any]) ->
             take_step()
         runs.append((optimizer.scale.clone(), [p.detach().clone() for p in parameters]))
     torch.testing.assert_close(runs[1], runs[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["raise", "skip"])
+def test_a_step_that_waits_refuses_to_be_captured(mode: str) -> None:
+    optimizer, parameters = train("cuda", torch.float32, steps=2, nonfinite=mode)
+    set_gradients(parameters, 3)
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match='Pass nonfinite="ignore"'), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_gradient_that_is_not_finite_is_found_on_the_device(options: dict[str, Any]) -> None:
+    optimizer, parameters = train("cuda", torch.float32, steps=3, nonfinite="skip", **options)
+    before = [p.detach().clone() for p in parameters]
+    set_gradients(parameters, 3)
+    assert parameters[1].grad is not None
+    parameters[1].grad.view(-1)[3] = float("nan")
+    optimizer.step()
+    assert optimizer.metrics()["nonfinite_steps"] == 1
+    for p, x in zip(parameters, before):
+        assert torch.equal(p.detach(), x)
 
 
 def test_a_model_that_is_moved_after_the_optimizer_was_built() -> None:

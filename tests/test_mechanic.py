@@ -277,26 +277,6 @@ class TestStep:
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-class TestRebase:
-    @pytest.mark.parametrize("options", [{}, {"store_delta": False}, {"variant": "pytorch"}], ids=str)
-    def test_goes_on_from_where_the_parameters_are_and_keeps_the_scale(self, options: dict[str, Any]) -> None:
-        parameters, loss = problem()
-        optimizer = Mechanic(adamw(parameters), s_init=1e-3, **options)
-        optimizer.rebase()  # nothing to do yet
-        train(optimizer, loss, 5)
-        scale = optimizer.scale
-        with torch.no_grad():
-            parameters[0].clamp_(-0.1, 0.1)
-        edited = tensors(parameters)
-        optimizer.rebase()
-        assert torch.equal(optimizer.scale, scale)
-        train(optimizer, loss, 1, start=5)
-        for parameter, x in zip(parameters, edited):
-            assert torch.equal(optimizer.state[parameter]["mechanic_x_ref"], x)
-            # One update of AdamW is at most a little over 1 in each coordinate, apart from the decay.
-            assert (parameter - x).abs().max() <= 1.2 * optimizer.scale + 1e-12
-
-
 class TestPlaceAmongOptimizers:
     @pytest.mark.parametrize("held", ["wrapper", "base"])
     def test_schedulers_drive_it_before_and_after_a_load(self, held: str) -> None:
@@ -346,7 +326,7 @@ class TestPlaceAmongOptimizers:
         before = parameters[1].detach().clone()
         train(optimizer, loss, 1, start=5)
         assert torch.equal(optimizer.state[parameters[1]]["mechanic_x_ref"], before)
-        assert len(optimizer.metrics()) == 6
+        assert len(optimizer.metrics()) == 7
         train(optimizer, loss, 5, start=6)
         assert not torch.equal(parameters[1].detach(), before)
 

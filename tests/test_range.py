@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -21,13 +20,6 @@ FLOAT32_ACCURACY = 2e-6
 S_DECAY = 0.01
 # The tuner adds EPS to |h|: what is less than a rounding of that is nothing.
 NOTHING = 1e-16 * EPS
-BEYOND = pytest.mark.xfail(
-    strict=True, reason="a piece's sums are float32, and overflow past 3.4e38 or underflow below 1.2e-38"
-)
-
-
-def beyond(*values: Any) -> Any:
-    return pytest.param(*values, marks=BEYOND)
 
 
 def drifting(size: int, steps: int, magnitude: float, dtype: torch.dtype) -> list[Tensor]:
@@ -78,7 +70,7 @@ def weights(size: int, dtype: torch.dtype, magnitude: float = 1.0) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("magnitude", [beyond(1e-30), 1e-18, 1e-15, 1e-6, 1.0, 1e6, 1e15, beyond(1e18), beyond(1e30)])
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-18, 1e-15, 1e-6, 1.0, 1e6, 1e15, 1e18, 1e30])
 def test_gradients_of_any_size(magnitude: float, dtype: torch.dtype) -> None:
     check_steps(weights(3000, dtype), drifting(3000, 6, magnitude, dtype), lr=1.0)
 
@@ -88,7 +80,7 @@ def test_float16_gradients_of_any_size(magnitude: float) -> None:
     check_steps(weights(3000, torch.float16), drifting(3000, 6, magnitude, torch.float16), lr=1.0)
 
 
-@pytest.mark.parametrize("magnitude", [beyond(1e-30), 1e-15, 1e15, beyond(1e30)])
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-15, 1e15, 1e30])
 def test_parameters_of_any_size(magnitude: float) -> None:
     check_steps(weights(3000, torch.float32, magnitude), drifting(3000, 6, 1.0, torch.float32), lr=1.0)
 
@@ -100,8 +92,8 @@ def test_learning_rates_and_scales_of_any_size(lr: float, s_init: float) -> None
 
 
 @pytest.mark.parametrize(("lr", "magnitude"), [
-    beyond(1e-12, 1e-30), (1e-12, 1e-15), (1e-12, 1e15), beyond(1e-12, 1e30),
-    beyond(1e6, 1e-30), (1e6, 1e-15), (1e6, 1e12), beyond(1e6, 1e15), beyond(1e6, 1e30),
+    (1e-12, 1e-30), (1e-12, 1e-15), (1e-12, 1e15), (1e-12, 1e30),
+    (1e6, 1e-30), (1e6, 1e-15), (1e6, 1e12), (1e6, 1e15), (1e6, 1e30),
 ])  # fmt: skip
 def test_learning_rate_and_gradients_of_any_size(lr: float, magnitude: float) -> None:
     check_steps(weights(3000, torch.float32), drifting(3000, 6, magnitude, torch.float32), lr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.parallel import DistributedDataParallel
 
-from manic import Mechanic
+from manic import Mechanic, NonfiniteError
 from manic.checkpoint import Checkpointer
+from manic.inspect import inspect
 from manic.run_state import RunState
 from manic.testing import ranks
 
@@ -199,3 +201,77 @@ def test_a_step_may_be_any_integer(tmp_path: Path) -> None:
 
     either = checkpointer(tmp_path)
     assert either.save(Seven()) == either.load(Seven()) == str(tmp_path / "step_00000007")  # type: ignore[arg-type]
+
+
+def trained(steps: int, lr: Any = 1.0) -> tuple[nn.Linear, Mechanic]:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = Mechanic(torch.optim.SGD(model.parameters(), lr=lr))
+    take_steps(model, optimizer, steps)
+    return model, optimizer
+
+
+def take_steps(model: nn.Linear, optimizer: Mechanic, steps: int) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.ones(4, 3)).square().sum().backward()
+        optimizer.step()
+
+
+def test_a_learning_rate_that_a_schedule_has_made_with_numpy_is_a_number(tmp_path: Path) -> None:
+    numpy = pytest.importorskip("numpy")
+    model, optimizer = trained(2)
+    optimizer.param_groups[0]["lr"] = numpy.float64(0.25)
+    Checkpointer(tmp_path, model, optimizer).save(1)
+    other, resumed = trained(0)
+    Checkpointer(tmp_path, other, resumed).load()
+    assert type(resumed.param_groups[0]["lr"]) is float
+    assert resumed.param_groups[0]["lr"] == 0.25
+
+
+def test_a_checkpoint_whose_tuner_has_fewer_rows_is_loaded(tmp_path: Path) -> None:
+    """As they were before steps that are not finite were counted."""
+    model, optimizer = trained(5)
+    for group in optimizer.param_groups:
+        group["mechanic"] = group["mechanic"][:7].clone()
+    Checkpointer(tmp_path, model, optimizer).save(5)
+    assert inspect(tmp_path / "step_00000005")["tuners"][0]["nonfinite_steps"] == 0
+    other, resumed = trained(0)
+    Checkpointer(tmp_path, other, resumed).load()
+    take_steps(other, resumed, 2)
+    take_steps(model, optimizer, 2)
+    assert resumed.scale == optimizer.scale
+
+
+def test_a_tuner_with_other_betas_is_refused_for_what_it_is(tmp_path: Path) -> None:
+    model, optimizer = trained(2)
+    Checkpointer(tmp_path, model, optimizer).save(2)
+    other = nn.Linear(3, 2)
+    few = Mechanic(torch.optim.SGD(other.parameters(), lr=1.0), betas=(0.9, 0.99))
+    with pytest.raises(ValueError, match="the saved tuner has other betas"):
+        Checkpointer(tmp_path, other, few).load()
+
+
+@pytest.mark.parametrize("mode", ["raise", "skip"])
+def test_a_run_whose_first_step_was_not_taken_is_saved_and_goes_on(mode: str, tmp_path: Path) -> None:
+    def bad_step(model: nn.Linear, optimizer: Mechanic) -> None:
+        for p in model.parameters():
+            p.grad = torch.full_like(p, float("nan"))
+        with contextlib.suppress(NonfiniteError):
+            optimizer.step()
+
+    def make() -> tuple[nn.Linear, Mechanic]:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        return model, Mechanic(torch.optim.AdamW(model.parameters(), lr=1.0), nonfinite=mode)  # type: ignore[arg-type]
+
+    model, optimizer = make()
+    bad_step(model, optimizer)
+    Checkpointer(tmp_path, model, optimizer).save(1)
+    take_steps(model, optimizer, 3)
+    other, resumed = make()
+    Checkpointer(tmp_path, other, resumed).load()
+    take_steps(other, resumed, 3)
+    assert resumed.scale == optimizer.scale
+    for p, q in zip(model.parameters(), other.parameters()):
+        assert torch.equal(p, q)

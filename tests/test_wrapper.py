@@ -131,6 +131,44 @@ def test_a_plain_state_dict_given_to_the_base_itself_starts_the_tuner() -> None:
     assert torch.equal(optimizer.state[other.a]["mechanic_x_ref"], model.a)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 5, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("store_delta", [True, False])
+def test_parameters_that_start_at_zero_are_where_the_state_says(
+    store_delta: bool, dtype: torch.dtype, steps: int
+) -> None:
+    """Their displacement is all that they are: it has the rounding of small numbers, or of a Delta made anew."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.zeros(50, dtype=dtype, requires_grad=True)
+    optimizer = Mechanic(torch.optim.SGD([x], lr=1e-3), store_delta=store_delta)
+    gradients = [torch.randn(50, generator=generator).to(dtype) for _ in range(steps)]
+    for gradient in gradients:
+        x.grad = gradient
+        optimizer.step()
+        optimizer.check_consistency()
+    y = x.detach().clone().requires_grad_()
+    resumed = Mechanic(torch.optim.SGD([y], lr=1e-3))
+    resumed.load_state_dict(optimizer.state_dict())
+    y.grad = gradients[0]
+    resumed.step()
+
+
+def test_a_tuner_that_was_saved_without_its_last_row_is_loaded() -> None:
+    """As it was before steps that are not finite were counted."""
+    model, optimizer = make("adamw")
+    train(optimizer, model.loss, 5)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for group in saved["param_groups"]:
+        group["mechanic"] = group["mechanic"][:7]
+    other, resumed = make("adamw")
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(saved)
+    train(resumed, other.loss, 3, start=5)
+    train(optimizer, model.loss, 3, start=5)
+    assert resumed.scale == optimizer.scale
+    assert resumed._tuner.state.shape == optimizer._tuner.state.shape
+
+
 @pytest.mark.parametrize(("change", "variant"), [
     ("trained without Mechanic", "optax"), ("no model loaded", "optax"), ("edited", "optax"),
     ("trained without Mechanic", "pytorch"), ("edited", "pytorch"),

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,16 +20,16 @@ from torch.distributed.tensor import DTensor
 from manic.layout import Layout, check_gradient, is_fsdp1, local
 from manic.passes import pieces
 
-__all__ = ["agree", "raise_together"]
+__all__ = ["agree", "describe_group", "digest", "gather", "raise_together"]
 
 
 def agree(
-    parameters: Sequence[Tensor], settings: str, layout: Layout, device: torch.device, dtype: torch.dtype
+    groups: Sequence[Mapping[str, Any]], settings: str, layout: Layout, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Check over the group that all ranks hold what ``layout`` says, and run with the same settings.
 
     Args:
-        parameters: All parameters of the optimizer, in order.
+        groups: The optimizer's param groups.
         settings: Whatever else must be equal, in words.
         layout: Its ``fsdp1_replicas`` is set here.
         device: Where the group's backend takes tensors from.
@@ -36,10 +37,11 @@ def agree(
 
     Raises:
         TypeError: on every rank alike, if any has a gradient that Mechanic cannot use.
-        ValueError: on every rank alike, if settings, parameters, shapes, dtypes or placements differ between ranks
-            that should hold the same, or if plain parameters that should be copies are not.
+        ValueError: on every rank alike, if settings, param groups, parameters, shapes, dtypes or placements differ
+            between ranks that should hold the same, or if plain parameters that should be copies are not.
     """
     group = layout.group
+    parameters = [parameter for each in groups for parameter in each["params"]]
     raise_together(TypeError, _unusable_gradient(parameters), group, device)
     if group is None:
         return
@@ -49,11 +51,16 @@ def agree(
             f"{dist.get_world_size(group)} ranks"
         )
     common = f"{settings}, plain={layout.plain}, pipeline_stages={layout.pipeline_stages}"
-    held = [text for text in (_describe(parameter, layout) for parameter in parameters) if text is not None]
+    held = [
+        text
+        for each in groups
+        for text in (describe_group(each), *(_describe(parameter, layout) for parameter in each["params"]))
+        if text is not None
+    ]
 
-    rows = _gather(torch.tensor([_digest(common), _digest("\n".join(held))], device=device), group)
+    rows = gather(torch.tensor([digest(common), digest("\n".join(held))], device=device), group)
     _compare([int(row[0]) for row in rows], 1, "settings", [common], group)
-    _compare([int(row[1]) for row in rows], layout.pipeline_stages, "parameters", held, group)
+    _compare([int(row[1]) for row in rows], layout.pipeline_stages, "param groups or parameters", held, group)
 
     for parameter in parameters:
         layout.replicas(parameter)  # raises, alike on all ranks, if the group can't hold it evenly
@@ -77,7 +84,7 @@ def raise_together(kind: type[Exception], complaint: str, group: ProcessGroup | 
         if complaint:
             raise kind(complaint)
         return
-    lengths = _gather(torch.tensor([len(complaint)], device=device), group)
+    lengths = gather(torch.tensor([len(complaint)], device=device), group)
     if any(length[0] for length in lengths):
         everyone = [""] * len(lengths)
         dist.all_gather_object(everyone, complaint, group=group)
@@ -95,6 +102,22 @@ def _unusable_gradient(parameters: Sequence[Tensor]) -> str:
     return ""
 
 
+def describe_group(group: Mapping[str, Any]) -> str:
+    """What must be equal on all ranks about a param group's settings: those that are numbers, words or none."""
+    settings = {key: _plain(value) for key, value in group.items() if key not in ("params", "param_names")}
+    return "a param group with " + ", ".join(f"{key}={settings[key]}" for key in sorted(settings) if settings[key])
+
+
+def _plain(value: Any) -> str:
+    """A setting in words; empty if it is an object, whose words may name an address."""
+    if isinstance(value, Tensor):
+        return repr(value.item()) if value.numel() == 1 else ""
+    if isinstance(value, (list, tuple)):
+        parts = [_plain(each) for each in value]
+        return f"({', '.join(parts)})" if all(parts) else ""
+    return repr(value) if value is None or isinstance(value, (bool, int, float, str)) else ""
+
+
 def _describe(parameter: Tensor, layout: Layout) -> str | None:
     """What must be equal on all ranks of a stage about ``parameter``; ``None`` if nothing need be."""
     kind = f"{parameter.dtype}, {'trainable' if parameter.requires_grad else 'frozen'}"
@@ -108,12 +131,13 @@ def _describe(parameter: Tensor, layout: Layout) -> str | None:
     return f"{tuple(parameter.shape)} {kind}"
 
 
-def _digest(text: str) -> int:
+def digest(text: str) -> int:
+    """A number of 56 bits that stands for ``text``."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
-def _gather(row: Tensor, group: ProcessGroup) -> list[Tensor]:
-    """Every rank's ``row``, on the host."""
+def gather(row: Tensor, group: ProcessGroup) -> list[Tensor]:
+    """Every rank's ``row``, which has one shape on all of them, on the host."""
     rows = [torch.empty_like(row) for _ in range(dist.get_world_size(group))]
     dist.all_gather(rows, row, group=group)
     return list(torch.stack(rows).cpu().unbind())
@@ -127,9 +151,9 @@ def _compare(digests: list[int], stages: int, what: str, mine: list[str], group:
         return
     everyone: list[list[str]] = [[] for _ in digests]
     dist.all_gather_object(everyone, mine, group=group)
-    odd = min((digest for digest in counts if counts[digest] % size), key=counts.__getitem__)
+    odd = min((each for each in counts if counts[each] % size), key=counts.__getitem__)
     other = digests.index(odd)
-    reference = next(rank for rank, digest in enumerate(digests) if digest != odd)
+    reference = next(rank for rank, each in enumerate(digests) if each != odd)
     first, second = everyone[reference], everyone[other]
     index = next((i for i, pair in enumerate(zip(first, second)) if pair[0] != pair[1]), min(len(first), len(second)))
 
@@ -138,9 +162,10 @@ def _compare(digests: list[int], stages: int, what: str, mine: list[str], group:
 
     raise ValueError(
         f"ranks of the process group hold different {what}: rank {reference} has {at(first)}; rank {other} has "
-        f"{at(second)}. Every rank must build the same model and optimizer. If each rank is to hold other plain "
-        'parameters (ZeRO), pass plain="sharded"; if a pipeline splits the model, pass pipeline_stages; if these ranks '
-        "do not train one model, pass their process_group"
+        f"{at(second)}. Every rank must build the same model and optimizer, and load the same checkpoint. If each is "
+        'to hold other plain parameters (ZeRO), pass plain="sharded", with the same param groups on all, empty where a '
+        "rank owns nothing of one; if a pipeline splits the model, pass pipeline_stages; if these ranks do not train "
+        "one model, pass their process_group"
     )
 
 
@@ -167,17 +192,17 @@ def _check_copies(
     moments = _moments(parameters, device, dtype)
     if stages > 1:
         varied = bool((moments[:, 3] > 0).any())
-        mine = torch.tensor([_digest(str(moments.tolist())) if varied else 0], device=device)
-        counts = Counter(int(row[0]) for row in _gather(mine, group))
+        mine = torch.tensor([digest(str(moments.tolist())) if varied else 0], device=device)
+        counts = Counter(int(row[0]) for row in gather(mine, group))
         size = dist.get_world_size(group) // stages
-        if any(count != size for digest, count in counts.items() if digest):
+        if any(count != size for moment, count in counts.items() if moment):
             raise ValueError(
                 f"pipeline_stages={stages} says that every plain parameter is on {size} rank(s) with the same values, "
-                f"but some are on {sorted({count for digest, count in counts.items() if digest})}: stages must hold "
+                f"but some are on {sorted({count for moment, count in counts.items() if moment})}: stages must hold "
                 "different parameters, and the ranks of a stage the same"
             )
         return
-    every = torch.stack(_gather(moments, group))[..., 1:3]
+    every = torch.stack(gather(moments, group))[..., 1:3]
     spread = every.amax(dim=0) - every.amin(dim=0)
     # Copies are equal bit for bit; the margin is for ranks whose devices sum in another order.
     differs = (spread > 1e-6 * (every.abs().amax(dim=0) + 1e-12)).any(dim=-1)
@@ -200,7 +225,7 @@ def _find_fsdp1_replicas(
     """
     if not parameters:
         return 1
-    moments = torch.stack(_gather(_moments(parameters, device, dtype), group))
+    moments = torch.stack(gather(_moments(parameters, device, dtype), group))
     counts: set[int] = set()
     for column in moments.unbind(dim=1):
         varied = [tuple(row.tolist()) for row in column if row[3]]

@@ -109,11 +109,11 @@ class Iterate:
     x_before: Tensor | None = None
     """The snapshot of x_t, during the base step."""
     displaced: int = 0
-    """How many elements of ``x`` hold a displacement, during the base step."""
+    """How many elements of ``x``, from its first, have been made to hold a displacement, for the base step."""
     never_moved: bool = False
     """It has had no gradient yet: it counts in |x|^2, and there is nothing to step on or to write."""
-    written: bool = False
-    """x_{t+1} is in place."""
+    written: int = 0
+    """How many elements of ``x``, from its first, hold x_{t+1}."""
 
     def delta_from(self, x: Tensor, x_ref: Tensor, scratch: Scratch) -> Tensor:
         """Recompute Delta_t from pieces of x_t and x_ref: in ``scratch``, of their shape, in the working dtype."""
@@ -142,16 +142,17 @@ def batches(iterates: Iterable[Iterate]) -> list[Batch]:
 
 
 @contextmanager
-def stepping(batches: Sequence[Batch], visit: Visit) -> Iterator[None]:
+def stepping(batches: Sequence[Batch], visit: Visit | None = None) -> Iterator[None]:
     """Let the base optimizers step inside, and then :func:`write_back` what they did.
 
     Weight decay that the base optimizer would compute from the parameter's storage is made here, from x, and its
-    setting is 0 inside. Whatever is raised inside, parameters hold an iterate, and gradients and settings are put
-    back, before it leaves; what base optimizers have added to Delta itself by then stays, as their momenta do.
+    setting is 0 inside. Whatever is raised inside, before it leaves parameters hold x_ref + S_t * Delta, and gradients
+    and settings are put back. That is x_t, or, where an update has arrived in Delta already, x_t moved by that update
+    at the scale as it was; the base optimizer's momenta have seen it, too.
 
     Args:
         batches: Every iterate that the base optimizers may move.
-        visit: Is shown every piece, with x_t, before anything is changed in it.
+        visit: Is shown every piece, with x_t, before anything is changed in it, so that one pass serves both.
     """
     iterates = [iterate for batch in batches for iterate in batch]
     with _without_weight_decay(iterates):
@@ -164,13 +165,12 @@ def stepping(batches: Sequence[Batch], visit: Visit) -> Iterator[None]:
                 yield
         except BaseException:
             for iterate in iterates:
-                if not iterate.written:
-                    _undo(iterate)
+                _undo(iterate)
             raise
 
 
 def show(batches: Iterable[Batch], visit: Visit) -> None:
-    """Show ``visit`` every piece of Delta_t and of what the parameters hold now, without gradients.
+    """Show ``visit`` every piece of Delta_t, of what the parameters hold now, and of the gradients.
 
     Args:
         batches: Iterates between steps, or with a snapshot.
@@ -179,11 +179,12 @@ def show(batches: Iterable[Batch], visit: Visit) -> None:
     scratch = Scratch()
     for batch in batches:
         first = batch[0]
-        columns = _columns(batch, "x", "x_ref", "delta", "x_before")
-        for x, x_ref, delta, x_before in pieces(*columns):
+        recomputed = ("x_ref", "x_before") if first.delta is None else ()
+        for x, delta, gradient, *before in pieces(*_columns(batch, "x", "delta", "gradient", *recomputed)):
             if delta is None:
+                x_ref, x_before = before
                 delta = first.delta_from(x if x_before is None else x_before, x_ref, scratch)
-            visit(first, delta, x, None)
+            visit(first, delta, x, gradient)
 
 
 def write_back(batches: Iterable[Batch], scale: Tensor, kernels: Kernels) -> None:
@@ -204,62 +205,71 @@ def write_back(batches: Iterable[Batch], scale: Tensor, kernels: Kernels) -> Non
         for x, x_ref, delta, x_before in pieces(*columns, written=(0, 2)):
             if first.stand_in is not None:
                 kernels.write(x, x_ref, delta, first.decay, factor)
-                continue
-            if x_before is None:
-                moved = x if delta is None else delta.add_(x)
-            elif delta is None:
-                moved = first.delta_from(x_before, x_ref, scratch).add_(x.to(factor.dtype) - x_before)
             else:
-                moved = delta.add_(x.to(delta.dtype) - x_before)
-            kernels.write(x, x_ref, moved, 0.0, factor)
-        for iterate in batch:
-            iterate.written = True
+                if x_before is None:
+                    moved = x if delta is None else delta.add_(x)
+                elif delta is None:
+                    moved = first.delta_from(x_before, x_ref, scratch).add_(x.to(factor.dtype) - x_before)
+                else:
+                    moved = delta.add_(x.to(delta.dtype) - x_before)
+                kernels.write(x, x_ref, moved, 0.0, factor)
+            if len(batch) == 1:
+                first.written += x.numel()
+        for iterate in batch:  # of several, the pieces were copies, which are back in their places only now
+            iterate.written = iterate.x.numel()
             iterate.x_before = None
 
 
-def strays(iterates: Sequence[Iterate], any_scale: bool) -> list[int]:
+def strays(places: Sequence[tuple[Tensor, Tensor, Tensor]], scale: Tensor, any_scale: bool) -> list[int]:
     """Find parameters that are not where x_ref, S and Delta say: something else has written them.
 
-    Where Delta is recomputed from x there is nothing to compare, and none strays. The host waits for the device.
+    The host waits for the device.
 
     Args:
-        iterates: The local shards, between steps.
+        places: x, x_ref and Delta of each parameter, as local tensors, between steps.
+        scale: S_t, 0-dim.
         any_scale: Whether x = x_ref + c * Delta is right for any c, as for variants that leave a parameter without a
             gradient where an earlier S has put it.
 
     Returns:
-        Indices into ``iterates``.
+        Indices into ``places``.
     """
-    candidates = [(index, it) for index, it in enumerate(iterates) if it.delta is not None and it.x.numel()]
-    if not candidates:
+    if not places:
         return []
-    found = torch.stack([_is_astray(iterate, any_scale).cpu() for _, iterate in candidates])
-    return [index for (index, _), astray in zip(candidates, found.tolist()) if astray]
+    found = torch.stack([_is_astray(*place, scale.to(place[0].device), any_scale).cpu() for place in places])
+    return found.nonzero().flatten().tolist()
 
 
-def _is_astray(iterate: Iterate, any_scale: bool) -> Tensor:
-    dtype = working_dtype(iterate.x)
-    scale = iterate.scale.to(dtype)
+def _is_astray(x: Tensor, x_ref: Tensor, delta: Tensor, scale: Tensor, any_scale: bool) -> Tensor:
+    whole, dtype = x, working_dtype(x)
+    scale = scale.to(dtype)
     if any_scale:
         along, square = torch.zeros_like(scale), torch.zeros_like(scale)
-        for x, x_ref, delta in pieces(*_columns([iterate], "x", "x_ref", "delta")):
-            along += ((x.to(dtype) - x_ref) * delta).sum()
-            square += delta.square().sum()
+        for x, x_ref_, delta_ in pieces([whole], [x_ref], [delta]):
+            along += ((x.to(dtype) - x_ref_) * delta_).sum()
+            square += delta_.square().sum()
         scale = along / (square + torch.finfo(dtype).tiny)
     error, size = torch.zeros_like(scale), torch.zeros_like(scale)
     # A checkpoint in low precision may have been loaded into wider parameters: then x is that exact, and no more.
     coarse = {kind: torch.ones_like(scale, dtype=torch.bool) for kind in (torch.bfloat16, torch.float16, torch.float32)}
-    for x, x_ref, delta in pieces(*_columns([iterate], "x", "x_ref", "delta")):
-        displacement = scale * delta
-        error += (x.to(dtype) - (x_ref.to(dtype) + displacement)).square().sum()
+    for x, x_ref_, delta_ in pieces([whole], [x_ref], [delta]):
+        displacement = scale * delta_
+        error += (x.to(dtype) - (x_ref_.to(dtype) + displacement)).square().sum()
         size += x.to(dtype).square().sum() + displacement.square().sum()
         for kind, fits in coarse.items():
             fits &= (x.to(kind).to(x.dtype) == x).all()
-    rounding = torch.full_like(scale, torch.finfo(iterate.x.dtype).eps)
+    relative = torch.full_like(scale, torch.finfo(whole.dtype).eps)
+    absolute = torch.full_like(scale, _smallest(whole.dtype))
     for kind, fits in coarse.items():
-        rounding = torch.where(fits, rounding.clamp(min=torch.finfo(kind).eps), rounding)
+        relative = torch.where(fits, relative.clamp(min=torch.finfo(kind).eps), relative)
+        absolute = torch.where(fits, absolute.clamp(min=_smallest(kind)), absolute)
     # Written so that a nan is no reason: what is not finite is another matter.
-    return error > (4 * rounding).square() * size
+    return error > (4 * relative).square() * size + (4 * absolute).square() * whole.numel()
+
+
+def _smallest(dtype: torch.dtype) -> float:
+    """The distance of numbers near 0, which are not rounded relative to their size."""
+    return torch.finfo(dtype).tiny * torch.finfo(dtype).eps
 
 
 def _columns(batch: Batch, *names: str) -> list[list[Tensor | None]]:
@@ -274,42 +284,56 @@ def _scale(x: Tensor, factor: float | Tensor) -> None:
         x.zero_()
 
 
-def _enter(batch: Batch, visit: Visit, scratch: Scratch) -> None:
-    """Show every piece of x_t, and make ``x`` ready: a snapshot, or the displacement that the update is added to."""
+def _enter(batch: Batch, visit: Visit | None, scratch: Scratch) -> None:
+    """Show ``visit`` every piece of x_t; make ``x`` ready: a snapshot, or the displacement that takes the update."""
     first = batch[0]
     snapshot = first.update == "snapshot" and not first.never_moved
     for iterate in batch if snapshot else ():
         iterate.x_before = iterate.x.clone()
     stays = snapshot or first.never_moved or first.stand_in is not None
+    if stays and visit is None:
+        return
     columns = _columns(batch, "x", "x_ref", "delta", "gradient")
     for x, x_ref, stored, gradient in pieces(*columns, written=() if stays else (0,)):
         delta = first.delta_from(x, x_ref, scratch) if stored is None else stored
-        visit(first, delta, x, gradient)
+        if visit is not None:
+            visit(first, delta, x, gradient)
         if stays:
             continue
-        for iterate in batch:
-            iterate.displaced += x.numel()
         if stored is not None:
             _scale(x, first.decay)
         elif x.dtype == delta.dtype and not isinstance(first.decay, Tensor):
             torch.add(delta, x, alpha=first.decay, out=x)
         else:
             x.copy_(add_product(delta, x.to(delta.dtype), first.decay))
+        if len(batch) == 1:
+            first.displaced += x.numel()
+    for iterate in () if stays else batch:
+        iterate.displaced = iterate.x.numel()
 
 
 def _undo(iterate: Iterate) -> None:
-    """Put x_t back after a base step that raised: exactly where a snapshot or Delta is kept, closely elsewhere."""
+    """After a step that raised, let ``x`` be x_ref + S_t * Delta again, with what Delta has become by then."""
     factor = (iterate.scale + (iterate.eps if iterate.delta is None else 0.0)).to(working_dtype(iterate.x))
     columns = _columns([iterate], "x", "x_ref", "delta", "x_before")
+    start = 0
     for x, x_ref, delta, x_before in pieces(*columns):
-        if x_before is not None:
+        is_written, is_displaced = start < iterate.written, start < iterate.displaced
+        start += x.numel()
+        if x_before is not None and not is_written:
             x.copy_(x_before)
-        elif iterate.displaced > 0:
-            if delta is None:
-                # x holds Delta_t + decay * x_t, which is (1 + decay * factor) * Delta_t + decay * x_ref.
+        if delta is None:
+            if is_displaced and not is_written:
+                # x holds Delta_t + decay * x_t, which is (1 + decay * factor) * Delta_t + decay * x_ref: to rounding.
                 delta = (x.to(factor.dtype) - iterate.decay * x_ref) / (1.0 + iterate.decay * factor)
+                plain().write(x, x_ref, delta, 0.0, factor)
+        elif is_displaced and not is_written:
             plain().write(x, x_ref, delta, 0.0, factor)
-            iterate.displaced -= x.numel()
+        else:
+            right = torch.empty_like(x)
+            plain().write(right, x_ref, delta, 0.0, factor)
+            rounding = 4 * torch.finfo(x.dtype).eps * (x_ref.abs() + right.abs())
+            x.copy_(torch.where((right - x).abs() <= rounding, x, right))  # x_t keeps every bit
     iterate.x_before = None
 
 

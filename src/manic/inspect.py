@@ -158,10 +158,11 @@ def _groups(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tuner(state: torch.Tensor) -> dict[str, Any]:
     """The rows of the tuner's tensor, see tuner.py."""
-    r, m, v, s, updates, betas, variant = state.tolist()
+    r, m, v, s, updates, betas, variant, *later = state.tolist()
     return {
         "scale": sum(s),
         "updates": max(0, int(updates[0])),
+        "nonfinite_steps": int(later[0][0]) if later else 0,
         "variant": {0: "optax", 1: "pytorch"}.get(int(variant[0]), str(variant[0])),
         "betas": betas,
         "r": r,

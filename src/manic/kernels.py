@@ -1,7 +1,8 @@
 """The arithmetic on one piece of a parameter: what is summed before the base step, and what is written after it.
 
-Twice the same: from plain operators, and compiled, so that several sums or writes take one look at memory. It knows
-tensors that lie side by side, and nothing of parameters, optimizers or ranks.
+Three times the same: from plain operators; compiled, so that several sums or writes take one look at memory; and in
+float64, for what float32 has no room for. It knows tensors that lie side by side, and nothing of parameters, optimizers
+or ranks.
 """
 
 from __future__ import annotations
@@ -13,7 +14,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["Kernels", "compiled", "plain", "working_dtype"]
+__all__ = ["Kernels", "compiled", "exact", "plain", "working_dtype"]
+
+
+# Elements copied to float64 at a time.
+_EXACT_PIECE = 1 << 20
 
 
 def working_dtype(tensor: Tensor) -> torch.dtype:
@@ -50,7 +55,8 @@ def write(x: Tensor, x_ref: Tensor, delta: Tensor, decay: float | Tensor, factor
 
 
 def _products(delta: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    delta, v = _vector(delta), _vector(v)
+    dtype = working_dtype(delta)
+    delta, v = _vector(delta, dtype), _vector(v, dtype)
     return torch.dot(delta, v), torch.dot(v, v)
 
 
@@ -58,8 +64,7 @@ def _all_products(delta: Tensor, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor, 
     return *_products(delta, g), *_products(delta, x)
 
 
-def _vector(tensor: Tensor) -> Tensor:
-    dtype = working_dtype(tensor)
+def _vector(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     flat = tensor if tensor.ndim == 1 else tensor.reshape(-1)
     return flat if flat.dtype == dtype else flat.to(dtype)
 
@@ -67,6 +72,22 @@ def _vector(tensor: Tensor) -> Tensor:
 def plain() -> Kernels:
     """From PyTorch's operators."""
     return Kernels(_products, _all_products, write)
+
+
+def exact() -> Kernels:
+    """In float64, which has room for the squares of any float32, where the device has it. Slower."""
+
+    def products(delta: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = torch.float32 if v.device.type == "mps" else torch.float64
+        parts = zip(torch.split(delta.reshape(-1), _EXACT_PIECE), torch.split(v.reshape(-1), _EXACT_PIECE))
+        products = [_products(part.to(dtype), other) for part, other in parts]
+        first, second = zip(*products)
+        return torch.stack(first).sum(), torch.stack(second).sum()
+
+    def all_products(delta: Tensor, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return *products(delta, g), *products(delta, x)
+
+    return Kernels(products, all_products, write)
 
 
 @cache

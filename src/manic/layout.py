@@ -113,6 +113,12 @@ class Layout:
         group = dist.group.WORLD if self._declared_group is None else self._declared_group
         return group if dist.get_world_size(group) > 1 else None
 
+    @property
+    def is_first_rank(self) -> bool:
+        """Whether this rank is the one to say what all have to say."""
+        group = self.group
+        return group is None or dist.get_rank(group) == 0
+
     def communication_device(self, home: torch.device) -> torch.device:
         """Where the group's backend takes tensors from, as near to ``home`` as can be."""
         group = self.group

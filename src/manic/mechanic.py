@@ -6,8 +6,10 @@ scale is tuner.py's, and taking the base optimizer's update is displacement.py's
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,22 +17,29 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from manic.agreement import agree, raise_together
-from manic.displacement import Iterate, batches, resolve_update, show, stepping, strays, write_back
-from manic.kernels import Kernels, compiled, plain, working_dtype
+from manic.bases import check_bases
+from manic.consistency import differences
+from manic.displacement import Batch, Iterate, batches, resolve_update, show, stepping, strays, write_back
+from manic.kernels import Kernels, compiled, exact, plain
 from manic.layout import Layout, Plain, local, local_gradient
+from manic.nonfinite import NonfiniteError, account_of_nonfinite
 from manic.reduction import PartialSums, Reduction
-from manic.tuner import Tuner
-from manic.wrapper import OptimizerWrapper, is_creating_state
+from manic.state import DELTA, X_REF, MechanicState
+from manic.tuner import Reading, Sums, Tuner
+from manic.watch import INTERVAL, PATIENCE, Watch
 
-__all__ = ["Mechanic"]
+__all__ = ["Mechanic", "Nonfinite"]
 
-X_REF = "mechanic_x_ref"
-DELTA = "mechanic_delta"
-# The number of updates in a saved tuner whose checkpoint holds no training yet, only the shape of its state.
-_PLACEHOLDER = -1.0
+Nonfinite = Literal["raise", "skip", "ignore"]
+"""What a step does with gradients that are not finite."""
+
+logger = logging.getLogger(__name__)
+
+# In the place of a tensor that a parameter has not got.
+_ABSENT = torch.empty(0)
 
 
-class Mechanic(OptimizerWrapper):
+class Mechanic(MechanicState):
     """Learns the scale of any first-order optimizer's learning rate while it trains.
 
     The base optimizer keeps its schedule, weight decay and groups; its ``lr`` may be 1.0. The parameters may be
@@ -55,14 +64,17 @@ class Mechanic(OptimizerWrapper):
             weight decay of that kind. ``variant="pytorch"`` always takes a snapshot.
         compile: Compile the step's sums and writes with ``torch.compile`` at the first step, so that each takes one
             pass over memory on any device. The base optimizer's own step stays as it is.
+        nonfinite: What to do with gradients that are not finite anywhere, on any rank. ``"raise"``: every rank raises
+            the same error, before anything has changed. ``"skip"``: every rank leaves the step out, and counts it in
+            ``metrics()``. Both make the host wait for the all_reduce before the base optimizer steps. ``"ignore"``: no
+            wait, the base optimizer gets what there is, and only the tuner is kept finite.
+        s_max: The largest scale. Default: no bound, and a warning if the scale seems to have run away.
+        check_every: After how many steps to call :meth:`check_consistency`; 0: never.
 
     Raises:
         TypeError: if ``optimizer`` is no optimizer, or one that Mechanic cannot scale.
         ValueError: if an argument is out of its range, or there is nothing to train.
     """
-
-    STATE_KEYS = (X_REF, DELTA)
-    GROUP_KEY = "mechanic"
 
     def __init__(
         self,
@@ -79,28 +91,28 @@ class Mechanic(OptimizerWrapper):
         pipeline_stages: int = 1,
         update: str = "auto",
         compile: bool = False,
+        nonfinite: Nonfinite = "raise",
+        s_max: float | None = None,
+        check_every: int = 0,
     ) -> None:
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-        _check_bases(optimizers, may_be_empty=plain == "sharded")
-        self._tuner = Tuner(betas, s_init, s_decay, eps, variant)
-        self._layout = Layout(process_group, plain, pipeline_stages)
-        self._store_delta = bool(store_delta)
+        check_bases(optimizers, may_be_empty=plain == "sharded")
+        if nonfinite not in get_args(Nonfinite):
+            raise ValueError(f"nonfinite must be one of {get_args(Nonfinite)}, got {nonfinite!r}")
+        if not isinstance(check_every, int) or isinstance(check_every, bool) or check_every < 0:
+            raise ValueError(f"check_every must be a number of steps, or 0, got {check_every!r}")
         self._compile = bool(compile)
-        snapshot = self._tuner.variant.x_after_base_step
+        self._nonfinite, self._check_every = nonfinite, check_every
+        tuner = Tuner(betas, s_init, s_decay, eps, variant, s_max)
         # Optimizers whose source is known take any tensor for the parameter; another may know its own by other ways.
         self._hands_over_delta = update == "auto"
+        snapshot = tuner.variant.x_after_base_step
         self._updates = ["snapshot" if snapshot else resolve_update(base, update) for base in optimizers]
-        self._state_is_placeholder = False
-        # Which bases' state is a placeholder then, see _create_state; those that came with a state keep theirs.
-        self._came_with_state = [bool(base.state) for base in optimizers]
-        self._placeholders = [not came for came in self._came_with_state]
-        self._created: list[dict[Any, Any] | None] = [None for _ in optimizers]
-        self._started = False
-        self._was_loaded = False
         self._agreed_on: list[list[int]] | None = None
-        super().__init__(optimizers)
-        self._tuner.to(self._home_device())
-        self._share_global_state()
+        self._watch = Watch()
+        # Calls of step() in this process, steps that it took, how many it left out in a row, and the last S heard of.
+        self._calls, self._steps, self._in_a_row, self._last_scale = 0, 0, 0, 0.0
+        super().__init__(optimizers, tuner, Layout(process_group, plain, pipeline_stages), bool(store_delta))
 
     # It steers by what the host knows; its arithmetic is compiled apart, if asked for.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -109,7 +121,9 @@ class Mechanic(OptimizerWrapper):
         """Take one step of Algorithm 1.
 
         Every rank of the process group must call it, with gradients or without. Apart from the first step there is
-        one collective, an all_reduce of four numbers, and the host waits for nothing on the device.
+        one collective, an all_reduce of four numbers; with ``variant="pytorch"``, unless ``nonfinite="ignore"``, there
+        are two, and one more where sums of gradients or parameters are 0 or out of float32's range. Whatever is raised,
+        parameters hold x_ref + S * Delta, and the tuner is as it was.
 
         Args:
             closure: Computes the gradients and returns the loss; called once, with gradients enabled.
@@ -121,16 +135,40 @@ class Mechanic(OptimizerWrapper):
             TypeError: if a gradient is sparse or complex.
             ValueError: at the first step, if the ranks do not hold what they are said to; at the first step after a
                 load, if the parameters are not those that the loaded state belongs to.
+            NonfiniteError: on every rank alike, if a gradient is not finite anywhere and ``nonfinite="raise"``, or a
+                parameter is not and ``nonfinite`` is not ``"ignore"``.
+            RuntimeError: on every rank alike, if ``check_every`` finds something.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
 
-        iterates = self._prepare()
-        if iterates is None:  # checkpointing wants a state to be created, and nothing else
+        if self._is_creating_state():  # checkpointing wants that, and nothing else
+            self._create_state([(iterate.x, iterate.x_ref) for iterate in self._iterates()])
             return loss
-        shards, sums = batches(iterates), PartialSums(self._kernels)
+        is_first = self._begin()
+        known, before, taken = self._parameters_with_state(), self._tuner.state.clone(), False
+        try:
+            iterates = self._iterates()
+            self._check_loaded()
+            if self._nonfinite == "ignore":
+                self._step_at_once(batches(iterates))
+                taken = True
+            else:
+                taken = self._step_if_sound(batches(iterates), iterates)
+        except BaseException:
+            self._tuner.state.copy_(before)
+            raise
+        finally:
+            if not taken:
+                self._forget(known, is_first)
+        self._look_at_scale(taken)
+        return loss
+
+    def _step_at_once(self, shards: Sequence[Batch]) -> None:
+        """Algorithm 1, in which the all_reduce hides behind the base optimizers' step."""
+        sums = PartialSums(self._kernels)
         if self._tuner.variant.x_after_base_step:
             with stepping(shards, sums.add_gradient):
                 self._step_bases()
@@ -139,9 +177,111 @@ class Mechanic(OptimizerWrapper):
         else:
             with stepping(shards, sums.add):
                 reduction = self._reduce(sums)
-                self._step_bases()  # the all_reduce hides behind it
+                self._step_bases()
                 write_back(shards, self._tuner.update(reduction.wait()), self._kernels)
-        return loss
+
+    def _step_if_sound(self, shards: Sequence[Batch], iterates: Sequence[Iterate]) -> bool:
+        """Algorithm 1, or nothing at all and False: the sums are known to all ranks before anything changes."""
+        sums = self._survey(shards, iterates)
+        if sums is None:
+            return False
+        with stepping(shards):
+            self._step_bases()
+            if self._tuner.variant.x_after_base_step:
+                position = PartialSums(self._kernels)
+                show(shards, position.add_position)
+                late = self._reduce(position).wait()
+                sums = Sums(sums.delta_grad, sums.grad_square, late.delta_x, late.x_square)
+            write_back(shards, self._tuner.update(sums), self._kernels)
+        return True
+
+    def _survey(self, shards: Sequence[Batch], iterates: Sequence[Iterate]) -> Sums | None:
+        """The sums that can be known before the base step, waited for; ``None`` if they say to skip it."""
+        if self._is_capturing:
+            raise RuntimeError(
+                f"a step with nonfinite={self._nonfinite!r} cannot be captured in a CUDA graph: the host waits for its "
+                'sums. Pass nonfinite="ignore"'
+            )
+        early = self._tuner.variant.x_after_base_step
+        for kernels in (self._kernels, exact()):
+            partial = PartialSums(kernels)
+            show(shards, partial.add_gradient if early else partial.add)
+            sums = self._reduce(partial).wait()
+            *numbers, self._last_scale = torch.stack([*sums, self._tuner.scale]).tolist()
+            reading = Reading(*numbers)
+            if reading.is_in_range(with_position=not early):
+                return sums
+        if reading.is_finite:
+            return sums
+        if self._nonfinite == "skip" and self._position_is_finite(shards, reading):
+            self._tuner.skip()
+            return None
+        account = account_of_nonfinite(iterates, self.describe, self._layout.group)
+        raise NonfiniteError(
+            f"step {int(self._tuner.updates) + 1} was not taken, for its sums are not finite. {account}. Parameters, "
+            'optimizer and tuner are as before it. nonfinite="skip" leaves out steps with such gradients; parameters '
+            "that are not finite are no step's to mend: go back to a checkpoint"
+        )
+
+    def _position_is_finite(self, shards: Sequence[Batch], reading: Reading) -> bool:
+        """Whether parameters and Delta are, of which the gradients then are the only ones that are not."""
+        if self._tuner.variant.x_after_base_step:
+            position = PartialSums(exact())
+            show(shards, position.add_position)
+            reading = Reading(*torch.stack([*self._reduce(position).wait()]).tolist())
+        return math.isfinite(reading.delta_x) and math.isfinite(reading.x_square)
+
+    def _look_at_scale(self, taken: bool) -> None:
+        """Speak, once, of what cannot be right."""
+        if self._is_capturing:
+            return
+        self._in_a_row = 0 if taken else self._in_a_row + 1
+        messages = [self._watch.skipping(self._in_a_row)]
+        if taken:
+            self._steps += 1
+            if self._nonfinite == "ignore" and (self._steps == PATIENCE or self._steps % INTERVAL == 0):
+                self._last_scale = float(self._tuner.scale)
+            lrs = [group.get("lr", 1.0) for group in self.param_groups]
+            largest_lr = max((float(lr) for lr in lrs if not isinstance(lr, Tensor) or lr.is_cpu), default=0.0)
+            messages.append(self._watch.running(self._last_scale, largest_lr, self._tuner.s_max))
+            if self._steps == PATIENCE and not self._tuner.has_gained():
+                messages.append(self._watch.stuck(self._last_scale, self._tuner.s_init, int(self._tuner.updates)))
+        for message in filter(None, messages):
+            if self._layout.is_first_rank:  # all ranks have the same to say
+                logger.warning(message)
+
+    @torch.no_grad()
+    def check_consistency(self) -> None:
+        """Verify that ranks which should hold the same do, bit for bit, and that parameters are where they were put.
+
+        Compared over the process group are the tuner with its S, the param groups' settings, and of every parameter of
+        which there are copies the value, x_ref and Delta. Every rank must call it, between steps. It reads everything
+        once, and waits for the device.
+
+        Raises:
+            RuntimeError: on every rank alike, with the first rank and parameter that differ; or if something else has
+                changed a parameter since the last step (not seen with ``store_delta=False``).
+        """
+        self._share_global_state()
+        held = [
+            (parameter, name, self.state.get(parameter, {}).get(key, _ABSENT) if key else parameter)
+            for group in self.param_groups
+            for parameter in group["params"]
+            for name, key in (("the value", None), ("x_ref", X_REF), ("Delta", DELTA))
+        ]
+        device = self._layout.communication_device(self._home_device())
+        found = differences(self._tuner.state, self.param_groups, held, self._layout, device, self.describe)
+        if found:
+            raise RuntimeError(
+                f"ranks have drifted apart: {found}. Go back to a checkpoint from before that; nothing in a sound run "
+                "changes parameters or settings on one rank alone"
+            )
+        if self._started:
+            self._raise_if_astray(
+                RuntimeError,
+                "since the last step something else has changed them, which the next step will undo; if it was on "
+                "purpose, call rebase() after such a change",
+            )
 
     @property
     def scale(self) -> Tensor:
@@ -153,8 +293,8 @@ class Mechanic(OptimizerWrapper):
     def rebase(self) -> None:
         """Go on from where the parameters are now: x_ref = x and Delta = 0, with the scale and the tuner kept.
 
-        To be called after parameters were changed by anything but this optimizer: weights clipped, averaged or
-        exchanged, a model loaded without its optimizer. The step would undo such a change otherwise.
+        To be called on every rank after parameters were changed by anything but this optimizer: weights clipped,
+        averaged or exchanged, a model loaded without its optimizer. The step would undo such a change otherwise.
         """
         self._share_global_state()
         for parameter, state in self.state.items():
@@ -169,7 +309,8 @@ class Mechanic(OptimizerWrapper):
 
         Returns:
             ``scale``; ``h``, ``grad_norm`` and ``param_norm`` of the last step, over the whole model (nan before
-            the first); ``effective_lr/<i>``, S * lr of param group i.
+            the first); ``nonfinite_steps``, how many steps were left out, or under ``"ignore"`` not learned from;
+            ``effective_lr/<i>``, S * lr of param group i.
         """
         scale, sums = self.scale, self._tuner.sums
         metrics = {
@@ -177,6 +318,7 @@ class Mechanic(OptimizerWrapper):
             "h": self._tuner.h.clone(),
             "grad_norm": sums.grad_square.sqrt(),
             "param_norm": sums.x_square.sqrt(),
+            "nonfinite_steps": self._tuner.nonfinite.clone(),
         }
         for index, group in enumerate(self.param_groups):
             metrics[f"effective_lr/{index}"] = scale * group.get("lr", 1.0)
@@ -191,22 +333,25 @@ class Mechanic(OptimizerWrapper):
         device = self._layout.communication_device(self._tuner.state.device)
         return Reduction(sums.total(self._tuner.state), self._layout.group, device)
 
-    def _prepare(self) -> list[Iterate] | None:
-        """Everything that the first step has to do, and the local shards of this one."""
-        creating = not self._has_state() and is_creating_state()
-        if not creating:
-            self._share_global_state()
-            self._agree()
-            if not self._started:
-                self._drop_placeholders()
+    def _begin(self) -> bool:
+        """What has to be settled before a step, over all ranks; whether the run is yet to begin."""
+        self._share_global_state()
+        if self._check_every and self._calls and self._calls % self._check_every == 0:
+            self.check_consistency()
+        self._calls += 1
+        self._agree()
+        is_first = not self._started
+        if is_first:
+            self._drop_placeholders()
             self._started = True
+        return is_first
+
+    def _iterates(self) -> list[Iterate]:
         home = self._home_device()
         if self._tuner.state.device != home:
             self._tuner.to(home)  # the model was moved after the optimizer was built
             self._put_global_state()
-
-        scale = self._tuner.state[3].sum()
-        scales = {home: scale}
+        scales = {home: self._tuner.state[3].sum()}
         iterates = []
         for optimizer, update in zip(self.optimizers, self._updates):
             for group in optimizer.param_groups:
@@ -214,11 +359,6 @@ class Mechanic(OptimizerWrapper):
                     iterate = self._iterate(optimizer, group, parameter, update, scales)
                     if iterate is not None:
                         iterates.append(iterate)
-        if creating:
-            self._create_state(iterates)
-            return None
-        if self._was_loaded:
-            self._check_loaded(iterates)
         return iterates
 
     def _iterate(
@@ -267,181 +407,65 @@ class Mechanic(OptimizerWrapper):
             never_moved=never_moved,
         )
 
-    def _complete(self, state: dict[str, Any], parameter: Tensor, scale: Tensor) -> None:
-        """Make ``state`` hold x_ref, and Delta where it is stored: new ones, or what a load left of them."""
-        dtype = working_dtype(parameter)
-        starts_here = X_REF not in state
-        if starts_here:
-            state[X_REF] = parameter.detach().clone()
-        elif state[X_REF].dtype != parameter.dtype:
-            state[X_REF] = state[X_REF].to(parameter.dtype)
-        if not self._store_delta or starts_here:
-            state.pop(DELTA, None)
-        if self._store_delta and DELTA not in state:
-            state[DELTA] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
-            if not starts_here:  # saved with store_delta=False
-                delta = (local(parameter).to(dtype) - local(state[X_REF])) / (scale + self._tuner.eps).to(dtype)
-                local(state[DELTA]).copy_(delta)
-        elif self._store_delta and state[DELTA].dtype != dtype:
-            state[DELTA] = state[DELTA].to(dtype)
-
     def _agree(self) -> None:
-        """Compare notes with the other ranks, at the first step and when parameters were added."""
+        """Compare notes with the other ranks: at the first step, after a load, and when parameters were added."""
         # By group: inside of ZeRO, a rank may be given a new group that is empty.
         identities = [[id(parameter) for parameter in group["params"]] for group in self.param_groups]
-        if identities == self._agreed_on:
+        if identities == self._agreed_on and not self._was_loaded:
             return
-        _check_bases(self.optimizers, may_be_empty=True)
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        check_bases(self.optimizers, may_be_empty=True)
         device = self._layout.communication_device(self._home_device())
-        agree(parameters, self._settings(), self._layout, device, self._tuner.state.dtype)
+        names = [type(optimizer).__name__ for optimizer in self.optimizers]
+        run = "begins"
+        if self._started:
+            run = f"goes on after {int(self._tuner.updates)} steps with S={float(self._tuner.scale)!r}"
+        settings = f"a run of {names} that {run}, {self._settings()}"
+        agree(self.param_groups, settings, self._layout, device, self._tuner.state.dtype)
         self._agreed_on = identities
 
-    def _check_loaded(self, iterates: list[Iterate]) -> None:
-        """Refuse a state that the parameters do not belong to: the step would put them back where it says."""
-        astray = strays(iterates, any_scale=not self._tuner.variant.moves_without_gradient)
+    def _check_loaded(self) -> None:
+        """Refuse a loaded state that the parameters do not belong to: the step would put them back where it says."""
+        if self._was_loaded:
+            self._raise_if_astray(
+                ValueError,
+                "they are not where the loaded optimizer state says. Load the model from the same checkpoint; read a "
+                "checkpoint of the base optimizer alone before the first step, or by load_state_dict; if the "
+                "parameters were changed on purpose, call rebase() before the step",
+            )
+            self._was_loaded = False
+
+    def _raise_if_astray(self, kind: type[Exception], advice: str) -> None:
+        """Raise on every rank if parameters are not x_ref + S * Delta, where the step would put them back."""
+        moved = [
+            (parameter, self.state[parameter])
+            for group in self.param_groups
+            for parameter in group["params"]
+            if parameter.requires_grad and self.state.get(parameter, {}).keys() >= {X_REF, DELTA}
+        ]
+        places = [(local(parameter), local(state[X_REF]), local(state[DELTA])) for parameter, state in moved]
+        any_scale = not self._tuner.variant.moves_without_gradient
+        astray = strays(places, self._tuner.state[3].sum(), any_scale)
         complaint = ""
         if astray:
-            shape = tuple(iterates[astray[0]].parameter.shape)
             complaint = (
-                f"{len(astray)} of {len(iterates)} parameters, the first of shape {shape}, are not where the loaded "
-                "optimizer state says (x_ref + S * Delta). Load the model from the same checkpoint; read a checkpoint "
-                "of the base optimizer alone before the first step, or by load_state_dict; if the parameters were "
-                "changed on purpose, call rebase() before the step"
+                f"{len(astray)} of {len(places)} parameters are not x_ref + S * Delta, the first being "
+                f"{self.describe(moved[astray[0]][0])}: {advice}"
             )
         device = self._layout.communication_device(self._home_device())
-        raise_together(ValueError, complaint, self._layout.group, device)
-        self._was_loaded = False
+        raise_together(kind, complaint, self._layout.group, device)
 
-    def _create_state(self, iterates: list[Iterate]) -> None:
-        """Let base optimizers without a state create it, and change nothing else.
-
-        Theirs then counts a step that was none. It is a placeholder that shows a checkpoint what names and shapes
-        there are, is marked as one in the tuner's state, and is made again at the first real step.
-        """
-        with self._own_state_hidden():
-            self._placeholders = [not optimizer.state for optimizer in self.optimizers]
-            for optimizer, placeholder in zip(self.optimizers, self._placeholders):
-                if placeholder:
-                    optimizer.step()
-                    self._state_is_placeholder = True
-        for iterate in iterates:
-            iterate.x.copy_(iterate.x_ref)
-        if self._state_is_placeholder:
-            self._tuner.state[4].fill_(_PLACEHOLDER)
-        self._created = [
-            self._imprint(optimizer) if placeholder else None
-            for optimizer, placeholder in zip(self.optimizers, self._placeholders)
-        ]
-
-    def _imprint(self, optimizer: Optimizer) -> dict[Any, Any]:
-        """What tells a base's state that a step with zero gradients made from one that has seen training."""
-        return {
-            (parameter, name): local(value).item() if local(value).numel() == 1 else int(local(value).count_nonzero())
-            for parameter, state in optimizer.state.items()
-            for name, value in state.items()
-            if name not in self.STATE_KEYS and isinstance(value, Tensor)
-        }
-
-    def _is_as_created(self, optimizer: Optimizer, created: dict[Any, Any] | None) -> bool:
-        """Whether no checkpoint of the base alone was read into what was created, which leaves the tuner as it was."""
-        # Entries may be gone: FSDP1 loads none of a parameter that this rank holds nothing of.
-        return created is None or self._imprint(optimizer).items() <= created.items()
-
-    def _drop_placeholders(self) -> None:
-        """Forget what was only made to be looked at: a run starts from where its parameters are now."""
-        for optimizer, placeholder in zip(self.optimizers, self._placeholders):
-            if self._state_is_placeholder and placeholder:
-                optimizer.state.clear()
-            for state in optimizer.state.values():
-                for key in self.STATE_KEYS:
-                    state.pop(key, None)
-        if self._state_is_placeholder:
-            self._tuner.reset()
-        self._state_is_placeholder = False
-
-    def _has_state(self) -> bool:
-        return self._started or super()._has_state()
-
-    def _global_state(self) -> Tensor:
-        return self._tuner.state
-
-    def _check_global_state(self, saved: Tensor) -> None:
-        self._tuner.check(saved)
-
-    def _load_global_state(self, saved: Tensor | None) -> None:
-        if saved is None:
-            self._tuner.reset()
-            self._state_is_placeholder = self._started = self._was_loaded = False
-        else:
-            self._tuner.load(saved)
-            updates = float(self._tuner.updates)
-            self._state_is_placeholder = updates == _PLACEHOLDER
-            self._started = self._was_loaded = updates > 0
-            if self._state_is_placeholder:
-                self._placeholders = [
-                    not came_with_state and self._is_as_created(optimizer, created)
-                    for optimizer, came_with_state, created in zip(
-                        self.optimizers, self._came_with_state, self._created
-                    )
-                ]
+    @property
+    def _is_capturing(self) -> bool:
+        return self._tuner.state.is_cuda and torch.cuda.is_current_stream_capturing()
 
     @property
     def _kernels(self) -> Kernels:
         return compiled() if self._compile else plain()
 
-    def _home_device(self) -> torch.device:
-        """The device of the first parameter; of the process group's backend where this rank has none."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                return local(parameter).device
-        return self._layout.communication_device(torch.device("cpu"))
-
     def _settings(self) -> str:
         tuner = self._tuner
         return (
             f"variant={tuner.variant.name}, betas={tuner.betas}, s_init={tuner.s_init}, s_decay={tuner.s_decay}, "
-            f"eps={tuner.eps}, store_delta={self._store_delta}"
+            f"eps={tuner.eps}, s_max={tuner.s_max}, store_delta={self._store_delta}, nonfinite={self._nonfinite}, "
+            f"check_every={self._check_every}, update={self._updates}, compile={self._compile}"
         )
-
-
-# What cannot be wrapped, by the name of a class in torch.optim, and why.
-_UNSUPPORTED = {
-    "LBFGS": "it is no first-order optimizer: a step evaluates the loss at many points",
-    "SparseAdam": "its gradients are sparse; use Adam with dense gradients",
-}
-
-
-def _check_bases(optimizers: list[Optimizer], may_be_empty: bool) -> None:
-    if not optimizers:
-        raise ValueError("Mechanic needs at least one optimizer to wrap, got an empty list")
-    seen: set[int] = set()
-    for optimizer in optimizers:
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"Mechanic wraps torch.optim.Optimizer objects, got {type(optimizer).__name__}")
-        if isinstance(optimizer, Mechanic):
-            raise TypeError("the optimizer is a Mechanic already; wrap the base optimizer once")
-        for cls in type(optimizer).__mro__:
-            if cls.__module__.startswith("torch.optim") and cls.__name__ in _UNSUPPORTED:
-                raise TypeError(f"Mechanic cannot wrap {cls.__name__}: {_UNSUPPORTED[cls.__name__]}")
-            if cls.__name__ == "ZeroRedundancyOptimizer":
-                raise TypeError(
-                    "Mechanic goes inside of ZeroRedundancyOptimizer: pass "
-                    'optimizer_class=mechanize(AdamW, plain="sharded")'
-                )
-        for group in optimizer.param_groups:
-            if group.get("differentiable", False):
-                raise ValueError("differentiable=True is not supported: Mechanic's step cannot be differentiated")
-            for parameter in group["params"]:
-                if parameter.is_complex():
-                    raise TypeError(
-                        f"a parameter of shape {tuple(parameter.shape)} is complex; Mechanic needs real ones"
-                    )
-                if id(parameter) in seen:
-                    raise ValueError(
-                        f"a parameter of shape {tuple(parameter.shape)} is in more than one group; each must be in one"
-                    )
-                seen.add(id(parameter))
-    trainable = any(p.requires_grad for base in optimizers for group in base.param_groups for p in group["params"])
-    if not trainable and not may_be_empty:
-        raise ValueError("no parameter requires a gradient; there is nothing to train")

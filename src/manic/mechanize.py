@@ -80,7 +80,7 @@ def mechanize(
 
             def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                 nonlocal count
-                if not self._started:  # a step that only made a state for checkpointing
+                if not self._started or self._in_a_row:  # a step that made a state for checkpointing, or was left out
                     return
                 count = int(self._tuner.updates) if count is None else count + 1
                 if count % log_every == 0:

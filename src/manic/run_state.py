@@ -66,7 +66,7 @@ class RunState:
         model, optimizer = get_state_dict(self.model, self._inner(), options=_FLAT)
         return {
             "model": model,
-            "optimizer": optimizer,
+            "optimizer": {key: _number(value) for key, value in optimizer.items()},
             "objects": {name: _whole_or_flat(thing.state_dict()) for name, thing in self.objects.items()},
             "random": {str(rank()): _random_state()},
         }
@@ -273,7 +273,9 @@ def _wanted_of_optimizer(
     for key, value in flat.items():
         there = saved.get(f"optimizer.{key}")
         if key.startswith("param_groups."):
-            if there is not None:
+            if isinstance(value, torch.Tensor) and isinstance(there, TensorStorageMetadata):
+                wanted[key] = torch.empty(there.size, dtype=there.properties.dtype, device=value.device)
+            elif there is not None:
                 wanted[key] = value.clone() if isinstance(value, torch.Tensor) else value
             continue
         parameter, state = split(key.removeprefix("state."), parameters)
@@ -325,6 +327,11 @@ def _entries(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _entries(each, f"{prefix}.{index}")
     else:
         yield prefix, value
+
+
+def _number(value: Any) -> Any:
+    """A NumPy scalar, which a schedule may have made a learning rate, as the number that it is."""
+    return value.item() if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0 else value
 
 
 def _whole_or_flat(state: Any) -> Any:

@@ -16,6 +16,11 @@ from torch import Tensor
 __all__ = ["VARIANTS", "Sums", "Tuner", "Variant"]
 
 
+# Squares this small may have lost elements to underflow, where they were summed in float32: an element under 1e-19 has
+# a square that is none, and 1e10 of them would not come to this.
+_SMALLEST_SQUARE = 1e-20
+
+
 class Sums(NamedTuple):
     """The four inner products of a step, each over every element of the model once.
 
@@ -30,6 +35,25 @@ class Sums(NamedTuple):
     """<Delta_t, x_t>"""
     x_square: Tensor
     """|x_t|^2"""
+
+
+class Reading(NamedTuple):
+    """:class:`Sums` on the host."""
+
+    delta_grad: float
+    grad_square: float
+    delta_x: float
+    x_square: float
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all four are."""
+        return all(math.isfinite(value) for value in self)
+
+    def is_in_range(self, with_position: bool) -> bool:
+        """Whether float32 can have held what was summed: nothing too large for its squares, and nothing too small."""
+        squares = (self.grad_square, self.x_square) if with_position else (self.grad_square,)
+        return self.is_finite and min(squares) >= _SMALLEST_SQUARE
 
 
 @dataclass(frozen=True)
@@ -58,6 +82,9 @@ VARIANTS = {
 }
 
 
+_ROWS = 8
+
+
 class Tuner:
     """The state of Algorithm 1 that is not a parameter, and its update.
 
@@ -67,6 +94,7 @@ class Tuner:
         s_decay: lambda of the paper, the strength of the pull towards the origin.
         eps: Added to denominators.
         variant: A name in :data:`VARIANTS`.
+        s_max: The largest scale, positive. ``None``: no bound.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -79,6 +107,7 @@ class Tuner:
         s_decay: float = 0.01,
         eps: float = 1e-8,
         variant: str = "optax",
+        s_max: float | None = None,
     ) -> None:
         if variant not in VARIANTS:
             raise ValueError(f"variant must be one of {sorted(VARIANTS)}, got {variant!r}")
@@ -93,10 +122,14 @@ class Tuner:
             raise ValueError(f"s_decay must be non-negative and finite, got {s_decay}")
         if not (eps > 0.0 and math.isfinite(eps)):
             raise ValueError(f"eps must be positive and finite, got {eps}")
+        self.s_max = None if s_max is None else float(s_max)
+        if self.s_max is not None and not (self.s_max >= s_init and math.isfinite(self.s_max)):
+            raise ValueError(f"s_max must be finite and at least s_init, {s_init}; got {s_max}")
         self.betas, self.s_init, self.s_decay, self.eps = betas, s_init, float(s_decay), float(eps)
         # One tensor, so that a checkpoint holds the tuner whole or not at all. Rows r, m, v, s, the number of updates
-        # made, and what a saved one must agree in: the betas and the variant. A column for each beta.
-        self.state = torch.zeros(7, len(betas), dtype=torch.float64)
+        # made, what a saved one must agree in, the betas and the variant, and the number of steps whose sums were not
+        # finite. A column for each beta.
+        self.state = torch.zeros(_ROWS, len(betas), dtype=torch.float64)
         # The last step's h and sums, for whoever watches; nan before the first step.
         self.h = torch.full((), math.nan, dtype=torch.float64)
         self.sums = Sums(self.h, self.h, self.h, self.h)
@@ -107,7 +140,8 @@ class Tuner:
         self.state.zero_()
         self.state[1].fill_(self.variant.m_start)
         if self.variant.s_starts_at_init:
-            self.state[3].fill_(self.s_init)
+            start = self.s_init if self.s_max is None else min(self.s_init, self.s_max / len(self.betas))
+            self.state[3].fill_(start)
         self.state[5].copy_(torch.tensor(self.betas, dtype=torch.float64))
         self.state[6].fill_(list(VARIANTS).index(self.variant.name))
 
@@ -124,12 +158,13 @@ class Tuner:
         Raises:
             ValueError: if it was saved with other betas or another variant.
         """
+        state = _with_all_rows(state)
         # Compared with the arguments, since the state itself may be what was just loaded into.
         fits = state.shape == self.state.shape and all(
             math.isclose(a, b, rel_tol=1e-7) for a, b in zip(state[5].tolist(), self.betas)
         )
         if not fits:
-            saved = state[5].tolist() if state.ndim == 2 and state.shape[0] == 7 else f"shape {tuple(state.shape)}"
+            saved = state[5].tolist() if state.ndim == 2 and state.shape[0] == _ROWS else f"shape {tuple(state.shape)}"
             raise ValueError(f"the saved tuner has other betas: {saved} there, {list(self.betas)} here; pass the same")
         names = list(VARIANTS)
         if int(state[6, 0]) != names.index(self.variant.name):
@@ -143,12 +178,26 @@ class Tuner:
             ValueError: as :meth:`check` does.
         """
         self.check(state)
-        self.state.copy_(state)
+        self.state.copy_(_with_all_rows(state))
 
     @property
     def updates(self) -> Tensor:
-        """Number of updates made: 0-dim."""
+        """Number of steps taken, those included from which nothing was learned: 0-dim."""
         return self.state[4, 0]
+
+    @property
+    def nonfinite(self) -> Tensor:
+        """Number of steps that were left out, or not learned from, because their sums were not finite: 0-dim."""
+        return self.state[7, 0]
+
+    def skip(self) -> None:
+        """Count a step that is not taken because its sums are not finite."""
+        self.state[7].add_(1)
+
+    def has_gained(self) -> bool:
+        """Whether moving has paid more than the stake of the start, for any beta. The host waits for the device."""
+        r, m, _, _, *_ = self.state.unbind()
+        return bool((r > self.s_init / len(self.betas) * m).any())
 
     @property
     def scale(self) -> Tensor:
@@ -159,30 +208,43 @@ class Tuner:
     def update(self, sums: Sums) -> Tensor:
         """Take one step of Algorithm 1 (lines 8 to 14) and return the new S.
 
+        From sums that are not finite, or that lead to what is not, nothing is learned: they are counted.
+
         Args:
             sums: The step's inner products over the whole model.
 
         Returns:
             S_{t+1}: 0-dim. No host synchronisation takes place.
         """
-        r, m, v, s, updates, beta, _ = self.state.unbind()
+        r, m, v, s, updates, beta, variant, nonfinite = self.state.unbind()
 
         decay = self.s_decay * s.sum() * sums.grad_square.sqrt() / (sums.x_square.sqrt() + self.eps)
         h = sums.delta_grad + decay * sums.delta_x
 
         if self.variant.clips_h:
             rewarded = torch.clamp(h, min=-m, max=m)
-            m.copy_(torch.maximum(beta * m, h.abs() + self.eps))
+            m = torch.maximum(beta * m, h.abs() + self.eps)
         else:
             rewarded = h
-            m.copy_(torch.maximum(beta * m, h.abs()))
-        v.copy_(beta * beta * v + h * h)
-        r.copy_(beta * r - rewarded * s)
+            m = torch.maximum(beta * m, h.abs())
+        v = beta * beta * v + h * h
+        r = beta * r - rewarded * s
         if not self.variant.keeps_negative_reward:
-            r.clamp_(min=0.0)
+            r = r.clamp(min=0.0)
         wealth = self.s_init / len(self.betas) * m + r.clamp(min=0.0)
-        s.copy_(wealth / (v.sqrt() + self.eps))
+        s = wealth / (v.sqrt() + self.eps)
+        if self.s_max is not None:
+            s = s * (self.s_max / s.sum()).clamp(max=1.0)
 
-        updates.add_(1)
+        new = torch.stack((r, m, v, s, updates + 1, beta, variant, nonfinite))
+        unchanged = torch.stack((*self.state[:4].unbind(), updates + 1, beta, variant, nonfinite + 1))
+        # A divisor that is infinite would not show in h.
+        finite = new.isfinite().all() & sums.x_square.isfinite()
+        self.state.copy_(torch.where(finite, new, unchanged))
         self.h, self.sums = h, sums
         return self.scale
+
+
+def _with_all_rows(state: Tensor) -> Tensor:
+    """A saved state with the rows that this version has: the last was added later, and counts from 0."""
+    return torch.cat((state, state.new_zeros(1, state.shape[1]))) if state.shape[:1] == (_ROWS - 1,) else state

@@ -117,6 +117,16 @@ class OptimizerWrapper(Optimizer):
         """Keys of ``state`` and param groups that a checkpoint may lack: the wrapper then does without, or starts."""
         return frozenset((*self.STATE_KEYS, self.GROUP_KEY))
 
+    def describe(self, parameter: Tensor) -> str:
+        """A parameter of this optimizer in words: its place, its shape, and its name if the groups know it."""
+        for index, group in enumerate(self.param_groups):
+            for place, each in enumerate(group["params"]):
+                if each is parameter:
+                    names = group.get("param_names")
+                    name = f" ({names[place]!r})" if names else ""
+                    return f"parameter {place} of group {index}{name}, shape {tuple(parameter.shape)}"
+        raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is none of this optimizer's")
+
     def check_param_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Ask whether param groups of a saved state dict can be loaded; changes nothing.
 

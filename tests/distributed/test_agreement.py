@@ -48,16 +48,63 @@ def test_different_parameters(difference: str) -> None:
             "dtype": lambda: parameters((3, 4), (5,), dtype=torch.float64),
             "frozen": lambda: [mine[0], mine[1].requires_grad_(False)],
         }[difference]()
-    assert_all_ranks_raise(Mechanic(torch.optim.SGD(mine, lr=1.0)), "different parameters: rank . has .*; rank 1 has")
+    assert_all_ranks_raise(
+        Mechanic(torch.optim.SGD(mine, lr=1.0)), "different param groups or parameters: rank . has .*; rank 1 has"
+    )
 
 
 @ranks(2)
 @pytest.mark.parametrize("option", [
     {"s_init": 0.5}, {"betas": (0.9, 0.99)}, {"variant": "pytorch"}, {"store_delta": False}, {"plain": "sharded"},
+    {"nonfinite": "skip"}, {"s_max": 2.0}, {"check_every": 3}, {"update": "snapshot"}, {"s_decay": 0.1}, {"eps": 1e-6},
 ], ids=str)  # fmt: skip
 def test_different_settings(option: dict[str, Any]) -> None:
     options = option if dist.get_rank() == 1 else {}
     assert_all_ranks_raise(Mechanic(torch.optim.SGD(parameters((3,)), lr=1.0), **options), "different settings")
+
+
+@ranks(3)
+@pytest.mark.parametrize("plain", ["replicated", "sharded"])
+@pytest.mark.parametrize("difference", [
+    {"lr": 0.5}, {"betas": (0.9, 0.95)}, {"weight_decay": 0.5}, {"lr": torch.tensor(0.5)}, {"amsgrad": True}, "groups",
+], ids=str)  # fmt: skip
+def test_different_hyperparameters(difference: dict[str, Any] | str, plain: str) -> None:
+    first, second = parameters((3,), (4,))
+    odd = dist.get_rank() == 2
+    groups = [{"params": [first, second]}]
+    if odd and difference == "groups":
+        groups = [{"params": [first]}, {"params": [second]}]
+    options = {"lr": 1.0, **(difference if odd and isinstance(difference, dict) else {})}
+    optimizer = Mechanic(torch.optim.AdamW(groups, **options), plain=plain)
+    assert_all_ranks_raise(optimizer, "different param groups or parameters: rank 0 has .*; rank 2 has")
+
+
+@ranks(2)
+def test_another_base_optimizer() -> None:
+    cls = (torch.optim.Adam, torch.optim.AdamW)[dist.get_rank()]
+    base = (
+        cls(parameters((3,)), lr=1.0, weight_decay=0.1, decoupled_weight_decay=True)
+        if cls is torch.optim.Adam
+        else (cls(parameters((3,)), lr=1.0, weight_decay=0.1))
+    )
+    assert_all_ranks_raise(Mechanic(base), "different settings")
+
+
+@ranks(2)
+@pytest.mark.parametrize("other", [2, 0])
+def test_ranks_that_loaded_different_checkpoints(other: int) -> None:
+    """Or of which one found none: on a disk that is not shared, say."""
+    alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+    (source,) = parameters((3,))
+    donor = Mechanic(torch.optim.SGD([source], lr=1.0), process_group=alone, s_init=0.1)
+    for _ in range(4 if dist.get_rank() == 0 else other):
+        source.grad = torch.ones(3)
+        donor.step()
+    target = source.detach().clone().requires_grad_()
+    optimizer = Mechanic(torch.optim.SGD([target], lr=1.0), s_init=0.1)
+    if dist.get_rank() == 0 or other:
+        optimizer.load_state_dict(donor.state_dict())
+    assert_all_ranks_raise(optimizer, "different settings: rank 1 has .*; rank 0 has .* goes on after 4 steps with")
 
 
 @ranks(2)
@@ -149,7 +196,7 @@ def test_parameters_that_are_added_are_compared_as_well() -> None:
     optimizer.add_param_group({"params": parameters((2, 2))})
     optimizer.step()
     optimizer.add_param_group({"params": parameters((2, 2 + dist.get_rank()))})
-    assert_all_ranks_raise(optimizer, "different parameters")
+    assert_all_ranks_raise(optimizer, "different param groups or parameters")
 
 
 @ranks(2)

@@ -19,6 +19,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import manic
+import test_faults
+import test_lost_ranks
 from manic.testing import run
 
 ROOT = Path(__file__).parents[2]
@@ -94,6 +96,16 @@ def execute(page: str, index: int) -> None:
 @pytest.mark.parametrize(("page", "index"), BLOCKS)
 def test_block_runs(page: str, index: int) -> None:
     run(execute, 2, page, index)
+
+
+def test_reliability_counts_what_is_tried() -> None:
+    rows = [line.split("|") for line in (ROOT / "docs" / "reliability.md").read_text().splitlines()]
+    counts = {row[1].split(":")[0].strip(): (row[2].strip(), row[3].strip()) for row in rows if len(row) == 6}
+    tried, quick = test_faults.tried(), test_faults.tried(quick=True)
+    assert counts["a gradient that is nan or infinite"] == (str(tried["gradients"]), str(quick["gradients"]))
+    assert counts["an error on one rank in the middle of a step"] == (str(tried["errors"]), str(quick["errors"]))
+    of_ranks = (str(len(test_lost_ranks.MATRIX)), str(len(test_lost_ranks.SHORT)))
+    assert counts["a rank that is killed, exits, raises or hangs"] == of_ranks
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

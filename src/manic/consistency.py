@@ -1,0 +1,116 @@
+"""Whether ranks that should hold the same still do, bit for bit, in the middle of a run.
+
+It compares digests over the process group, and names the first rank and tensor that differ. What ranks should hold is
+layout.py's knowledge.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from manic.agreement import describe_group, digest, gather
+from manic.layout import Layout, local
+from manic.passes import pieces
+
+__all__ = ["differences"]
+
+Held = tuple[Tensor, str, Tensor]
+"""A parameter, the name of one of its tensors, and that tensor, of the parameter's shape and placements."""
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Odd, so that no bit of a product is lost: the multiplier of Knuth's multiplicative hashing, for 64 bits.
+_MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)
+
+
+def differences(
+    tuner: Tensor,
+    groups: Sequence[Mapping[str, Any]],
+    held: Sequence[Held],
+    layout: Layout,
+    device: torch.device,
+    name_of: Callable[[Tensor], str],
+) -> str:
+    """Say, alike on every rank, in what ranks differ that should not.
+
+    Args:
+        tuner: The tuner's state, the same on all ranks.
+        groups: The param groups, whose settings are the same on all ranks of a pipeline stage.
+        held: What is compared of the parameters, in the same order on all ranks of a stage.
+        layout: How many ranks hold an element of each.
+        device: Where the group's backend takes tensors from.
+        name_of: Describes a parameter.
+
+    Returns:
+        The first difference, in words; empty if there is none.
+    """
+    group = layout.group
+    if group is None:
+        return ""
+    settings = "\n".join(describe_group(each) for each in groups)
+    row = torch.tensor([digest(str(tuner.tolist())), digest(settings)], device=device)
+    rows = torch.stack(gather(row, group))
+    if found := _odd_one(rows[:, 0].tolist(), len(rows)):
+        scales = _every(float(tuner[3].sum()), group)
+        rank, other = found
+        return f"the tuner of rank {rank} is not that of rank {other}: S is {scales[rank]!r} and {scales[other]!r}"
+    if found := _odd_one(rows[:, 1].tolist(), len(rows) // layout.pipeline_stages):
+        lines = _every(settings, group)
+        rank, other = found
+        return f"the settings of rank {rank} are not those of rank {other}: {lines[rank]} and {lines[other]}"
+    return _tensors(held, layout, group, device, name_of)
+
+
+def _tensors(
+    held: Sequence[Held], layout: Layout, group: ProcessGroup, device: torch.device, name_of: Callable[[Tensor], str]
+) -> str:
+    mine = torch.zeros(len(held), 2, dtype=torch.int64, device=device)
+    for index, (parameter, _, tensor) in enumerate(held):
+        mine[index, 0] = _digest_of(local(tensor)).to(device)
+        mine[index, 1] = int(layout.replicas(parameter))
+    longest = max(int(size) for size in gather(torch.tensor(len(held), device=device), group))
+    every = torch.stack(gather(torch.cat((mine, mine.new_zeros(longest - len(held), 2))), group))
+    for index, rows in enumerate(every.unbind(dim=1)):
+        # A stage of a pipeline may hold another tensor at this place than the others, or none.
+        for copies in set(rows[:, 1].tolist()) - {0, 1}:
+            ranks = [rank for rank, row in enumerate(rows.tolist()) if row[1] == copies]
+            if found := _odd_one([int(rows[rank, 0]) for rank in ranks], copies):
+                rank, other = (ranks[each] for each in found)
+                names = _every([f"{name} of {name_of(parameter)}" for parameter, name, _ in held], group)
+                return f"{names[rank][index]} on rank {rank} is not what rank {other} holds"
+    return ""
+
+
+def _odd_one(values: Sequence[int], copies: int) -> tuple[int, int] | None:
+    """Where ``values``, each of which should come in multiples of ``copies``, has one that does not, and its like."""
+    counts = Counter(values)
+    odd = sorted((value for value, count in counts.items() if count % copies), key=lambda value: counts[value])
+    if not odd:
+        return None
+    rarest, *others = odd
+    like = others[-1] if others else next((value for value in values if value != rarest), rarest)
+    return values.index(rarest), values.index(like)
+
+
+def _every(value: Any, group: ProcessGroup) -> list[Any]:
+    values = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def _digest_of(tensor: Tensor) -> Tensor:
+    """A 0-dim int64 that is other if any bit of ``tensor`` is: the sum of its words, each times its own odd number."""
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    start = 0
+    for (piece,) in pieces([tensor]):
+        words = piece.reshape(-1).view(_INTEGERS[piece.element_size()]).to(torch.int64)
+        places = torch.arange(start, start + words.numel(), device=words.device)
+        total += (words * (2 * (places * _MULTIPLIER) + 1)).sum()
+        start += words.numel()
+    return total
