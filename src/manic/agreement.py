@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,9 @@ from torch.distributed.tensor import DTensor
 from manic.layout import Layout, check_gradient, is_fsdp1, local
 from manic.passes import pieces
 
-__all__ = ["agree", "describe_group", "digest", "gather", "raise_together"]
+__all__ = ["agree", "describe_group", "digest", "gather", "gather_objects", "raise_together"]
+
+T = TypeVar("T")
 
 
 def agree(
@@ -86,8 +88,7 @@ def raise_together(kind: type[Exception], complaint: str, group: ProcessGroup | 
         return
     lengths = gather(torch.tensor([len(complaint)], device=device), group)
     if any(length[0] for length in lengths):
-        everyone = [""] * len(lengths)
-        dist.all_gather_object(everyone, complaint, group=group)
+        everyone = gather_objects(complaint, group)
         rank = next(rank for rank, text in enumerate(everyone) if text)
         raise kind(f"rank {rank}: {everyone[rank]}")
 
@@ -143,14 +144,20 @@ def gather(row: Tensor, group: ProcessGroup) -> list[Tensor]:
     return list(torch.stack(rows).cpu().unbind())
 
 
+def gather_objects(value: T, group: ProcessGroup) -> list[T]:
+    """Every rank's ``value``, which can be pickled; slower than :func:`gather`."""
+    values = [value] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def _compare(digests: list[int], stages: int, what: str, mine: list[str], group: ProcessGroup) -> None:
     """Raise the same error everywhere unless each digest belongs to whole stages."""
     size = len(digests) // stages
     counts = Counter(digests)
     if all(count % size == 0 for count in counts.values()):
         return
-    everyone: list[list[str]] = [[] for _ in digests]
-    dist.all_gather_object(everyone, mine, group=group)
+    everyone = gather_objects(mine, group)
     odd = min((each for each in counts if counts[each] % size), key=counts.__getitem__)
     other = digests.index(odd)
     reference = next(rank for rank, each in enumerate(digests) if each != odd)

@@ -11,11 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from manic.agreement import describe_group, digest, gather
+from manic.agreement import describe_group, digest, gather, gather_objects
 from manic.layout import Layout, local
 from manic.passes import pieces
 
@@ -57,11 +56,11 @@ def differences(
     row = torch.tensor([digest(str(tuner.tolist())), digest(settings)], device=device)
     rows = torch.stack(gather(row, group))
     if found := _odd_one(rows[:, 0].tolist(), len(rows)):
-        scales = _every(float(tuner[3].sum()), group)
+        scales = gather_objects(float(tuner[3].sum()), group)
         rank, other = found
         return f"the tuner of rank {rank} is not that of rank {other}: S is {scales[rank]!r} and {scales[other]!r}"
     if found := _odd_one(rows[:, 1].tolist(), len(rows) // layout.pipeline_stages):
-        lines = _every(settings, group)
+        lines = gather_objects(settings, group)
         rank, other = found
         return f"the settings of rank {rank} are not those of rank {other}: {lines[rank]} and {lines[other]}"
     return _tensors(held, layout, group, device, name_of)
@@ -82,7 +81,7 @@ def _tensors(
             ranks = [rank for rank, row in enumerate(rows.tolist()) if row[1] == copies]
             if found := _odd_one([int(rows[rank, 0]) for rank in ranks], copies):
                 rank, other = (ranks[each] for each in found)
-                names = _every([f"{name} of {name_of(parameter)}" for parameter, name, _ in held], group)
+                names = gather_objects([f"{name} of {name_of(parameter)}" for parameter, name, _ in held], group)
                 return f"{names[rank][index]} on rank {rank} is not what rank {other} holds"
     return ""
 
@@ -96,12 +95,6 @@ def _odd_one(values: Sequence[int], copies: int) -> tuple[int, int] | None:
     rarest, *others = odd
     like = others[-1] if others else next((value for value in values if value != rarest), rarest)
     return values.index(rarest), values.index(like)
-
-
-def _every(value: Any, group: ProcessGroup) -> list[Any]:
-    values = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
 
 
 def _digest_of(tensor: Tensor) -> Tensor:

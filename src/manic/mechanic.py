@@ -110,8 +110,8 @@ class Mechanic(MechanicState):
         self._updates = ["snapshot" if snapshot else resolve_update(base, update) for base in optimizers]
         self._agreed_on: list[list[int]] | None = None
         self._watch = Watch()
-        # Calls of step() in this process, steps that it took, how many it left out in a row, and the last S heard of.
-        self._calls, self._steps, self._in_a_row, self._last_scale = 0, 0, 0, 0.0
+        # Calls of step() in this process, how many it has left out in a row, and S when the host last heard of it.
+        self._calls, self._in_a_row, self._last_scale = 0, 0, 0.0
         super().__init__(optimizers, tuner, Layout(process_group, plain, pipeline_stages), bool(store_delta))
 
     # It steers by what the host knows; its arithmetic is compiled apart, if asked for.
@@ -207,7 +207,7 @@ class Mechanic(MechanicState):
             partial = PartialSums(kernels)
             show(shards, partial.add_gradient if early else partial.add)
             sums = self._reduce(partial).wait()
-            *numbers, self._last_scale = torch.stack([*sums, self._tuner.scale]).tolist()
+            *numbers, self._last_scale = torch.stack([*sums, self._tuner.scale]).tolist()  # one wait for both
             reading = Reading(*numbers)
             if reading.is_in_range(with_position=not early):
                 return sums
@@ -228,7 +228,7 @@ class Mechanic(MechanicState):
         if self._tuner.variant.x_after_base_step:
             position = PartialSums(exact())
             show(shards, position.add_position)
-            reading = Reading(*torch.stack([*self._reduce(position).wait()]).tolist())
+            reading = self._reduce(position).wait().read()
         return math.isfinite(reading.delta_x) and math.isfinite(reading.x_square)
 
     def _look_at_scale(self, taken: bool) -> None:
@@ -238,13 +238,12 @@ class Mechanic(MechanicState):
         self._in_a_row = 0 if taken else self._in_a_row + 1
         messages = [self._watch.skipping(self._in_a_row)]
         if taken:
-            self._steps += 1
-            if self._nonfinite == "ignore" and (self._steps == PATIENCE or self._steps % INTERVAL == 0):
+            if self._nonfinite == "ignore" and (self._calls == PATIENCE or self._calls % INTERVAL == 0):
                 self._last_scale = float(self._tuner.scale)
             lrs = [group.get("lr", 1.0) for group in self.param_groups]
             largest_lr = max((float(lr) for lr in lrs if not isinstance(lr, Tensor) or lr.is_cpu), default=0.0)
             messages.append(self._watch.running(self._last_scale, largest_lr, self._tuner.s_max))
-            if self._steps == PATIENCE and not self._tuner.has_gained():
+            if self._calls == PATIENCE and not self._tuner.has_gained():
                 messages.append(self._watch.stuck(self._last_scale, self._tuner.s_init, int(self._tuner.updates)))
         for message in filter(None, messages):
             if self._layout.is_first_rank:  # all ranks have the same to say

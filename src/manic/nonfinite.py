@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from manic.agreement import gather_objects
 from manic.displacement import Iterate
 
 __all__ = ["NonfiniteError", "account_of_nonfinite"]
@@ -43,10 +43,7 @@ def account_of_nonfinite(
         for what, tensor in (("gradient", iterate.gradient), ("value", iterate.x), ("displacement", iterate.delta))
         if tensor is not None and (count := int((~torch.isfinite(tensor)).sum()))
     ]
-    accounts: list[list[str]] = [found]
-    if group is not None:
-        accounts = [[] for _ in range(dist.get_world_size(group))]
-        dist.all_gather_object(accounts, found, group=group)
+    accounts = [found] if group is None else gather_objects(found, group)
     places = [f"rank {rank}: {place}" for rank, account in enumerate(accounts) for place in account]
     if not places:
         return "every gradient and parameter is finite, but their squares or products have no room in float64"

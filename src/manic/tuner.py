@@ -36,6 +36,10 @@ class Sums(NamedTuple):
     x_square: Tensor
     """|x_t|^2"""
 
+    def read(self) -> Reading:
+        """The sums as numbers. The host waits for the device."""
+        return Reading(*torch.stack(self).tolist())
+
 
 class Reading(NamedTuple):
     """:class:`Sums` on the host."""
