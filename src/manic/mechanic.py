@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from manic.agreement import agree, raise_together
+from manic.agreement import agree
 from manic.bases import check_bases
 from manic.consistency import differences
-from manic.displacement import Batch, Iterate, batches, resolve_update, show, stepping, strays, write_back
+from manic.displacement import Batch, Iterate, batches, resolve_update, show, stepping, write_back
 from manic.kernels import Kernels, compiled, exact, plain
 from manic.layout import Layout, Plain, local, local_gradient
 from manic.nonfinite import NonfiniteError, account_of_nonfinite
@@ -421,37 +421,6 @@ class Mechanic(MechanicState):
         settings = f"a run of {names} that {run}, {self._settings()}"
         agree(self.param_groups, settings, self._layout, device, self._tuner.state.dtype)
         self._agreed_on = identities
-
-    def _check_loaded(self) -> None:
-        """Refuse a loaded state that the parameters do not belong to: the step would put them back where it says."""
-        if self._was_loaded:
-            self._raise_if_astray(
-                ValueError,
-                "they are not where the loaded optimizer state says. Load the model from the same checkpoint; read a "
-                "checkpoint of the base optimizer alone before the first step, or by load_state_dict; if the "
-                "parameters were changed on purpose, call rebase() before the step",
-            )
-            self._was_loaded = False
-
-    def _raise_if_astray(self, kind: type[Exception], advice: str) -> None:
-        """Raise on every rank if parameters are not x_ref + S * Delta, where the step would put them back."""
-        moved = [
-            (parameter, self.state[parameter])
-            for group in self.param_groups
-            for parameter in group["params"]
-            if parameter.requires_grad and self.state.get(parameter, {}).keys() >= {X_REF, DELTA}
-        ]
-        places = [(local(parameter), local(state[X_REF]), local(state[DELTA])) for parameter, state in moved]
-        any_scale = not self._tuner.variant.moves_without_gradient
-        astray = strays(places, self._tuner.state[3].sum(), any_scale)
-        complaint = ""
-        if astray:
-            complaint = (
-                f"{len(astray)} of {len(places)} parameters are not x_ref + S * Delta, the first being "
-                f"{self.describe(moved[astray[0]][0])}: {advice}"
-            )
-        device = self._layout.communication_device(self._home_device())
-        raise_together(kind, complaint, self._layout.group, device)
 
     @property
     def _is_capturing(self) -> bool:
