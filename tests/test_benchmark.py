@@ -19,7 +19,8 @@ TINY = scale_cost.Llama(layers=2, width=256, hidden=512, keys=64, vocabulary=102
 
 
 def test_step_writes_a_row_for_every_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    methods = ["Mechanic(AdamW)", "Mechanic(AdamW), store_delta=False", "mechanic-pytorch"]
+    waits = ["Mechanic(AdamW)", "Mechanic(AdamW), store_delta=False"]
+    methods = [*waits, *(f'{method}, nonfinite="ignore"' for method in waits), "mechanic-pytorch"]
     found = tmp_path / "found.json"
     command = ["benchmark.py", "step", "--params", "1M", "--repeats", "2", "--device", "cpu", "--json", str(found)]
     monkeypatch.setattr(sys, "argv", [*command, "--methods", *methods])
@@ -28,9 +29,9 @@ def test_step_writes_a_row_for_every_method(tmp_path: Path, monkeypatch: pytest.
     assert list(rows) == [step_cost.REFERENCE, *methods]
     assert rows[step_cost.REFERENCE]["ratio"] == 1
     assert all(row["seconds"] > 0 for row in rows.values())
-    for method in methods[:2]:
+    for method in methods[:4]:
         assert rows[method]["collectives"] == 1
-        assert rows[method]["syncs"] == 0
+        assert rows[method]["syncs"] == (1 if method in waits else 0)
     assert rows["mechanic-pytorch"]["collectives"] == 0
     assert rows["mechanic-pytorch"]["syncs"] > 0
 
