@@ -70,6 +70,57 @@ class Oracle:
             self.s[i] = wealth / (math.sqrt(self.v[i]) + EPS)
 
 
+class Multiplier:
+    """The tuner that multiplies around ``base``: the same, of the rule in docs/variants.md."""
+
+    def __init__(
+        self, parameters: list[Tensor], base: torch.optim.Optimizer, s_init: float, beta: float = 0.99
+    ) -> None:
+        self.parameters, self.base, self.s_init, self.beta = parameters, base, s_init, beta
+        self.x_1 = [p.detach().clone() for p in parameters]
+        self.scale, self.square, self.weight, self.agreed, self.largest_lr = 0.0, 0.0, 0.0, 0.0, 0.0
+
+    @torch.no_grad()
+    def step(self) -> None:
+        x = [p.clone() for p in self.parameters]
+        way = [p - x_1 for p, x_1 in zip(x, self.x_1)]
+        ascends = [-1.0 if group.get("maximize") else 1.0 for group in self.base.param_groups for _ in group["params"]]
+        g = [0.0 * p if p.grad is None else sign * p.grad for p, sign in zip(self.parameters, ascends)]
+        lr = max(float(group["lr"]) for group in self.base.param_groups)
+        self.base.step()
+        update = [p - before for p, before in zip(self.parameters, x)]
+        self._tune(_dot(way, g), _dot(g, g), _dot(way, way), lr)
+        if self.scale == 0.0 and _dot(update, update) > 0.0:
+            self.scale = self.s_init * (math.sqrt(_dot(x, x)) or 1.0) / math.sqrt(_dot(update, update))
+        for parameter, before, step in zip(self.parameters, x, update):
+            parameter.copy_(before + self.scale * step)
+
+    def _tune(self, way_grad: float, grad_square: float, way_square: float, lr: float = 1.0) -> None:
+        self.largest_lr = max(self.largest_lr, lr)
+        if way_square * grad_square == 0.0:
+            return
+        cosine = min(max(way_grad / math.sqrt(way_square * grad_square), -1.0), 1.0)
+        self.weight = self.beta * self.weight + 1.0 - self.beta
+        self.square = self.beta * self.square + (1.0 - self.beta) * cosine**2
+        sure = 0.0 if self.square == 0.0 else cosine / math.sqrt(self.square / self.weight)
+        sure = min(max(sure, -1.0), 1.0)
+        self.agreed = 0.9 * self.agreed + 0.1 * sure
+        weight = lr / self.largest_lr if self.largest_lr else 0.0
+        self.scale *= math.exp(-0.1 * weight * sure * (1.0 + 2.0 * self.agreed**2))
+
+
+def _dot(a: list[Tensor], b: list[Tensor]) -> float:
+    return sum(float((p * q).sum()) for p, q in zip(a, b))
+
+
+def oracle_of(
+    variant: str, parameters: list[Tensor], base: torch.optim.Optimizer, s_init: float
+) -> Oracle | Multiplier:
+    if variant == "multiplicative":
+        return Multiplier(parameters, base, s_init)
+    return Oracle(parameters, base, variant, s_init)
+
+
 def problem(dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], Callable[[int], Tensor]]:
     """Two matrices and a function of the step that gives a noisy loss of them."""
     generator = torch.Generator().manual_seed(1)

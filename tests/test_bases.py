@@ -5,7 +5,7 @@ from __future__ import annotations
 import bases
 import pytest
 import torch
-from oracle import Oracle, problem
+from oracle import oracle_of, problem
 
 from manic import Mechanic
 
@@ -29,6 +29,8 @@ def trajectory(name: str, wrap: object) -> tuple[list[float], list[torch.Tensor]
 OPTIONS = [
     {}, {"update": "snapshot"}, {"store_delta": False}, {"store_delta": False, "update": "snapshot"},
     {"variant": "pytorch"}, {"variant": "pytorch", "store_delta": False},
+    {"variant": "multiplicative"}, {"variant": "multiplicative", "update": "snapshot"},
+    {"variant": "multiplicative", "store_delta": False},
 ]  # fmt: skip
 # How the base optimizer loops over its parameters matters only to what happens in their storage.
 COMBINATIONS = [
@@ -41,7 +43,7 @@ COMBINATIONS = [
 @pytest.mark.parametrize(("name", "options"), COMBINATIONS)
 def test_equals_the_oracle(name: str, options: dict[str, object]) -> None:
     variant = str(options.get("variant", "optax"))
-    expected_scales, expected = trajectory(name, lambda ps, base: Oracle(ps, base, variant, S_INIT))
+    expected_scales, expected = trajectory(name, lambda ps, base: oracle_of(variant, ps, base, S_INIT))
     scales, parameters = trajectory(name, lambda _, base: Mechanic(base, s_init=S_INIT, **options))
     # Recomputing Delta divides by S + eps and so is a relative eps / S off, 1e-5 here; Muon computes in bfloat16.
     rtol = 1e-3 if options.get("store_delta") is False else 1e-9

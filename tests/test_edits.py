@@ -71,7 +71,9 @@ def test_the_next_step_undoes_it(edit: Edit) -> None:
     optimizer.check_consistency()
 
 
-@pytest.mark.parametrize("options", [{}, {"store_delta": False}, {"variant": "pytorch"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"store_delta": False}, {"variant": "pytorch"}, {"variant": "multiplicative"}], ids=str
+)
 @pytest.mark.parametrize("edit", EDITS)
 def test_rebase_goes_on_from_it(edit: Edit, options: dict[str, Any]) -> None:
     parameters, loss, optimizer, after = edited(edit, **options)
@@ -120,7 +122,9 @@ def test_an_edit_and_an_error_in_the_same_step_do_not_spoil_the_scale(options: d
     assert optimizer.scale > 1e-3
 
 
-@pytest.mark.parametrize("options", [{}, {"store_delta": False}, {"variant": "pytorch"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"store_delta": False}, {"variant": "pytorch"}, {"variant": "multiplicative"}], ids=str
+)
 def test_an_average_that_is_swapped_in_and_out_again_leaves_no_trace(options: dict[str, Any]) -> None:
     runs = []
     for swaps in (False, True):

@@ -18,7 +18,14 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
 HERE = Path(__file__).parent
-OPTIONS = [{}, {"compile": True}, {"store_delta": False}, {"variant": "pytorch"}, {"update": "snapshot"}]
+OPTIONS = [
+    {},
+    {"compile": True},
+    {"store_delta": False},
+    {"variant": "pytorch"},
+    {"variant": "multiplicative"},
+    {"update": "snapshot"},
+]
 # In the other modes the host waits for the step's sums.
 NO_WAIT = {"nonfinite": "ignore"}
 
@@ -41,7 +48,9 @@ def set_gradients(parameters: list[torch.Tensor], step: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"store_delta": False}, {"variant": "pytorch"}, {"update": "snapshot"}], ids=str
+    "options",
+    [{}, {"store_delta": False}, {"variant": "pytorch"}, {"variant": "multiplicative"}, {"update": "snapshot"}],
+    ids=str,
 )
 def test_equals_the_cpu(options: dict[str, Any]) -> None:
     on_cpu, cpu_parameters = train("cpu", torch.float64, **options)
@@ -54,7 +63,9 @@ def test_equals_the_cpu(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "options", [{}, {"store_delta": False}, {"variant": "pytorch"}, {"update": "snapshot"}], ids=str
+    "options",
+    [{}, {"store_delta": False}, {"variant": "pytorch"}, {"variant": "multiplicative"}, {"update": "snapshot"}],
+    ids=str,
 )
 def test_a_step_does_not_wait_for_the_device(options: dict[str, Any], dtype: torch.dtype) -> None:
     optimizer, parameters = train("cuda", dtype, steps=2, **options, **NO_WAIT)

@@ -36,6 +36,7 @@ BASES = {
 OPTIONS = [
     {}, {"nonfinite": "ignore"}, {"update": "snapshot"}, {"store_delta": False},
     {"store_delta": False, "nonfinite": "ignore"}, {"variant": "pytorch"}, {"update": "decoupled"},
+    {"variant": "multiplicative"},
 ]  # fmt: skip
 CASES = [
     pytest.param(
@@ -119,7 +120,7 @@ def test_whichever_operator_fails(
 
 @pytest.mark.parametrize(("base", "options"), [
     ("AdamW", {}), ("AdamW, fused", {"nonfinite": "ignore"}), ("SGD, coupled decay", {"store_delta": False}),
-    ("AdamW", {"update": "snapshot"}), ("AdamW", {"variant": "pytorch"}),
+    ("AdamW", {"update": "snapshot"}), ("AdamW", {"variant": "pytorch"}), ("AdamW", {"variant": "multiplicative"}),
 ], ids=str)  # fmt: skip
 def test_a_first_step_that_fails_at_any_operator_leaves_no_trace(
     base: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -43,7 +43,10 @@ def root_mean_square(x: Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("options", [{}, {"update": "snapshot"}, {"store_delta": False}, {"variant": "pytorch"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"update": "snapshot"}, {"store_delta": False}, {"variant": "pytorch"}, {"variant": "multiplicative"}],
+)
 def test_what_is_kept_in_what(dtype: torch.dtype, options: dict[str, Any]) -> None:
     wide, _ = problem()
     parameters = [p.detach().to(dtype).requires_grad_() for p in wide]

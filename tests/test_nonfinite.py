@@ -166,10 +166,12 @@ def test_the_three_modes_agree_on_sound_gradients() -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @settings(deadline=None, max_examples=200)
-@given(steps=st.lists(st.tuples(*[st.floats(width=64)] * 4), min_size=1, max_size=12), s_init=st.floats(1e-30, 1e10))
+@given(steps=st.lists(st.tuples(*[st.floats(width=64)] * 5), min_size=1, max_size=12), s_init=st.floats(1e-30, 1e10))
 def test_no_sums_can_spoil_the_tuner(variant: str, steps: list[tuple[float, ...]], s_init: float) -> None:
     """Any floats: infinities, nans, subnormals, numbers whose squares have no room."""
     tuner = Tuner((0.9, 0.999, 0.999999), s_init=s_init, variant=variant)
+    if tuner.variant.multiplies:
+        tuner.start(torch.tensor(4.0), torch.tensor(1.0))
     for count, numbers in enumerate(steps, start=1):
         before = tuner.state.clone()
         scale = tuner.update(Sums(*(torch.tensor(number, dtype=torch.float64) for number in numbers)))
@@ -188,5 +190,5 @@ def test_bad_options_are_refused() -> None:
         Mechanic(base, nonfinite="hope")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="check_every must be"):
         Mechanic(base, check_every=-1)
-    with pytest.raises(ValueError, match="s_max must be finite and at least s_init"):
+    with pytest.raises(ValueError, match="s_max must be positive, finite and at least s_init"):
         Mechanic(base, s_init=1e-3, s_max=1e-4)

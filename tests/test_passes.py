@@ -67,6 +67,7 @@ def test_an_interrupted_pass_leaves_what_it_was_at() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [
     {}, {"store_delta": False}, {"update": "snapshot"}, {"variant": "pytorch"}, {"update": "decoupled"},
+    {"variant": "multiplicative"},
 ], ids=str)  # fmt: skip
 def test_together_or_each_alone_gives_the_same_numbers(
     options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import Oracle, problem
+from oracle import oracle_of, problem
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -97,7 +97,7 @@ class Trajectory:
     @classmethod
     def of(cls, name: str, options: dict[str, Any], variant: str, every_gradient: bool = False) -> Trajectory:
         parameters, loss = problem()
-        oracle = Oracle(parameters, make(name, parameters, options), variant, S_INIT)
+        oracle = oracle_of(variant, parameters, make(name, parameters, options), S_INIT)
         trajectory = cls()
         for step in range(STEPS):
             for parameter in parameters:
@@ -135,7 +135,7 @@ def is_refused(name: str, options: dict[str, Any]) -> bool:
     return False
 
 
-@pytest.mark.parametrize("variant", ["optax", "pytorch"])
+@pytest.mark.parametrize("variant", ["optax", "pytorch", "multiplicative"])
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in REFUSED])
 def test_equals_the_oracle(name: str, variant: str, database: Any) -> None:
     compared = 0

@@ -49,7 +49,9 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize("options", [{}, {"store_delta": False}, {"variant": "pytorch"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"store_delta": False}, {"variant": "pytorch"}, {"variant": "multiplicative"}], ids=str
+)
 @pytest.mark.parametrize("base", BASES)
 def test_saved_and_loaded_it_goes_on_bit_for_bit(base: str, options: dict[str, Any]) -> None:
     model, optimizer = make(base, **options)

@@ -27,7 +27,8 @@ from manic.kernels import Kernels, add_product, plain, working_dtype
 from manic.passes import Scratch, batched, pieces
 
 __all__ = [
-    "Batch", "Iterate", "Update", "Visit", "batches", "resolve_update", "show", "stepping", "strays", "write_back",
+    "Batch", "Iterate", "Update", "Visit", "batches", "resolve_update", "restart", "show", "show_updates", "stepping",
+    "strays", "write_back",
 ]  # fmt: skip
 
 Update = Literal["snapshot", "decoupled", "coupled"]
@@ -101,9 +102,9 @@ class Iterate:
     replicas: float
     """How many ranks of the group hold each element."""
     scale: Tensor
-    """S_t: 0-dim."""
+    """The factor f_t in x_t = x_ref + f_t * Delta_t, S_t or 1: 0-dim."""
     eps: float
-    """Added to S_t where Delta is recomputed."""
+    """Added to it where Delta is recomputed."""
     decay: float | Tensor = 0.0
     """How much of x_t decoupled weight decay adds to Delta, a negative number: set during the step."""
     x_before: Tensor | None = None
@@ -187,13 +188,29 @@ def show(batches: Iterable[Batch], visit: Visit) -> None:
             visit(first, delta, x, gradient)
 
 
-def write_back(batches: Iterable[Batch], scale: Tensor, kernels: Kernels) -> None:
-    """Complete Delta by the base optimizer's update and write x = x_ref + S * Delta.
+def show_updates(batches: Iterable[Batch], visit: Visit) -> None:
+    """Show ``visit`` every piece of what the base optimizers have done, weight decay included, instead of Delta and x.
+
+    Args:
+        batches: Iterates after the base step, none of which has a stand-in.
+        visit: Changes nothing.
+    """
+    for batch in batches:
+        if not batch[0].never_moved:
+            for x, x_before in pieces(*_columns(batch, "x", "x_before")):
+                update = x if x_before is None else x - x_before
+                visit(batch[0], update, update, None)
+
+
+def write_back(batches: Iterable[Batch], scale: Tensor, kernels: Kernels, step: Tensor | None = None) -> None:
+    """Complete Delta by the base optimizer's update and write x_{t+1} = x_ref + f_{t+1} * Delta_{t+1}.
 
     Args:
         batches: What :func:`stepping` was given.
-        scale: S_{t+1}, a 0-dim tensor.
+        scale: f_{t+1}, a 0-dim tensor.
         kernels: How it is written.
+        step: What the update is multiplied by on its way into Delta, a 0-dim tensor; needs updates that are taken
+            apart from Delta. ``None``: nothing.
     """
     scratch = Scratch()
     for batch in batches:
@@ -201,23 +218,44 @@ def write_back(batches: Iterable[Batch], scale: Tensor, kernels: Kernels) -> Non
         if first.never_moved:
             continue
         factor = scale.to(first.x.device, working_dtype(first.x))
+        share = None if step is None else step.to(factor)
         columns = _columns(batch, "x", "x_ref", "delta", "x_before")
         for x, x_ref, delta, x_before in pieces(*columns, written=(0, 2)):
             if first.stand_in is not None:
                 kernels.write(x, x_ref, delta, first.decay, factor)
             else:
-                if x_before is None:
-                    moved = x if delta is None else delta.add_(x)
-                elif delta is None:
-                    moved = first.delta_from(x_before, x_ref, scratch).add_(x.to(factor.dtype) - x_before)
+                update = x if x_before is None else x.to(factor.dtype) - x_before
+                before = first.delta_from(x_before, x_ref, scratch) if delta is None and x_before is not None else delta
+                if before is None:
+                    moved = x  # which Delta is in already
+                elif share is None:
+                    moved = before.add_(update)
                 else:
-                    moved = delta.add_(x.to(delta.dtype) - x_before)
+                    moved = before.addcmul_(update, share)
                 kernels.write(x, x_ref, moved, 0.0, factor)
             if len(batch) == 1:
                 first.written += x.numel()
         for iterate in batch:  # of several, the pieces were copies, which are back in their places only now
             iterate.written = iterate.x.numel()
             iterate.x_before = None
+
+
+def restart(batches: Iterable[Batch], share: Tensor) -> None:
+    """Let x_ref be where x is, and Delta 0, where ``share`` is 1, and nothing where it is 0.
+
+    To be called again if it is interrupted. The host need not know which.
+
+    Args:
+        batches: Iterates after their step, in a variant of which x is x_ref + Delta.
+        share: 0-dim, 0 or 1.
+    """
+    for batch in batches:
+        if not batch[0].never_moved:
+            weight = share.to(batch[0].x.device, working_dtype(batch[0].x))
+            for x, x_ref, delta in pieces(*_columns(batch, "x", "x_ref", "delta"), written=(1, 2)):
+                x_ref.lerp_(x, weight.to(x.dtype))
+                if delta is not None:
+                    delta.mul_(1.0 - weight)
 
 
 def strays(places: Sequence[tuple[Tensor, Tensor, Tensor]], scale: Tensor, any_scale: bool) -> list[int]:

@@ -163,7 +163,7 @@ def _tuner(state: torch.Tensor) -> dict[str, Any]:
         "scale": sum(s),
         "updates": max(0, int(updates[0])),
         "nonfinite_steps": int(later[0][0]) if later else 0,
-        "variant": {0: "optax", 1: "pytorch"}.get(int(variant[0]), str(variant[0])),
+        "variant": {0: "optax", 1: "pytorch", 2: "multiplicative"}.get(int(variant[0]), str(variant[0])),
         "betas": betas,
         "r": r,
         "m": m,

@@ -32,6 +32,8 @@ class Kernels:
 
     products: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     """``(delta, v)`` to <delta, v> and |v|^2."""
+    squares: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    """``(delta, x)`` to |delta|^2 and |x|^2."""
     all_products: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
     """``(delta, g, x)`` to <delta, g>, |g|^2, <delta, x> and |x|^2."""
     write: Callable[[Tensor, Tensor, Tensor, float | Tensor, Tensor], None]
@@ -60,6 +62,12 @@ def _products(delta: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return torch.dot(delta, v), torch.dot(v, v)
 
 
+def _squares(delta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = working_dtype(delta)
+    delta, x = _vector(delta, dtype), _vector(x, dtype)
+    return torch.dot(delta, delta), torch.dot(x, x)
+
+
 def _all_products(delta: Tensor, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return *_products(delta, g), *_products(delta, x)
 
@@ -71,7 +79,7 @@ def _vector(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def plain() -> Kernels:
     """From PyTorch's operators."""
-    return Kernels(_products, _all_products, write)
+    return Kernels(_products, _squares, _all_products, write)
 
 
 def exact() -> Kernels:
@@ -84,10 +92,13 @@ def exact() -> Kernels:
         first, second = zip(*products)
         return torch.stack(first).sum(), torch.stack(second).sum()
 
+    def squares(delta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return products(delta, delta)[1], products(x, x)[1]
+
     def all_products(delta: Tensor, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return *products(delta, g), *products(delta, x)
 
-    return Kernels(products, all_products, write)
+    return Kernels(products, squares, all_products, write)
 
 
 @cache
@@ -97,6 +108,10 @@ def compiled() -> Kernels:
     def products(delta: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         v = v.to(working_dtype(v))
         return (delta * v).sum(), v.square().sum()
+
+    def squares(delta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        delta, x = delta.to(working_dtype(delta)), x.to(working_dtype(x))
+        return delta.square().sum(), x.square().sum()
 
     def all_products(delta: Tensor, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return *products(delta, g), *products(delta, x)
@@ -114,4 +129,9 @@ def compiled() -> Kernels:
             decay = torch.full_like(factor, decay)
         fused(x, x_ref, delta, decay, factor)
 
-    return Kernels(torch.compile(products, dynamic=True), torch.compile(all_products, dynamic=True), write_compiled)
+    return Kernels(
+        torch.compile(products, dynamic=True),
+        torch.compile(squares, dynamic=True),
+        torch.compile(all_products, dynamic=True),
+        write_compiled,
+    )

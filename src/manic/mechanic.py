@@ -19,7 +19,17 @@ from torch.optim import Optimizer
 from manic.agreement import agree
 from manic.bases import check_bases
 from manic.consistency import differences
-from manic.displacement import Batch, Iterate, batches, resolve_update, show, stepping, write_back
+from manic.displacement import (
+    Batch,
+    Iterate,
+    batches,
+    resolve_update,
+    restart,
+    show,
+    show_updates,
+    stepping,
+    write_back,
+)
 from manic.kernels import Kernels, compiled, exact, plain
 from manic.layout import Layout, Plain, local, local_gradient
 from manic.nonfinite import NonfiniteError, account_of_nonfinite
@@ -35,6 +45,9 @@ Nonfinite = Literal["raise", "skip", "ignore"]
 
 logger = logging.getLogger(__name__)
 
+# Steps after which a variant that multiplies may set x_ref to x: that is a pass over memory, needed or not.
+_RESTART_EVERY = 10
+
 # In the place of a tensor that a parameter has not got.
 _ABSENT = torch.empty(0)
 
@@ -47,11 +60,13 @@ class Mechanic(MechanicState):
 
     Args:
         optimizer: The base optimizer, or several over disjoint parameters, which then share one scale.
-        betas: Decay factors of the tuner's averages, each in (0, 1).
-        s_init: Initial scale, positive. Default: the variant's, 1e-6 or 1e-8.
-        s_decay: lambda of the paper.
-        eps: Added to denominators.
-        variant: ``"optax"``, what the paper's experiments ran, or ``"pytorch"``, mechanic-pytorch 0.0.1.
+        betas: Decay factors of the tuner's averages, each in (0, 1). Default: the variant's, the paper's six or 0.99.
+        s_init: Initial scale, positive. Default: the variant's, 1e-6 or 1e-8. With ``"multiplicative"`` it is the
+            length of the first step over that of the parameters, by default 1e-4.
+        s_decay: lambda of the paper; nothing with ``"multiplicative"``.
+        eps: Added to denominators; nothing with ``"multiplicative"``.
+        variant: ``"optax"``, what the paper's experiments ran; ``"pytorch"``, mechanic-pytorch 0.0.1; or
+            ``"multiplicative"``, manic's own tuner, which ends nearest to the best learning rate of a sweep.
         store_delta: Keep Delta, one copy of the parameters in at least float32. Otherwise it is recomputed as
             ``(x - x_ref) / (S + eps)``, as both published implementations do: inexact in the first steps, and in
             low precision.
@@ -80,7 +95,7 @@ class Mechanic(MechanicState):
         self,
         optimizer: Optimizer | Sequence[Optimizer],
         *,
-        betas: Sequence[float] = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999),
+        betas: Sequence[float] | None = None,
         s_init: float | None = None,
         s_decay: float = 0.01,
         eps: float = 1e-8,
@@ -107,9 +122,16 @@ class Mechanic(MechanicState):
         # Optimizers whose source is known take any tensor for the parameter; another may know its own by other ways.
         self._hands_over_delta = update == "auto"
         snapshot = tuner.variant.x_after_base_step
+        if tuner.variant.multiplies:
+            # Updates have to be apart from Delta: they are not handed it, and need a copy where there is none.
+            self._hands_over_delta = False
+            snapshot = not store_delta
         self._updates = ["snapshot" if snapshot else resolve_update(base, update) for base in optimizers]
         self._agreed_on: list[list[int]] | None = None
         self._watch = Watch()
+        # Whether the host knows that there is a scale, which comes from the first update where the variant multiplies.
+        self._has_scale = not tuner.variant.multiplies
+        self._updates_made: int | None = None  # the tuner's count, where the host knows it
         # Calls of step() in this process, how many it has left out in a row, and S when the host last heard of it.
         self._calls, self._in_a_row, self._last_scale = 0, 0, 0.0
         super().__init__(optimizers, tuner, Layout(process_group, plain, pipeline_stages), bool(store_delta))
@@ -121,7 +143,8 @@ class Mechanic(MechanicState):
         """Take one step of Algorithm 1.
 
         Every rank of the process group must call it, with gradients or without. Apart from the first step there is
-        one collective, an all_reduce of four numbers; with ``variant="pytorch"``, unless ``nonfinite="ignore"``, there
+        one collective, an all_reduce of four numbers (six with ``variant="multiplicative"``, and one more until there
+        is an update to take the first scale from); with ``variant="pytorch"``, unless ``nonfinite="ignore"``, there
         are two, and one more where sums of gradients or parameters are 0 or out of float32's range. Whatever is raised,
         parameters hold x_ref + S * Delta, and the tuner is as it was.
 
@@ -163,22 +186,24 @@ class Mechanic(MechanicState):
         finally:
             if not taken:
                 self._forget(known, is_first)
+        if taken and self._tuner.variant.multiplies:
+            self._restart(batches(iterates))
         self._look_at_scale(taken)
         return loss
 
     def _step_at_once(self, shards: Sequence[Batch]) -> None:
         """Algorithm 1, in which the all_reduce hides behind the base optimizers' step."""
-        sums = PartialSums(self._kernels)
+        sums = PartialSums(self._kernels, self._tuner.variant.multiplies)
         if self._tuner.variant.x_after_base_step:
             with stepping(shards, sums.add_gradient):
                 self._step_bases()
                 show(shards, sums.add_position)
-                write_back(shards, self._tuner.update(self._reduce(sums).wait()), self._kernels)
+                self._finish(shards, self._reduce(sums).wait())
         else:
             with stepping(shards, sums.add):
                 reduction = self._reduce(sums)
                 self._step_bases()
-                write_back(shards, self._tuner.update(reduction.wait()), self._kernels)
+                self._finish(shards, reduction.wait())
 
     def _step_if_sound(self, shards: Sequence[Batch], iterates: Sequence[Iterate]) -> bool:
         """Algorithm 1, or nothing at all and False: the sums are known to all ranks before anything changes."""
@@ -191,9 +216,40 @@ class Mechanic(MechanicState):
                 position = PartialSums(self._kernels)
                 show(shards, position.add_position)
                 late = self._reduce(position).wait()
-                sums = Sums(sums.delta_grad, sums.grad_square, late.delta_x, late.x_square)
-            write_back(shards, self._tuner.update(sums), self._kernels)
+                sums = sums._replace(delta_dot=late.delta_dot, x_square=late.x_square)
+            self._finish(shards, sums)
         return True
+
+    def _finish(self, shards: Sequence[Batch], sums: Sums) -> None:
+        """S_{t+1} and x_{t+1}, after the base step."""
+        scale = self._tuner.update(sums)
+        if not self._tuner.variant.multiplies:
+            write_back(shards, scale, self._kernels)
+            return
+        if not self._has_scale and not scale > 0:  # the host waits, until the first update that is not 0
+            updates = PartialSums(exact(), squares=True)
+            show_updates(shards, updates.add_position)
+            scale = self._tuner.start(self._reduce(updates).wait().x_square, sums.x_square)
+        self._has_scale = self._has_scale or bool(scale > 0)
+        write_back(shards, self._tuner.position[0], self._kernels, scale)
+
+    def _restart(self, shards: Sequence[Batch]) -> None:
+        """Every few steps, let the way be measured anew where the scale has fallen far; the host does not ask."""
+        self._updates_made = int(self._tuner.updates) if self._updates_made is None else self._updates_made + 1
+        if self._updates_made % _RESTART_EVERY == 0 or self._is_capturing:  # a graph does the same in every step
+            share = self._tuner.restart()
+            try:
+                restart(shards, share)
+            except BaseException:
+                restart(shards, share)
+                raise
+
+    def _largest_lr(self) -> float | Tensor | None:
+        """Over the param groups: a tensor where one of them has one, ``None`` where there are no groups."""
+        lrs = [group.get("lr", 1.0) for group in self.param_groups]
+        if any(isinstance(lr, Tensor) for lr in lrs):
+            return torch.stack([torch.as_tensor(lr).to(self._tuner.state) for lr in lrs]).max()
+        return max(map(float, lrs), default=None)
 
     def _survey(self, shards: Sequence[Batch], iterates: Sequence[Iterate]) -> Sums | None:
         """The sums that can be known before the base step, waited for; ``None`` if they say to skip it."""
@@ -204,11 +260,12 @@ class Mechanic(MechanicState):
             )
         early = self._tuner.variant.x_after_base_step
         for kernels in (self._kernels, exact()):
-            partial = PartialSums(kernels)
+            partial = PartialSums(kernels, self._tuner.variant.multiplies)
             show(shards, partial.add_gradient if early else partial.add)
             sums = self._reduce(partial).wait()
             *numbers, self._last_scale = torch.stack([*sums, self._tuner.scale]).tolist()  # one wait for both
             reading = Reading(*numbers)
+            self._has_scale = self._last_scale > 0.0 or not self._tuner.variant.multiplies
             if reading.is_in_range(with_position=not early):
                 return sums
         if reading.is_finite:
@@ -229,7 +286,7 @@ class Mechanic(MechanicState):
             position = PartialSums(exact())
             show(shards, position.add_position)
             reading = self._reduce(position).wait().read()
-        return math.isfinite(reading.delta_x) and math.isfinite(reading.x_square)
+        return math.isfinite(reading.delta_dot) and math.isfinite(reading.x_square)
 
     def _look_at_scale(self, taken: bool) -> None:
         """Speak, once, of what cannot be right."""
@@ -330,7 +387,7 @@ class Mechanic(MechanicState):
 
     def _reduce(self, sums: PartialSums) -> Reduction:
         device = self._layout.communication_device(self._tuner.state.device)
-        return Reduction(sums.total(self._tuner.state), self._layout.group, device)
+        return Reduction(sums.total(self._tuner.state, self._largest_lr()), self._layout.group, device)
 
     def _begin(self) -> bool:
         """What has to be settled before a step, over all ranks; whether the run is yet to begin."""
@@ -340,6 +397,9 @@ class Mechanic(MechanicState):
         self._calls += 1
         self._agree()
         is_first = not self._started
+        if is_first or self._was_loaded:
+            self._updates_made = None
+            self._has_scale = not self._tuner.variant.multiplies
         if is_first:
             self._drop_placeholders()
             self._started = True
@@ -350,7 +410,7 @@ class Mechanic(MechanicState):
         if self._tuner.state.device != home:
             self._tuner.to(home)  # the model was moved after the optimizer was built
             self._put_global_state()
-        scales = {home: self._tuner.state[3].sum()}
+        scales = {home: self._tuner.position[0]}
         iterates = []
         for optimizer, update in zip(self.optimizers, self._updates):
             for group in optimizer.param_groups:
@@ -402,7 +462,7 @@ class Mechanic(MechanicState):
             stand_in=delta if stands_in else None,
             replicas=self._layout.replicas(parameter),
             scale=scales[x.device],
-            eps=self._tuner.eps,
+            eps=self._tuner.position[1],
             never_moved=never_moved,
         )
 

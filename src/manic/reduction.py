@@ -21,16 +21,21 @@ class PartialSums:
     """This rank's share of the four inner products: an element that k ranks hold counts 1/k.
 
     Its methods are what :func:`manic.displacement.stepping` and :func:`manic.displacement.show` show pieces to.
+
+    Args:
+        kernels: How pieces are summed.
+        squares: Whether |Delta|^2 is wanted in the place of <Delta, x>.
     """
 
-    def __init__(self, kernels: Kernels) -> None:
-        self._kernels = kernels
+    def __init__(self, kernels: Kernels, squares: bool = False) -> None:
+        self._kernels, self._squares = kernels, squares
         self._gradient: _Products = {}
         self._position: _Products = {}
 
     def add(self, iterate: Iterate, delta: Tensor, x: Tensor, gradient: Tensor | None) -> None:
         """Add all four."""
-        if gradient is None:
+        if gradient is None or self._squares:
+            self.add_gradient(iterate, delta, x, gradient)
             self.add_position(iterate, delta, x, gradient)
         else:
             delta_grad, grad_square, *position = self._kernels.all_products(delta, gradient, x)
@@ -43,20 +48,33 @@ class PartialSums:
             self._note_gradient(iterate, *self._kernels.products(delta, gradient))
 
     def add_position(self, iterate: Iterate, delta: Tensor, x: Tensor, gradient: Tensor | None) -> None:
-        """Add <Delta, x> and |x|^2."""
-        _note(self._position, iterate, *self._kernels.products(delta, x))
+        """Add <Delta, x>, or |Delta|^2, and |x|^2."""
+        products = self._kernels.squares if self._squares else self._kernels.products
+        _note(self._position, iterate, *products(delta, x))
 
     def _note_gradient(self, iterate: Iterate, delta_grad: Tensor, grad_square: Tensor) -> None:
         ascends = iterate.group.get("maximize", False)
         _note(self._gradient, iterate, -delta_grad if ascends else delta_grad, grad_square)
 
-    def total(self, like: Tensor) -> Tensor:
-        """The sums, in the order of :class:`manic.tuner.Sums`: shape (4,), of ``like``'s dtype and device."""
-        return torch.cat([_total(products, like) for products in (self._gradient, self._position)])
+    def total(self, like: Tensor, lr: float | Tensor | None = None) -> Tensor:
+        """The sums, in the order of :class:`manic.tuner.Sums`: shape (4,), or (6,) with squares.
+
+        Args:
+            like: Has the dtype and the device.
+            lr: With squares, this rank's learning rate, which is followed by how many ranks it is of; ``None``: none.
+        """
+        totals = [_total(products, like) for products in (self._gradient, self._position)]
+        if self._squares:
+            known = like.new_zeros(2)
+            if lr is not None:
+                known[:1] += lr
+                known[1:] += 1
+            totals.append(known)
+        return torch.cat(totals)
 
 
 class Reduction:
-    """The step's one collective: an asynchronous all_reduce of four numbers.
+    """The step's one collective: an asynchronous all_reduce of four numbers, or six.
 
     Args:
         sums: From :meth:`PartialSums.total`.
@@ -73,7 +91,10 @@ class Reduction:
         """Return the global sums. On CUDA the stream waits, not the host."""
         if self._work is not None:
             self._work.wait()
-        return Sums(*self._sums.to(self._home).unbind())
+        sums = self._sums.to(self._home)
+        lr = sums[4] / sums[5].clamp(min=1.0) if sums.numel() > 4 else torch.ones_like(sums[0])
+        delta_grad, grad_square, delta_dot, x_square = sums[:4].unbind()
+        return Sums(delta_grad, grad_square, delta_dot, x_square, lr)
 
 
 # Pairs of products by the number of replicas, the dtype and the device: one after the other, to be added at the end.

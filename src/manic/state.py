@@ -67,7 +67,7 @@ class MechanicState(OptimizerWrapper):
         if self._store_delta and DELTA not in state:
             state[DELTA] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
             if not starts_here:  # saved with store_delta=False
-                divisor = scale + self._tuner.eps  # as it was recomputed by then
+                divisor = scale + self._tuner.position[1]  # as it was recomputed by then
                 if self._tuner.variant.moves_without_gradient:  # x must be x_ref + S * Delta to the last digits
                     divisor = torch.where(scale > 0, scale, divisor)
                 local(state[DELTA]).copy_((local(parameter).to(dtype) - local(state[X_REF])) / divisor.to(dtype))
@@ -172,7 +172,7 @@ class MechanicState(OptimizerWrapper):
         ]
         places = [(local(parameter), local(state[X_REF]), local(state[DELTA])) for parameter, state in moved]
         any_scale = not self._tuner.variant.moves_without_gradient
-        astray = strays(places, self._tuner.state[3].sum(), any_scale)
+        astray = strays(places, self._tuner.position[0], any_scale)
         complaint = ""
         if astray:
             complaint = (

@@ -1,6 +1,7 @@
-"""Mechanic's tuner: r, m, v, s and how they turn one step's sums into the next scale S.
+"""The tuners: r, m, v, s and how they turn one step's sums into the next scale S.
 
-It knows four numbers a step and nothing of where they come from: no parameter, no process group.
+Mechanic's bets on S, and manic's own multiplies it. They know four numbers a step and nothing of where they come from:
+no parameter, no process group.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _SMALLEST_SQUARE = 1e-20
 
 
 class Sums(NamedTuple):
-    """The four inner products of a step, each over every element of the model once.
+    """The four inner products of a step, each over every element of the model once, and the learning rate.
 
     All are 0-dim tensors of the tuner's dtype and device.
     """
@@ -31,10 +32,12 @@ class Sums(NamedTuple):
     """<Delta_t, g_t>"""
     grad_square: Tensor
     """|g_t|^2"""
-    delta_x: Tensor
-    """<Delta_t, x_t>"""
+    delta_dot: Tensor
+    """<Delta_t, x_t>, or |Delta_t|^2 where the variant multiplies."""
     x_square: Tensor
     """|x_t|^2"""
+    lr: Tensor
+    """The base optimizers' largest, the mean over the ranks; 1 unless the variant multiplies."""
 
     def read(self) -> Reading:
         """The sums as numbers. The host waits for the device."""
@@ -46,12 +49,13 @@ class Reading(NamedTuple):
 
     delta_grad: float
     grad_square: float
-    delta_x: float
+    delta_dot: float
     x_square: float
+    lr: float
 
     @property
     def is_finite(self) -> bool:
-        """Whether all four are."""
+        """Whether all are."""
         return all(math.isfinite(value) for value in self)
 
     def is_in_range(self, with_position: bool) -> bool:
@@ -62,11 +66,13 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True)
 class Variant:
-    """Where two published implementations of Mechanic differ (docs/variants.md has the table)."""
+    """Where two published implementations of Mechanic differ, and what is manic's own (docs/variants.md)."""
 
     name: str
     s_init: float
     """Default of ``s_init``."""
+    betas: tuple[float, ...]
+    """Default of ``betas``."""
     s_starts_at_init: bool
     """``s_1`` is ``s_init`` for every beta; otherwise 0."""
     m_start: float
@@ -78,23 +84,34 @@ class Variant:
     """The lambda term reads ``x`` where the base optimizer left it; otherwise where the gradient was taken."""
     moves_without_gradient: bool
     """A parameter without a gradient counts as gradient 0 and follows S; otherwise it is left out and stays."""
+    multiplies: bool = False
+    """S is moved by factors, and is what every update is scaled by when it is made; otherwise Delta is the sum of bare
+    updates, and S scales that."""
 
 
+_BETAS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
 VARIANTS = {
-    "optax": Variant("optax", 1e-6, True, 0.0, True, True, False, True),
-    "pytorch": Variant("pytorch", 1e-8, False, 1e-6, False, False, True, False),
+    "optax": Variant("optax", 1e-6, _BETAS, True, 0.0, True, True, False, True),
+    "pytorch": Variant("pytorch", 1e-8, _BETAS, False, 1e-6, False, False, True, False),
+    "multiplicative": Variant("multiplicative", 1e-4, (0.99,), False, 0.0, False, False, False, True, True),
 }
 
+# Of the variant that multiplies (docs/variants.md says how they were found): the largest change of log S in a step when
+# gradients do not agree from step to step, how much more it may be when they do, and how long agreement is remembered.
+_RATE, _AGREED, _MEMORY = 0.1, 2.0, 0.9
+# How far S may fall below its largest before the way is measured from where it is by then.
+_FALL = 4.0
 
-_ROWS = 8
+_ROWS = 10
 
 
 class Tuner:
     """The state of Algorithm 1 that is not a parameter, and its update.
 
     Args:
-        betas: Decay factors, each in (0, 1). One (r, m, v, s) is kept for each.
-        s_init: Initial scale, positive. ``None``: the variant's default.
+        betas: Decay factors, each in (0, 1). One (r, m, v, s) is kept for each. ``None``: the variant's.
+        s_init: Initial scale, positive; of a variant that multiplies, the length of the first step over |x_1|.
+            ``None``: the variant's default.
         s_decay: lambda of the paper, the strength of the pull towards the origin.
         eps: Added to denominators.
         variant: A name in :data:`VARIANTS`.
@@ -106,7 +123,7 @@ class Tuner:
 
     def __init__(
         self,
-        betas: Sequence[float],
+        betas: Sequence[float] | None = None,
         s_init: float | None = None,
         s_decay: float = 0.01,
         eps: float = 1e-8,
@@ -117,7 +134,7 @@ class Tuner:
             raise ValueError(f"variant must be one of {sorted(VARIANTS)}, got {variant!r}")
         self.variant = VARIANTS[variant]
         s_init = self.variant.s_init if s_init is None else float(s_init)
-        betas = tuple(float(beta) for beta in betas)
+        betas = tuple(float(beta) for beta in (self.variant.betas if betas is None else betas))
         if not betas or not all(0.0 < beta < 1.0 for beta in betas):
             raise ValueError(f"betas must be one or more numbers strictly between 0 and 1, got {betas}")
         if not (s_init > 0.0 and math.isfinite(s_init)):
@@ -127,16 +144,17 @@ class Tuner:
         if not (eps > 0.0 and math.isfinite(eps)):
             raise ValueError(f"eps must be positive and finite, got {eps}")
         self.s_max = None if s_max is None else float(s_max)
-        if self.s_max is not None and not (self.s_max >= s_init and math.isfinite(self.s_max)):
-            raise ValueError(f"s_max must be finite and at least s_init, {s_init}; got {s_max}")
+        smallest = 0.0 if self.variant.multiplies else s_init
+        if self.s_max is not None and not (self.s_max >= smallest and self.s_max > 0.0 and math.isfinite(self.s_max)):
+            raise ValueError(f"s_max must be positive, finite and at least s_init, {s_init}; got {s_max}")
         self.betas, self.s_init, self.s_decay, self.eps = betas, s_init, float(s_decay), float(eps)
         # One tensor, so that a checkpoint holds the tuner whole or not at all. Rows r, m, v, s, the number of updates
-        # made, what a saved one must agree in, the betas and the variant, and the number of steps whose sums were not
-        # finite. A column for each beta.
+        # made, what a saved one must agree in, the betas and the variant, the number of steps whose sums were not
+        # finite, the largest learning rate so far, and the largest S since x_ref. A column for each beta.
         self.state = torch.zeros(_ROWS, len(betas), dtype=torch.float64)
         # The last step's h and sums, for whoever watches; nan before the first step.
         self.h = torch.full((), math.nan, dtype=torch.float64)
-        self.sums = Sums(self.h, self.h, self.h, self.h)
+        self.sums = Sums(self.h, self.h, self.h, self.h, self.h)
         self.reset()
 
     def reset(self) -> None:
@@ -200,17 +218,55 @@ class Tuner:
 
     def has_gained(self) -> bool:
         """Whether moving has paid more than the stake of the start, for any beta. The host waits for the device."""
-        r, m, _, _, *_ = self.state.unbind()
+        r, m, _, s, *_ = self.state.unbind()
+        if self.variant.multiplies:
+            return bool(s.sum() > 0)
         return bool((r > self.s_init / len(self.betas) * m).any())
 
     @property
+    def position(self) -> tuple[Tensor, float]:
+        """The factor f in x = x_ref + f * Delta, 0-dim, and what is added to it where Delta is recomputed from x."""
+        if self.variant.multiplies:  # S is in Delta
+            return torch.ones_like(self.state[3, 0]), 0.0
+        return self.state[3].sum(), self.eps
+
+    def start(self, update_square: Tensor, x_square: Tensor) -> Tensor:
+        """Set the scale of a variant that multiplies, from the length of the first update that has one.
+
+        Args:
+            update_square: |u|^2; where it is 0, the scale stays unset, which is 0.
+            x_square: |x|^2; where it is 0, as if it were 1.
+
+        Returns:
+            S: 0-dim.
+        """
+        length = torch.where(x_square > 0, x_square.sqrt(), 1.0)
+        scale = torch.where(update_square > 0, self.s_init * length / update_square.sqrt(), 0.0)
+        scale = torch.where(scale.isfinite(), scale, 0.0)
+        if self.s_max is not None:
+            scale = scale.clamp(max=self.s_max)
+        self.state[3].copy_((scale / len(self.betas)).expand(len(self.betas)))
+        return self.scale
+
+    def restart(self) -> Tensor:
+        """Whether S has fallen so far, of a variant that multiplies, that x_ref should be where x is: 0-dim, 0 or 1.
+
+        x may have come too far by a scale that was too large, and be unable to come back by the small one that is
+        learned from that. Where it is 1, the largest S is forgotten.
+        """
+        scale, peak = self.state[3].sum(), self.state[9]
+        fallen = _FALL * scale < peak[0]
+        self.state[9].copy_(torch.where(fallen, scale, peak))
+        return fallen.to(self.state.dtype)
+
+    @property
     def scale(self) -> Tensor:
-        """S, the factor on Delta: 0-dim, a new tensor."""
+        """S, the factor on Delta, or on updates where the variant multiplies: 0-dim, a new tensor."""
         scale = self.state[3].sum()
         return scale if self.variant.keeps_negative_reward else scale.clamp(min=0.0)
 
     def update(self, sums: Sums) -> Tensor:
-        """Take one step of Algorithm 1 (lines 8 to 14) and return the new S.
+        """Take one step of Algorithm 1 (lines 8 to 14), or of manic's own tuner, and return the new S.
 
         From sums that are not finite, or that lead to what is not, nothing is learned: they are counted.
 
@@ -220,10 +276,32 @@ class Tuner:
         Returns:
             S_{t+1}: 0-dim. No host synchronisation takes place.
         """
-        r, m, v, s, updates, beta, variant, nonfinite = self.state.unbind()
+        *_, updates, beta, variant, nonfinite, largest, peak = self.state.unbind()
+        if self.variant.multiplies:
+            largest = torch.maximum(largest, sums.lr)
+            h, learned = self._multiply(sums, torch.where(largest > 0, sums.lr / largest, 0.0))
+        else:
+            h, learned = self._bet(sums)
+        if self.s_max is not None:
+            r, m, v, s = learned
+            learned = (r, m, v, s * (self.s_max / s.sum()).clamp(max=1.0).nan_to_num(1.0))
+        peak = torch.maximum(peak, learned[3].sum())
+        new = torch.stack((*learned, updates + 1, beta, variant, nonfinite, largest, peak))
+        unchanged = torch.stack(
+            (*self.state[:4].unbind(), updates + 1, beta, variant, nonfinite + 1, *self.state[8:].unbind())
+        )
+        # A divisor that is infinite would not show in h.
+        finite = new.isfinite().all() & torch.stack(sums).isfinite().all()
+        self.state.copy_(torch.where(finite, new, unchanged))
+        self.h, self.sums = h, sums
+        return self.scale
+
+    def _bet(self, sums: Sums) -> tuple[Tensor, _Learned]:
+        """Mechanic's: h, and the new r, m, v and s."""
+        r, m, v, s, _, beta, *_ = self.state.unbind()
 
         decay = self.s_decay * s.sum() * sums.grad_square.sqrt() / (sums.x_square.sqrt() + self.eps)
-        h = sums.delta_grad + decay * sums.delta_x
+        h = sums.delta_grad + decay * sums.delta_dot
 
         if self.variant.clips_h:
             rewarded = torch.clamp(h, min=-m, max=m)
@@ -236,19 +314,32 @@ class Tuner:
         if not self.variant.keeps_negative_reward:
             r = r.clamp(min=0.0)
         wealth = self.s_init / len(self.betas) * m + r.clamp(min=0.0)
-        s = wealth / (v.sqrt() + self.eps)
-        if self.s_max is not None:
-            s = s * (self.s_max / s.sum()).clamp(max=1.0)
+        return h, (r, m, v, wealth / (v.sqrt() + self.eps))
 
-        new = torch.stack((r, m, v, s, updates + 1, beta, variant, nonfinite))
-        unchanged = torch.stack((*self.state[:4].unbind(), updates + 1, beta, variant, nonfinite + 1))
-        # A divisor that is infinite would not show in h.
-        finite = new.isfinite().all() & sums.x_square.isfinite()
-        self.state.copy_(torch.where(finite, new, unchanged))
-        self.h, self.sums = h, sums
-        return self.scale
+    def _multiply(self, sums: Sums, weight: Tensor) -> tuple[Tensor, _Learned]:
+        """manic's own: h, and the new r, m, v and s, which are other things here.
+
+        ``h`` is the cosine of the way so far, x - x_1, and the gradient. Below 0 it says that a longer way would have
+        been better. Over its root mean square (v, whose weights add up to m) it says how sure that is; where that
+        agrees from step to step (r), as it does while S is far too small, S moves faster. ``weight`` is the learning
+        rate over its largest so far: where a schedule lets training settle, S does too.
+        """
+        r, m, v, s, _, beta, *_ = self.state.unbind()
+        lengths = (sums.delta_dot * sums.grad_square).sqrt()
+        h = torch.where(lengths > 0, sums.delta_grad / lengths, 0.0).clamp(-1.0, 1.0)
+        is_known = lengths > 0
+        m = torch.where(is_known, beta * m + (1.0 - beta), m)
+        v = torch.where(is_known, beta * v + (1.0 - beta) * h * h, v)
+        z = torch.where(v > 0, h / (v / m).sqrt(), 0.0).clamp(-1.0, 1.0)
+        r = torch.where(is_known, _MEMORY * r + (1.0 - _MEMORY) * z, r)
+        z, agreed = z.mean(), r.mean()
+        return h, (r, m, v, s * torch.exp(-_RATE * weight * z * (1.0 + _AGREED * agreed * agreed)))
+
+
+_Learned = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _with_all_rows(state: Tensor) -> Tensor:
-    """A saved state with the rows that this version has: the last was added later, and counts from 0."""
-    return torch.cat((state, state.new_zeros(1, state.shape[1]))) if state.shape[:1] == (_ROWS - 1,) else state
+    """A saved state with the rows that this version has: the last three were added later, and begin at 0."""
+    missing = _ROWS - state.shape[0] if state.ndim == 2 else 0
+    return torch.cat((state, state.new_zeros(missing, state.shape[1]))) if 1 <= missing <= 3 else state

@@ -19,6 +19,7 @@ LAYOUTS = [
 
 @pytest.mark.parametrize(("variant", "nonfinite", "number"), [
     ("optax", "raise", 1), ("optax", "ignore", 1), ("pytorch", "ignore", 1),
+    ("multiplicative", "raise", 1), ("multiplicative", "ignore", 1),
     ("pytorch", "skip", 2),  # half of its sums are known too late to skip a step
 ])  # fmt: skip
 @pytest.mark.parametrize(("layout", "world_size"), LAYOUTS)
@@ -30,7 +31,8 @@ def test_one_all_reduce_of_at_most_64_bytes(
         steps = trained.collectives[1:]  # at the first step the ranks compare notes as well
         if layout == "pipeline":  # which the test sends round by broadcasts of its own
             steps = [[call for call in step if call[0] != "broadcast_"] for step in steps]
-        assert steps == [[("allreduce_", 32)] * number] * 3
+        size = 48 if variant == "multiplicative" else 32  # the learning rate is in it
+        assert steps == [[("allreduce_", size)] * number] * 3
 
 
 @ranks(2)

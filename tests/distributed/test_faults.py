@@ -48,6 +48,7 @@ GRADIENTS = [
     Gradient(-math.inf, "raise", (("store_delta", False),)),
     Gradient(math.nan, "skip", (("variant", "pytorch"),)),
     Gradient(math.nan, "skip", (("update", "snapshot"),), "sgd"),
+    Gradient(math.nan, "skip", (("variant", "multiplicative"),)),
 ]
 ERRORS = ("before the base optimizer's step", "after it", "in the tuner", "while parameters are written")
 

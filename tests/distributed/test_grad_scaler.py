@@ -136,6 +136,7 @@ def test_sharded_grad_scaler(layout: str, world_size: int) -> None:
     ("sgd", {}),
     ("asgd", {}),
     ("adamw", {"variant": "pytorch"}),
+    ("adamw", {"variant": "multiplicative"}),
     ("adamw", {"store_delta": False}),
 ], ids=str)  # fmt: skip
 def test_however_the_update_is_taken(base: str, options: dict[str, Any]) -> None:

@@ -61,11 +61,18 @@ def test_float32(layout: str, world_size: int) -> None:
 
 @pytest.mark.parametrize("options", [
     {"store_delta": False}, {"variant": "pytorch"}, {"variant": "pytorch", "store_delta": False},
-    {"update": "snapshot"},
+    {"update": "snapshot"}, {"variant": "multiplicative", "store_delta": False},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize(("layout", "world_size"), [("fsdp2", 4), ("tp+fsdp2", 4), ("zero1", 2), ("fsdp1-hybrid", 4)])
 def test_options(layout: str, world_size: int, options: dict[str, Any]) -> None:
     assert_like_a_single_process(layout, world_size, "sgd", torch.float64, rtol=1e-10, **options)
+
+
+@pytest.mark.parametrize(("layout", "world_size"), LAYOUTS)
+def test_the_variant_that_multiplies(layout: str, world_size: int) -> None:
+    assert_like_a_single_process(
+        layout, world_size, "adamw", torch.float64, rtol=1e-11, variant="multiplicative", s_init=1e-2
+    )
 
 
 @pytest.mark.parametrize(("layout", "world_size"), [("fsdp2", 3), ("tp+fsdp2", 4)])

@@ -30,24 +30,24 @@ BEFORE, AFTER = 6, 20
 Trained = tuple[list[float], dict[str, torch.Tensor]]
 
 
-def train_and_save(layout: str, directory: str) -> Trained:
-    started = Run(layout, "adamw", directory, noise=False)
+def train_and_save(layout: str, directory: str, variant: str) -> Trained:
+    started = Run(layout, "adamw", directory, noise=False, setting={"variant": variant})
     started.train(BEFORE)
     started.checkpointer.save(BEFORE)
     return started.train(AFTER), started.setup.gather()
 
 
-def load_and_train(layout: str, directory: str) -> Trained:
-    resumed = Run(layout, "adamw", directory, noise=False)
+def load_and_train(layout: str, directory: str, variant: str) -> Trained:
+    resumed = Run(layout, "adamw", directory, noise=False, setting={"variant": variant})
     if layout in ("ddp", "zero1"):  # DDP's first backward sums in another order than all later ones
         resumed.rehearse()
     resumed.checkpointer.load()
     return resumed.train(AFTER), resumed.setup.gather()
 
 
-def load_each(layout: str, sources: dict[tuple[str, int], tuple[str, Trained]], world_size: int) -> None:
+def load_each(layout: str, sources: dict[tuple[str, int], tuple[str, Trained]], world_size: int, variant: str) -> None:
     for source, (directory, (scales, parameters)) in sources.items():
-        found, gathered = load_and_train(layout, directory)
+        found, gathered = load_and_train(layout, directory, variant)
         if source == (layout, world_size):
             assert found == scales
             assert all(torch.equal(gathered[name], value) for name, value in parameters.items())
@@ -57,20 +57,25 @@ def load_each(layout: str, sources: dict[tuple[str, int], tuple[str, Trained]], 
 
 
 @functools.cache
-def saved(layout: str, world_size: int) -> tuple[tempfile.TemporaryDirectory[str], Trained]:
+def saved(layout: str, world_size: int, variant: str) -> tuple[tempfile.TemporaryDirectory[str], Trained]:
     """A checkpoint of this layout, and what became of the run that went on; made once."""
     folder = tempfile.TemporaryDirectory(prefix="manic-reshard-")
-    return folder, run(train_and_save, world_size, layout, folder.name)[0]
+    return folder, run(train_and_save, world_size, layout, folder.name, variant)[0]
 
 
-def load_all(sources: list[tuple[str, int]], layout: str, world_size: int) -> None:
-    found = {source: (saved(*source)[0].name, saved(*source)[1]) for source in sources}
-    run(load_each, world_size, layout, found, world_size, timeout=400)
+def load_all(sources: list[tuple[str, int]], layout: str, world_size: int, variant: str = "optax") -> None:
+    found = {source: (saved(*source, variant)[0].name, saved(*source, variant)[1]) for source in sources}
+    run(load_each, world_size, layout, found, world_size, variant, timeout=400)
 
 
 @pytest.mark.parametrize(("layout", "world_size"), SOME)
 def test_checkpoints_of_other_layouts_go_on_in_this_one(layout: str, world_size: int) -> None:
     load_all(SOME, layout, world_size)
+
+
+@pytest.mark.parametrize(("layout", "world_size"), SOME[1:3])
+def test_so_do_those_of_the_variant_that_multiplies(layout: str, world_size: int) -> None:
+    load_all(SOME, layout, world_size, "multiplicative")
 
 
 @pytest.mark.slow

@@ -1,0 +1,187 @@
+"""The variant that multiplies: the base learning rate is no matter, the schedule is, and it gets where a sweep does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from oracle import Multiplier, problem
+from test_interrupted import FailsAt
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from manic import Mechanic
+from manic.displacement import batches
+
+STEPS = 60
+Bases = Callable[[list[Tensor], float], torch.optim.Optimizer]
+
+
+def adamw(parameters: list[Tensor], lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.1, eps=1e-12)
+
+
+def sgd(parameters: list[Tensor], lr: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=lr, momentum=0.9)
+
+
+def schedule(step: int) -> float:
+    """Nothing in the first step, a warm-up, and down along a cosine to nothing."""
+    return step / 5 if step < 5 else 0.5 * (1.0 + math.cos(math.pi * (step - 5) / (STEPS - 5)))
+
+
+def train(parameters: list[Tensor], loss: Callable[[int], Tensor], optimizer: Any, base: Any = None) -> list[float]:
+    scheduler = LambdaLR(optimizer if base is None else base, schedule)
+    scales = []
+    for step in range(STEPS):
+        for parameter in parameters:
+            parameter.grad = None
+        loss(step).backward()
+        optimizer.step()
+        scheduler.step()
+        scales.append(float(optimizer.scale))
+    return scales
+
+
+@pytest.mark.parametrize("options", [{}, {"store_delta": False}, {"nonfinite": "ignore"}], ids=str)
+@pytest.mark.parametrize("bases", [adamw, sgd])
+def test_equals_the_oracle_under_a_schedule(bases: Bases, options: dict[str, Any]) -> None:
+    theirs, loss = problem()
+    base = bases(theirs, 0.5)
+    expected = train(theirs, loss, Multiplier(theirs, base, 1e-4), base)
+    mine, loss = problem()
+    optimizer = Mechanic(bases(mine, 0.5), variant="multiplicative", **options)
+    scales = train(mine, loss, optimizer)
+    assert scales[0] == 0.0, "with a learning rate of 0 there is no update to take the scale from"
+    assert scales == pytest.approx(expected, rel=1e-8)
+    for a, b in zip(mine, theirs):
+        torch.testing.assert_close(a.detach(), b.detach(), rtol=1e-8, atol=1e-8)
+    optimizer.check_consistency()
+
+
+@pytest.mark.parametrize("bases", [adamw, sgd])
+def test_the_base_learning_rate_is_no_matter(bases: Bases) -> None:
+    found = []
+    for lr in (1e-6, 1.0, 1e2):
+        parameters, loss = problem()
+        scales = train(parameters, loss, Mechanic(bases(parameters, lr), variant="multiplicative"))
+        found.append((scales[-1] * lr, torch.cat([p.detach().flatten() for p in parameters])))
+    for rate, values in found[1:]:
+        assert rate == pytest.approx(found[0][0], rel=1e-6)
+        torch.testing.assert_close(values, found[0][1], rtol=1e-6, atol=1e-6)
+
+
+def final_loss(bases: Bases, lr: float, variant: str | None) -> float:
+    parameters, loss = problem()
+    base = bases(parameters, lr)
+    scheduler = LambdaLR(base, schedule)
+    optimizer = base if variant is None else Mechanic(base, variant=variant)
+    for repeat in range(5 * STEPS):
+        for parameter in parameters:
+            parameter.grad = None
+        loss(repeat).backward()
+        optimizer.step()
+        if repeat % 5 == 0:
+            scheduler.step()
+    with torch.no_grad():
+        return sum(loss(step).item() for step in range(20)) / 20
+
+
+@pytest.mark.parametrize("bases", [adamw, sgd])
+def test_it_ends_about_where_the_best_of_a_sweep_does(bases: Bases) -> None:
+    best = min(final_loss(bases, 2.0**power, None) for power in range(-12, 2))
+    assert final_loss(bases, 1.0, "multiplicative") < 1.25 * best < 0.5 * final_loss(bases, 1.0, "optax")
+
+
+def test_once_there_is_a_scale_the_host_asks_for_nothing() -> None:
+    class Asked(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += "_local_scalar_dense" in str(func)
+            return func(*args, **(kwargs or {}))
+
+    parameters, loss = problem()
+    base = torch.optim.SGD(parameters, lr=1.0, foreach=False)
+    optimizer = Mechanic(base, variant="multiplicative", nonfinite="ignore")
+    counts = []
+    for step in range(3):
+        optimizer.zero_grad()
+        loss(step).backward()
+        with Asked() as asked:
+            optimizer.step()
+        counts.append(asked.count)
+    assert counts[0] > 0
+    assert counts[1:] == [0, 0]
+
+
+def test_rebased_or_without_gradients_it_keeps_its_scale() -> None:
+    parameters, loss = problem()
+    optimizer = Mechanic(sgd(parameters, 1.0), variant="multiplicative")
+    train(parameters, loss, optimizer)
+    scale, before = optimizer.scale, [p.detach().clone() for p in parameters]
+    optimizer.rebase()
+    for parameter in parameters:
+        parameter.grad = None
+    optimizer.step()
+    assert optimizer.scale == scale
+    assert all(torch.equal(p, x) for p, x in zip(parameters, before))
+
+
+def test_a_scale_that_is_bounded_is_bounded_from_the_first_step() -> None:
+    parameters, loss = problem()
+    optimizer = Mechanic(adamw(parameters, 1.0), variant="multiplicative", s_max=1e-5)
+    assert max(train(parameters, loss, optimizer)) == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"store_delta": False}, {"nonfinite": "ignore"}], ids=str)
+def test_a_scale_that_has_fallen_far_is_measured_from_where_it_is(options: dict[str, Any]) -> None:
+    """Too far by a scale that was too large, the parameters could not come back by the small one learned from that."""
+    target = torch.arange(1.0, 5.0, dtype=torch.float64)
+    parameter = target.clone().mul_(0.5).requires_grad_()
+    optimizer = Mechanic(torch.optim.SGD([parameter], lr=1.0), variant="multiplicative", s_init=0.5, **options)
+    kept: list[Tensor] = []
+    fallen: list[float] = []
+    for _ in range(80):
+        # The same way is up, whatever was done: as far as the tuner can see, it went too far.
+        parameter.grad = (
+            parameter.detach() - optimizer.state.get(parameter, {}).get("mechanic_x_ref", 0.0 * target)
+        ) + 0.1
+        optimizer.step()
+        kept.append(optimizer.state[parameter]["mechanic_x_ref"].clone())
+        fallen.append(float(optimizer.scale))
+        optimizer.check_consistency()
+    moved = [step for step in range(1, 80) if not torch.equal(kept[step], kept[step - 1])]
+    assert moved, "x_ref has not moved, though the scale fell"
+    assert all((step + 1) % 10 == 0 for step in moved)
+    first = moved[0]
+    assert 4 * fallen[first] < max(fallen[: first + 1])
+    assert first == 9 or 4 * fallen[first - 10] >= max(fallen[: first - 9])
+
+
+def test_measuring_anew_can_be_interrupted_anywhere() -> None:
+    at = 0
+    while True:
+        at += 1
+        parameters, loss = problem()
+        optimizer = Mechanic(sgd(parameters, 1.0), variant="multiplicative")
+        train(parameters, loss, optimizer)
+        optimizer._tuner.state[9].fill_(1e9)
+        optimizer._updates_made = 9
+        before = [p.detach().clone() for p in parameters]
+        shards = batches(optimizer._iterates())
+        try:
+            with FailsAt(at):
+                optimizer._restart(shards)
+        except MemoryError:
+            pass
+        else:
+            break
+        assert all(torch.equal(p, x) for p, x in zip(parameters, before))
+        optimizer.check_consistency()
+    assert at > 5
+    assert all(torch.equal(optimizer.state[p]["mechanic_x_ref"], x) for p, x in zip(parameters, before))
