@@ -1,16 +1,18 @@
-"""What manic costs: the step against fused AdamW, as ratios from one run; on thousands of ranks; and checkpoints.
+"""What manic costs, the step against fused AdamW, on thousands of ranks, checkpoints; and one run against a sweep.
 
 python launch/benchmark.py step --params 25M
 python launch/benchmark.py latency --params 25M
 python launch/benchmark.py train --ranks 1 2
 python launch/benchmark.py scale --models 8B 405B
 python launch/benchmark.py checkpoint --params 25M --ranks 1 2
+python launch/benchmark.py tuning --results docs/tuning.jsonl --plot docs/images/tuning.png
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -19,6 +21,8 @@ import checkpoint_cost
 import scale_cost
 import step_cost
 import train_cost
+import tuning
+from tuning_tasks import TASKS
 
 
 def step(options: argparse.Namespace) -> None:
@@ -70,6 +74,18 @@ def scale(options: argparse.Namespace) -> None:
     )
 
 
+def tune(options: argparse.Namespace) -> None:
+    """The subcommand."""
+    seeds = range(options.seeds)
+    results = tuning.measure(options.results, options.tasks, options.methods, seeds, options.processes)
+    found = tuning.rows(results, options.tasks, options.methods, seeds)
+    spent = sum(result.seconds for result in results.values()) / 60
+    print(f"{len(results)} runs, {spent:.0f} minutes of one core; {options.seeds} seeds; {tuning.versions()}")
+    print(tuning.table(found, options.methods), sep="\n\n")
+    if options.plot:
+        tuning.plot(results, found, seeds, options.plot)
+
+
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -106,6 +122,14 @@ def main() -> None:
     add.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     add.add_argument("--repeats", type=int, default=5)
     add.add_argument("--directory", help="where to write (default: the temporary directory)")
+    add = commands.add_parser("tuning", help="one run against the best of a sweep, over tasks, methods and seeds")
+    add.set_defaults(run=tune)
+    add.add_argument("--tasks", choices=TASKS, nargs="+", default=list(TASKS))
+    add.add_argument("--methods", choices=tuning.METHODS, nargs="+", default=list(tuning.METHODS))
+    add.add_argument("--seeds", type=int, default=3)
+    add.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time, each on one thread")
+    add.add_argument("--results", type=Path, required=True, metavar="FILE", help="is read, and gets what it lacks")
+    add.add_argument("--plot", type=Path, metavar="FILE", help="draw losses and scales there")
     options = parser.parse_args()
     options.run(options)
 

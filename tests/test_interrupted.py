@@ -85,7 +85,7 @@ def test_whichever_operator_fails(
     moved_to = [p.detach().clone() for p in parameters]
 
     rounding = 1e-12 if dtype == torch.float64 else 2**-7
-    stored = options.get("store_delta", True)
+    stored = options.get("store_delta", options.get("variant") != "multiplicative" or dtype == torch.bfloat16)
     for at in range(1, whole.count + 1):
         parameters, optimizer = make(base, options, dtype)
         before = [p.detach().clone() for p in parameters]
@@ -108,6 +108,8 @@ def test_whichever_operator_fails(
                 assert torch.equal(p.detach(), x), where
             # Where an update has arrived in Delta, x is moved by it, at the scale as it was.
             bound = 2.0 * float((after - x).abs().max()) + 1e-9
+            if options.get("variant") == "multiplicative":  # of the base's own step, decay may have come alone
+                bound += 0.2 * float(optimizer.scale * x.abs().max())
             torch.testing.assert_close(p.detach(), x, rtol=rounding, atol=bound, msg=where)
         if stored:
             optimizer.check_consistency()  # and Delta is the one of where the parameters are

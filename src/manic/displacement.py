@@ -8,6 +8,9 @@ others the parameter's storage holds a displacement during the base step. No cop
 
 *Snapshot.* For every other update: keep x aside for the length of the step and take the difference.
 
+*Scaled.* Where S is known before the step, and scales updates rather than Delta, an optimizer whose update is
+proportional to its learning rate does all of it by itself: x is where it leaves it.
+
 The time goes into moving words between memory and the cores, so the tensors are gone through once before the base step
 and once after it.
 """
@@ -17,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,13 +30,15 @@ from manic.kernels import Kernels, add_product, plain, working_dtype
 from manic.passes import Scratch, batched, pieces
 
 __all__ = [
-    "Batch", "Iterate", "Update", "Visit", "batches", "resolve_update", "restart", "show", "show_updates", "stepping",
-    "strays", "write_back",
+    "Batch", "Iterate", "Update", "Visit", "batches", "is_proportional", "resolve_update", "restart",
+    "scaled_learning_rates", "show", "show_updates", "stepping", "strays", "write_back",
 ]  # fmt: skip
 
-Update = Literal["snapshot", "decoupled", "coupled"]
-"""How an optimizer's update is taken: by the difference of a snapshot, or in displacement space with weight decay
-that acts on the parameter (decoupled) or through the gradient (coupled)."""
+Update = Literal["snapshot", "decoupled", "coupled", "scaled"]
+"""How an optimizer's update is taken: by the difference of a snapshot, in displacement space with weight decay
+that acts on the parameter (decoupled) or through the gradient (coupled), or not at all, for it has S in it."""
+
+_CHOICES = ("snapshot", "decoupled", "coupled")
 
 # The optimizers whose source was read (torch 2.6 to 2.13): the update is a function of gradients and state alone,
 # apart from the weight decay named here. Adafactor (scales by the parameter's RMS) and ASGD (averages parameters)
@@ -58,12 +63,12 @@ def resolve_update(optimizer: Optimizer, update: str) -> str:
 
     Args:
         optimizer: A base optimizer.
-        update: ``"auto"``, or one of :data:`Update` to decide it yourself. ``"auto"`` takes displacement space for the
-            optimizers of ``torch.optim`` that allow it (the classes themselves; a subclass may do anything), and a
-            snapshot for all others.
+        update: ``"auto"``, or ``"snapshot"``, ``"decoupled"`` or ``"coupled"`` to decide it yourself. ``"auto"`` takes
+            displacement space for the optimizers of ``torch.optim`` that allow it (the classes themselves; a subclass
+            may do anything), and a snapshot for all others.
 
     Returns:
-        One of :data:`Update`, or ``"by group"`` where each param group says whether its decay is decoupled.
+        One of these three, or ``"by group"`` where each param group says whether its decay is decoupled.
 
     Raises:
         ValueError: if ``update`` is none of these.
@@ -71,9 +76,17 @@ def resolve_update(optimizer: Optimizer, update: str) -> str:
     if update == "auto":
         known = getattr(torch.optim, type(optimizer).__name__, None) is type(optimizer)
         return _DISPLACEMENT_SPACE.get(type(optimizer).__name__, "snapshot") if known else "snapshot"
-    if update not in get_args(Update):
-        raise ValueError(f"update must be 'auto' or one of {get_args(Update)}, got {update!r}")
+    if update not in _CHOICES:
+        raise ValueError(f"update must be 'auto' or one of {_CHOICES}, got {update!r}")
     return update
+
+
+def is_proportional(optimizer: Optimizer) -> bool:
+    """Whether ``optimizer``'s update, weight decay included, is known to be its learning rate times what is none of it.
+
+    Rprop takes its learning rate for its first step only.
+    """
+    return resolve_update(optimizer, "auto") != "snapshot" and not isinstance(optimizer, torch.optim.Rprop)
 
 
 @dataclass(eq=False)
@@ -215,7 +228,7 @@ def write_back(batches: Iterable[Batch], scale: Tensor, kernels: Kernels, step: 
     scratch = Scratch()
     for batch in batches:
         first = batch[0]
-        if first.never_moved:
+        if first.never_moved or first.update == "scaled":
             continue
         factor = scale.to(first.x.device, working_dtype(first.x))
         share = None if step is None else step.to(factor)
@@ -328,7 +341,7 @@ def _enter(batch: Batch, visit: Visit | None, scratch: Scratch) -> None:
     snapshot = first.update == "snapshot" and not first.never_moved
     for iterate in batch if snapshot else ():
         iterate.x_before = iterate.x.clone()
-    stays = snapshot or first.never_moved or first.stand_in is not None
+    stays = snapshot or first.never_moved or first.stand_in is not None or first.update == "scaled"
     if stays and visit is None:
         return
     columns = _columns(batch, "x", "x_ref", "delta", "gradient")
@@ -352,6 +365,8 @@ def _enter(batch: Batch, visit: Visit | None, scratch: Scratch) -> None:
 
 def _undo(iterate: Iterate) -> None:
     """After a step that raised, let ``x`` be x_ref + S_t * Delta again, with what Delta has become by then."""
+    if iterate.update == "scaled":
+        return  # Delta is where x is
     factor = (iterate.scale + (iterate.eps if iterate.delta is None else 0.0)).to(working_dtype(iterate.x))
     columns = _columns([iterate], "x", "x_ref", "delta", "x_before")
     start = 0
@@ -376,6 +391,20 @@ def _undo(iterate: Iterate) -> None:
 
 
 @contextmanager
+def scaled_learning_rates(iterates: Iterable[Iterate], scale: float) -> Iterator[None]:
+    """Multiply the learning rates of the groups of *scaled* iterates by ``scale`` inside."""
+    groups = {id(it.group): it.group for it in iterates if it.update == "scaled"}.values()
+    lrs = [(group, group["lr"]) for group in groups]
+    try:
+        for group, lr in lrs:
+            group["lr"] = lr * scale
+        yield
+    finally:
+        for group, lr in lrs:
+            group["lr"] = lr
+
+
+@contextmanager
 def _without_weight_decay(iterates: Sequence[Iterate]) -> Iterator[None]:
     """Take over from the base optimizers what they would do with x; the user's gradients are left as they are."""
     decays: list[tuple[dict[str, Any], Any]] = []
@@ -390,7 +419,7 @@ def _without_weight_decay(iterates: Sequence[Iterate]) -> Iterator[None]:
             elif iterate.update == "coupled":
                 gradients.append((iterate.parameter, iterate.parameter.grad))
                 iterate.parameter.grad = _decayed_gradient(iterate, float(weight_decay))
-        for group in {id(it.group): it.group for it in iterates if it.update != "snapshot"}.values():
+        for group in {id(it.group): it.group for it in iterates if it.update in ("decoupled", "coupled")}.values():
             if "weight_decay" in group:
                 decays.append((group, group["weight_decay"]))
                 group["weight_decay"] = 0.0

@@ -23,8 +23,10 @@ from manic.displacement import (
     Batch,
     Iterate,
     batches,
+    is_proportional,
     resolve_update,
     restart,
+    scaled_learning_rates,
     show,
     show_updates,
     stepping,
@@ -69,7 +71,7 @@ class Mechanic(MechanicState):
             ``"multiplicative"``, manic's own tuner, which ends nearest to the best learning rate of a sweep.
         store_delta: Keep Delta, one copy of the parameters in at least float32. Otherwise it is recomputed as
             ``(x - x_ref) / (S + eps)``, as both published implementations do: inexact in the first steps, and in
-            low precision.
+            low precision. Default: yes; with ``"multiplicative"`` only of parameters in low precision.
         process_group: All ranks that hold the model between them. Default: all ranks there are.
         plain: ``"replicated"`` if tensors that are no DTensors are the same on all ranks (DDP), ``"sharded"`` if
             each rank holds other ones (inside ``ZeroRedundancyOptimizer``). FSDP1's are recognised by themselves.
@@ -100,7 +102,7 @@ class Mechanic(MechanicState):
         s_decay: float = 0.01,
         eps: float = 1e-8,
         variant: str = "optax",
-        store_delta: bool = True,
+        store_delta: bool | None = None,
         process_group: ProcessGroup | None = None,
         plain: Plain = "replicated",
         pipeline_stages: int = 1,
@@ -122,19 +124,18 @@ class Mechanic(MechanicState):
         # Optimizers whose source is known take any tensor for the parameter; another may know its own by other ways.
         self._hands_over_delta = update == "auto"
         snapshot = tuner.variant.x_after_base_step
-        if tuner.variant.multiplies:
-            # Updates have to be apart from Delta: they are not handed it, and need a copy where there is none.
-            self._hands_over_delta = False
-            snapshot = not store_delta
+        self._proportional = [update == "auto" and is_proportional(base) for base in optimizers]
+        if store_delta is None and not tuner.variant.multiplies:
+            store_delta = True
         self._updates = ["snapshot" if snapshot else resolve_update(base, update) for base in optimizers]
         self._agreed_on: list[list[int]] | None = None
         self._watch = Watch()
         # Whether the host knows that there is a scale, which comes from the first update where the variant multiplies.
         self._has_scale = not tuner.variant.multiplies
-        self._updates_made: int | None = None  # the tuner's count, where the host knows it
+        self._updates_made = 0  # the tuner's count, on the host
         # Calls of step() in this process, how many it has left out in a row, and S when the host last heard of it.
         self._calls, self._in_a_row, self._last_scale = 0, 0, 0.0
-        super().__init__(optimizers, tuner, Layout(process_group, plain, pipeline_stages), bool(store_delta))
+        super().__init__(optimizers, tuner, Layout(process_group, plain, pipeline_stages), store_delta)
 
     # It steers by what the host knows; its arithmetic is compiled apart, if asked for.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -211,6 +212,12 @@ class Mechanic(MechanicState):
         if sums is None:
             return False
         with stepping(shards):
+            if self._tuner.variant.multiplies:
+                scale = self._tuner.update(sums)
+                with scaled_learning_rates(iterates, float(scale)):
+                    self._step_bases()
+                self._write_multiplied(shards, scale, sums.x_square)
+                return True
             self._step_bases()
             if self._tuner.variant.x_after_base_step:
                 position = PartialSums(self._kernels)
@@ -223,19 +230,24 @@ class Mechanic(MechanicState):
     def _finish(self, shards: Sequence[Batch], sums: Sums) -> None:
         """S_{t+1} and x_{t+1}, after the base step."""
         scale = self._tuner.update(sums)
-        if not self._tuner.variant.multiplies:
+        if self._tuner.variant.multiplies:
+            self._write_multiplied(shards, scale, sums.x_square)
+        else:
             write_back(shards, scale, self._kernels)
-            return
-        if not self._has_scale and not scale > 0:  # the host waits, until the first update that is not 0
-            updates = PartialSums(exact(), squares=True)
-            show_updates(shards, updates.add_position)
-            scale = self._tuner.start(self._reduce(updates).wait().x_square, sums.x_square)
-        self._has_scale = self._has_scale or bool(scale > 0)
+
+    def _write_multiplied(self, shards: Sequence[Batch], scale: Tensor, x_square: Tensor) -> None:
+        """x_{t+1}, where it is x_t and ``scale`` times the update; the first update gives the scale."""
+        if not self._has_scale:  # the host waits, until the first update that is not 0
+            if not scale > 0:
+                updates = PartialSums(exact(), squares=True)
+                show_updates(shards, updates.add_position)
+                scale = self._tuner.start(self._reduce(updates).wait().x_square, x_square)
+            self._has_scale = bool(scale > 0)
         write_back(shards, self._tuner.position[0], self._kernels, scale)
 
     def _restart(self, shards: Sequence[Batch]) -> None:
         """Every few steps, let the way be measured anew where the scale has fallen far; the host does not ask."""
-        self._updates_made = int(self._tuner.updates) if self._updates_made is None else self._updates_made + 1
+        self._updates_made += 1
         if self._updates_made % _RESTART_EVERY == 0 or self._is_capturing:  # a graph does the same in every step
             share = self._tuner.restart()
             try:
@@ -398,8 +410,8 @@ class Mechanic(MechanicState):
         self._agree()
         is_first = not self._started
         if is_first or self._was_loaded:
-            self._updates_made = None
-            self._has_scale = not self._tuner.variant.multiplies
+            self._updates_made = 0 if is_first else int(self._tuner.updates)
+            self._has_scale = not self._tuner.variant.multiplies or (not is_first and float(self._tuner.scale) > 0.0)
         if is_first:
             self._drop_placeholders()
             self._started = True
@@ -412,7 +424,9 @@ class Mechanic(MechanicState):
             self._put_global_state()
         scales = {home: self._tuner.position[0]}
         iterates = []
-        for optimizer, update in zip(self.optimizers, self._updates):
+        for optimizer, update, proportional in zip(self.optimizers, self._updates, self._proportional):
+            if proportional and self._can_scale_learning_rates(optimizer):
+                update = "scaled"
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     iterate = self._iterate(optimizer, group, parameter, update, scales)
@@ -448,8 +462,17 @@ class Mechanic(MechanicState):
             self._complete(state, parameter, scales[x.device])
         if update == "by group":
             update = "decoupled" if group.get("decoupled_weight_decay", False) else "coupled"
-        delta = state[DELTA] if self._store_delta and not never_moved else None
-        stands_in = self._hands_over_delta and update != "snapshot" and delta is not None and delta.dtype == x.dtype
+        delta = state[DELTA] if self._keeps_delta(parameter) and not never_moved else None
+        multiplies = self._tuner.variant.multiplies
+        if multiplies and delta is None and update != "scaled":
+            update = "snapshot"
+        stands_in = (
+            self._hands_over_delta
+            and not multiplies
+            and update != "snapshot"
+            and delta is not None
+            and delta.dtype == x.dtype
+        )
         return Iterate(
             optimizer=optimizer,
             group=group,
@@ -465,6 +488,12 @@ class Mechanic(MechanicState):
             eps=self._tuner.position[1],
             never_moved=never_moved,
         )
+
+    def _can_scale_learning_rates(self, optimizer: Optimizer) -> bool:
+        """Whether S can go into them: the host knows it, and x is all that is moved."""
+        known = self._tuner.variant.multiplies and self._has_scale and self._nonfinite != "ignore"
+        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        return known and not any(map(self._keeps_delta, parameters))
 
     def _agree(self) -> None:
         """Compare notes with the other ranks: at the first step, after a load, and when parameters were added."""

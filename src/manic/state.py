@@ -34,13 +34,14 @@ class MechanicState(OptimizerWrapper):
         optimizers: The base optimizers.
         tuner: It is moved to the parameters' device.
         layout: Tells the device of a rank without parameters.
-        store_delta: Whether Delta is kept, in at least float32, or recomputed from x, x_ref and S.
+        store_delta: Whether Delta is kept, in at least float32, or recomputed from x, x_ref and S. ``None``: kept of
+            parameters in low precision.
     """
 
     STATE_KEYS = (X_REF, DELTA)
     GROUP_KEY = "mechanic"
 
-    def __init__(self, optimizers: Sequence[Optimizer], tuner: Tuner, layout: Layout, store_delta: bool) -> None:
+    def __init__(self, optimizers: Sequence[Optimizer], tuner: Tuner, layout: Layout, store_delta: bool | None) -> None:
         self._tuner, self._layout, self._store_delta = tuner, layout, store_delta
         # Whether the run has begun, so that x_ref is where it started; and whether a loaded state is yet to be checked.
         self._started = False
@@ -62,17 +63,22 @@ class MechanicState(OptimizerWrapper):
             state[X_REF] = parameter.detach().clone()
         elif state[X_REF].dtype != parameter.dtype:
             state[X_REF] = state[X_REF].to(parameter.dtype)
-        if not self._store_delta or starts_here:
+        if not self._keeps_delta(parameter) or starts_here:
             state.pop(DELTA, None)
-        if self._store_delta and DELTA not in state:
+        if self._keeps_delta(parameter) and DELTA not in state:
             state[DELTA] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
             if not starts_here:  # saved with store_delta=False
                 divisor = scale + self._tuner.position[1]  # as it was recomputed by then
                 if self._tuner.variant.moves_without_gradient:  # x must be x_ref + S * Delta to the last digits
                     divisor = torch.where(scale > 0, scale, divisor)
                 local(state[DELTA]).copy_((local(parameter).to(dtype) - local(state[X_REF])) / divisor.to(dtype))
-        elif self._store_delta and state[DELTA].dtype != dtype:
+        elif self._keeps_delta(parameter) and state[DELTA].dtype != dtype:
             state[DELTA] = state[DELTA].to(dtype)
+
+    def _keeps_delta(self, parameter: Tensor) -> bool:
+        if self._store_delta is None:
+            return parameter.dtype != working_dtype(parameter)
+        return self._store_delta
 
     def _create_state(self, starts: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Let base optimizers without a state create it, and change nothing else.

@@ -1,0 +1,364 @@
+"""One run against a sweep of the learning rate: which runs there are, running them, and what they came to."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from manic import Mechanic
+from tuning_tasks import TASKS, WARM_UP, Task, train
+
+SWEEP = "sweep"
+"""The bar: the base optimizer over a grid of learning rates, of which the best counts."""
+TUNER = "multiplicative"
+"""The method that is run over :data:`BASE_LRS`, too."""
+BASE_LRS = (1e-6, 1e-3, 1.0, 1e2)
+_POINTS = 40  # of S, kept of a run
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run."""
+
+    task: str
+    method: str
+    lr: float
+    """Of the base optimizer."""
+    seed: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to."""
+
+    loss: float
+    """Held out, at the end; infinite if the run broke."""
+    scales: list[tuple[int, float]]
+    """S after some of the steps, where there is one."""
+    seconds: float
+
+
+Results = dict[Run, Result]
+Builder = Callable[[Task, nn.Module, float], list[Any]]
+
+
+def _mechanic(variant: str) -> Builder:
+    return lambda task, model, lr: [Mechanic(task.bases(model, lr), variant=variant)]
+
+
+def _mechanic_pytorch(task: Task, model: nn.Module, lr: float) -> list[Any]:
+    from mechanic_pytorch import mechanize
+
+    (base,) = task.bases(model, lr)
+    settings = {name: base.defaults[name] for name in ("betas", "momentum") if name in base.defaults}
+    return [mechanize(type(base))(_groups(base), lr=lr, **settings)]
+
+
+def _prodigy(task: Task, model: nn.Module, lr: float) -> list[Any]:
+    from prodigyopt import Prodigy
+
+    (base,) = task.bases(model, lr)
+    return [Prodigy(_groups(base), lr=lr, safeguard_warmup=True)]
+
+
+def _d_adaptation(task: Task, model: nn.Module, lr: float) -> list[Any]:
+    import dadaptation
+
+    (base,) = task.bases(model, lr)
+    if task.base == "adamw":
+        return [dadaptation.DAdaptAdam(_groups(base), lr=lr, decouple=True)]
+    if task.base == "lion":
+        return [dadaptation.DAdaptLion(_groups(base), lr=lr)]
+    return [dadaptation.DAdaptSGD(_groups(base), lr=lr, momentum=base.defaults["momentum"])]
+
+
+def _schedule_free(task: Task, model: nn.Module, lr: float) -> list[Any]:
+    import schedulefree
+
+    (base,) = task.bases(model, lr)
+    cls = schedulefree.AdamWScheduleFree if task.base == "adamw" else schedulefree.SGDScheduleFree
+    optimizer = cls(_groups(base), lr=lr, warmup_steps=round(WARM_UP * task.steps) if task.has_warm_up else 0)
+    optimizer.train()
+    return [optimizer]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to do without the sweep, or the sweep itself."""
+
+    build: Builder
+    bases: tuple[str, ...] = ("adamw", "sgd", "lion", "muon")
+    """The tasks' base optimizers that it has a counterpart of."""
+    lrs: dict[str, float] | None = None
+    """Its documented learning rate where that is not 1, by base optimizer."""
+    keeps_schedule: bool = True
+
+
+METHODS: dict[str, Method] = {
+    SWEEP: Method(lambda task, model, lr: task.bases(model, lr)),
+    TUNER: Method(_mechanic(TUNER)),
+    "optax": Method(_mechanic("optax")),
+    "pytorch": Method(_mechanic("pytorch")),
+    "mechanic-pytorch": Method(_mechanic_pytorch, ("adamw", "sgd", "lion")),
+    "Prodigy": Method(_prodigy, ("adamw",)),
+    "D-Adaptation": Method(_d_adaptation, ("adamw", "sgd", "lion")),
+    "Schedule-Free": Method(_schedule_free, ("adamw", "sgd"), {"adamw": 0.0025, "sgd": 1.0}, keeps_schedule=False),
+}
+
+
+def _groups(optimizer: Optimizer) -> list[dict[str, Any]]:
+    return [
+        {"params": group["params"], "weight_decay": group.get("weight_decay", 0.0)} for group in optimizer.param_groups
+    ]
+
+
+def execute(run: Run) -> Result:
+    """Train once, on one thread."""
+    torch.set_num_threads(1)
+    task, method = TASKS[run.task], METHODS[run.method]
+    problem = task.problem(run.seed)
+    optimizers = method.build(task, problem.model, run.lr)
+    scales: list[tuple[int, float]] = []
+
+    def note(step: int) -> None:
+        if isinstance(optimizers[0], Mechanic) and step % max(1, task.steps // _POINTS) == 0:
+            scales.append((step, float(optimizers[0].scale)))
+
+    start = time.perf_counter()
+    try:
+        loss = train(task, problem, optimizers, task.schedule if method.keeps_schedule else None, note)
+    except RuntimeError:  # of Mechanic, for what is not finite
+        loss = math.inf
+    return Result(loss, scales, time.perf_counter() - start)
+
+
+def wanted(task: Task, methods: Iterable[str], seeds: Sequence[int], results: Results) -> Iterator[Run]:
+    """The runs of a task that there should be, as far as the results so far tell: the grid grows with them."""
+    for name in methods:
+        method = METHODS[name]
+        if task.base in method.bases:
+            if name == SWEEP:
+                lrs: Sequence[float] = grid(task, seeds, results)
+            else:
+                lrs = BASE_LRS if name == TUNER else [(method.lrs or {}).get(task.base, 1.0)]
+            for lr in lrs:
+                yield from (Run(task.name, name, lr, seed) for seed in seeds)
+
+
+def grid(task: Task, seeds: Sequence[int], results: Results) -> list[float]:
+    """Learning rates, each twice the one before, until the best has two worse ones on either side."""
+    powers = list(range(-2, 3))
+    while True:
+        lrs = [task.guess * 2.0**power for power in powers]
+        losses = [mean_loss(results, task.name, SWEEP, lr, seeds) for lr in lrs]
+        if any(loss is None for loss in losses):
+            return lrs
+        best = min(range(len(losses)), key=lambda index: losses[index] or math.inf)
+        if best < 2:
+            powers.insert(0, powers[0] - 1)
+        elif best > len(losses) - 3:
+            powers.append(powers[-1] + 1)
+        else:
+            return lrs
+
+
+def mean_loss(results: Results, task: str, method: str, lr: float, seeds: Sequence[int]) -> float | None:
+    """Over the seeds; ``None`` where one of them is missing."""
+    found = [results.get(Run(task, method, lr, seed)) for seed in seeds]
+    return None if None in found else statistics.fmean(result.loss for result in found if result is not None)
+
+
+def read(file: Path) -> Results:
+    """What a results file holds: JSON lines, of which the last may be cut short."""
+    results: Results = {}
+    for line in file.read_text().splitlines() if file.exists() else ():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        run = Run(*(record.pop(name) for name in ("task", "method", "lr", "seed")))
+        loss = math.inf if record["loss"] is None else record["loss"]
+        results[run] = Result(loss, [(step, scale) for step, scale in record["scales"]], record["seconds"])
+    return results
+
+
+def _line(run: Run, result: Result) -> str:
+    record = {**asdict(run), **asdict(result)}
+    if not math.isfinite(result.loss):
+        record["loss"] = None
+    record["seconds"] = round(result.seconds, 2)
+    record["scales"] = [(step, float(f"{scale:.6g}")) for step, scale in result.scales]
+    return json.dumps(record) + "\n"
+
+
+def measure(file: Path, tasks: Sequence[str], methods: Sequence[str], seeds: Sequence[int], processes: int) -> Results:
+    """Make the runs that ``file`` lacks, each appended as it ends, and return what it then holds.
+
+    Args:
+        file: The results file; a run that was stopped goes on where it was.
+        tasks: Names.
+        methods: Names.
+        seeds: Of models and data.
+        processes: Runs at a time; 1: in this process.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    results = read(file)
+    if file.exists() and not file.read_text().endswith("\n"):
+        with file.open("a") as lines:  # or the next line would be lost with the one that was cut short
+            lines.write("\n")
+    with ExitStack() as stack:
+        pool: Any = None
+        if processes > 1:
+            pool = stack.enter_context(ProcessPoolExecutor(processes, mp_context=get_context("spawn")))
+        while True:
+            runs = [run for name in tasks for run in wanted(TASKS[name], methods, seeds, results)]
+            missing = [run for run in runs if run not in results]
+            if not missing:
+                return results
+            with file.open("a") as lines:
+                for run, result in zip(missing, (map if pool is None else pool.map)(execute, missing)):
+                    results[run] = result
+                    lines.write(_line(run, result))
+                    lines.flush()
+                    print(
+                        f"{len(results)} runs: {run.task}, {run.method}, lr {run.lr:g}, seed {run.seed}: "
+                        f"{result.loss:.4f} in {result.seconds:.1f} s",
+                        flush=True,
+                    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """A task in the table."""
+
+    task: Task
+    best_lr: float
+    best_loss: float
+    excess: dict[str, float]
+    """By method: how far its loss, the mean over the seeds, lies above the best of the grid, as a share of that."""
+    spread: float | None
+    """Of the tuner: its largest loss over :data:`BASE_LRS` over its smallest, less 1."""
+    noise: float
+    """Of the sweep: the standard deviation of the best learning rate's loss over the seeds, as a share."""
+
+
+def rows(results: Results, tasks: Sequence[str], methods: Sequence[str], seeds: Sequence[int]) -> list[Row]:
+    """Of the tasks whose sweep is complete."""
+    found = []
+    for name in tasks:
+        task = TASKS[name]
+        losses = {lr: mean_loss(results, name, SWEEP, lr, seeds) for lr in grid(task, seeds, results)}
+        if None in losses.values():
+            continue
+        best_lr, best = min(((lr, loss) for lr, loss in losses.items() if loss is not None), key=lambda pair: pair[1])
+        excess = {}
+        for method in methods:
+            lr = (METHODS[method].lrs or {}).get(task.base, 1.0)
+            loss = mean_loss(results, name, method, lr, seeds)
+            if method != SWEEP and loss is not None:
+                excess[method] = loss / best - 1.0
+        flat = [loss for lr in BASE_LRS if (loss := mean_loss(results, name, TUNER, lr, seeds)) is not None]
+        spread = max(flat) / min(flat) - 1.0 if len(flat) == len(BASE_LRS) else None
+        bars = [results[Run(name, SWEEP, best_lr, seed)].loss for seed in seeds]
+        noise = statistics.stdev(bars) / best if len(bars) > 1 else 0.0
+        found.append(Row(task, best_lr, best, excess, spread, noise))
+    return found
+
+
+def table(found: Sequence[Row], methods: Sequence[str]) -> str:
+    """As Markdown: excess in percent by task and method, then the median and the worst of each method's tasks."""
+    shown = [method for method in methods if method != SWEEP and any(method in row.excess for row in found)]
+    lines = [
+        f"| task | best lr | its loss | ± seeds | {' | '.join(shown)} | over base lr |",
+        "| --- " * (len(shown) + 5) + "|",
+    ]
+    for row in found:
+        cells = [_percent(row.excess.get(method)) for method in shown]
+        start = (
+            f"{row.task.what} (`{row.task.name}`) | {row.best_lr:.3g} | {row.best_loss:.4f} | {100 * row.noise:.1f}%"
+        )
+        spread = "" if row.spread is None else f"{100 * row.spread:.2g}%"
+        lines.append(f"| {start} | {' | '.join(cells)} | {spread} |")
+    for name, summary in (("median", statistics.median), ("worst", max)):
+        cells = [_percent(summary([row.excess[method] for row in found if method in row.excess])) for method in shown]
+        spreads = [row.spread for row in found if row.spread is not None]
+        spread = f"{100 * summary(spreads):.2g}%" if spreads else ""
+        lines.append(f"| **{name}** | | | | {' | '.join(cells)} | {spread} |")
+    return "\n".join(lines)
+
+
+def _percent(share: float | None) -> str:
+    if share is None:
+        return ""
+    return "broke" if math.isinf(share) else f"{100 * share:+.1f}%"
+
+
+def versions() -> str:
+    """What the figures depend on."""
+    return f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}, one thread a run"
+
+
+def plot(results: Results, found: Sequence[Row], seeds: Sequence[int], image: Path) -> None:
+    """Draw loss against base learning rate, the U of the sweep and the tuner's line, and S over the steps, by task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = 4
+    blocks = math.ceil(len(found) / columns)
+    figure, axes = pyplot.subplots(2 * blocks, columns, figsize=(3.4 * columns, 4.6 * blocks), squeeze=False)
+    for axis in axes.flat:
+        axis.set_visible(False)
+    for index, row in enumerate(found):
+        block, column = divmod(index, columns)
+        top, bottom = axes[2 * block, column], axes[2 * block + 1, column]
+        top.set_visible(True)
+        bottom.set_visible(True)
+        name = row.task.name
+        lrs = grid(row.task, seeds, results)
+        losses = [mean_loss(results, name, SWEEP, lr, seeds) for lr in lrs]
+        top.plot(lrs, losses, "o-", color="tab:gray", markersize=3, label="sweep")
+        for method, color in ((TUNER, "tab:blue"), ("optax", "tab:orange"), ("Prodigy", "tab:green")):
+            loss = mean_loss(results, name, method, 1.0, seeds)
+            if loss is not None:
+                top.axhline(loss, color=color, linewidth=1.2, label=method)
+        highest = max(loss for loss in losses if loss is not None and math.isfinite(loss))
+        margin = 0.1 * (highest - row.best_loss)
+        top.set_ylim(row.best_loss - margin, highest + margin)
+        top.set_xscale("log")
+        top.set_title(name, fontsize=9)
+        for method, color in ((TUNER, "tab:blue"), ("optax", "tab:orange")):
+            for seed in seeds:
+                result = results.get(Run(name, method, 1.0, seed))
+                if result is not None and result.scales:
+                    bottom.plot(*zip(*result.scales), color=color, linewidth=0.8)
+        bottom.axhline(row.best_lr, color="tab:gray", linestyle="--", linewidth=1)
+        bottom.set_yscale("log")
+        for axis in (top, bottom):
+            axis.tick_params(labelsize=7)
+            axis.grid(alpha=0.3)
+        if column == 0:
+            top.set_ylabel("held-out loss", fontsize=8)
+            bottom.set_ylabel("S, and the best lr", fontsize=8)
+        top.set_xlabel("lr", fontsize=7)
+        bottom.set_xlabel("step", fontsize=7)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncols=len(labels), fontsize=9)
+    figure.tight_layout(rect=(0, 0, 1, 0.98))
+    figure.savefig(image, dpi=100)
+    pyplot.close(figure)

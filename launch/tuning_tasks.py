@@ -1,0 +1,286 @@
+"""What ``benchmark.py tuning`` trains: models, data, base optimizers and schedules that are not all alike."""
+
+from __future__ import annotations
+
+import math
+import pydoc_data
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from data import Corpus
+from model import GPT
+from optimizers import Lion, is_norm, make_scheduler, muon_and_adamw
+
+WARM_UP = 0.05
+"""The share of a run in which the learning rate rises, in the tasks that have a schedule."""
+_HELD_OUT = 256  # sequences
+_GIVEN = 0  # the seed of what is the same for all runs: splits, and the checkpoint that fine-tuning starts from
+
+Batches = Iterator[tuple[Tensor, Tensor]]
+Bases = Callable[[nn.Module, float], list[Optimizer]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model to start from and the data that it sees."""
+
+    model: nn.Module
+    batches: Batches
+    """Inputs and targets of one step after the other, without end."""
+    held_out: list[tuple[Tensor, Tensor]]
+    """What the final loss is measured on; the same for every seed."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kind of training run, of which the learning rate alone is open."""
+
+    name: str
+    what: str
+    """For the table."""
+    problem: Callable[[int], Problem]
+    """Of a seed."""
+    bases: Bases
+    """The base optimizers of a model at a learning rate."""
+    base: str
+    steps: int
+    guess: float
+    """Where the grid of learning rates begins; it grows until its best lies inside."""
+    schedule: str = "cosine"
+    has_warm_up: bool = True
+    clip: float | None = 1.0
+    """The largest norm of the gradient."""
+
+
+def adamw(weight_decay: float = 0.1, **settings: Any) -> Bases:
+    def bases(model: nn.Module, lr: float) -> list[Optimizer]:
+        groups = [
+            {"params": params, "weight_decay": decay}
+            for params, decay in zip(split_by_decay(model), (weight_decay, 0.0))
+        ]
+        return [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), **settings)]
+
+    return bases
+
+
+def split_by_decay(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Parameters with weight decay, and norms and biases, without."""
+    named = list(model.named_parameters())
+    return [p for name, p in named if not is_norm(name)], [p for name, p in named if is_norm(name)]
+
+
+def sgd(model: nn.Module, lr: float) -> list[Optimizer]:
+    return [torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)]
+
+
+def plain_sgd(model: nn.Module, lr: float) -> list[Optimizer]:
+    return [torch.optim.SGD(model.parameters(), lr=lr)]
+
+
+def lion(model: nn.Module, lr: float) -> list[Optimizer]:
+    groups = [{"params": params, "weight_decay": decay} for params, decay in zip(split_by_decay(model), (1.0, 0.0))]
+    return [Lion(groups, lr=lr)]
+
+
+def muon(model: nn.Module, lr: float) -> list[Optimizer]:
+    return muon_and_adamw(list(model.named_parameters()), lr, 0.1)
+
+
+@cache
+def _corpus(path: Path | None, seq_len: int) -> Corpus:
+    return Corpus(path, seq_len)
+
+
+def _text(
+    make: Callable[[], nn.Module], seq_len: int, batch_size: int, path: Path | None = None
+) -> Callable[[int], Problem]:
+    def problem(seed: int) -> Problem:
+        corpus = _corpus(path, seq_len)
+
+        def batches() -> Batches:
+            step = 0
+            while True:
+                tokens = corpus.batch(seed, step, batch_size, slice(None))
+                yield tokens[:, :-1], tokens[:, 1:]
+                step += 1
+
+        held_out = corpus.batch(_GIVEN, 0, _HELD_OUT, slice(None), held_out=True)
+        parts = [(part[:, :-1], part[:, 1:]) for part in held_out.split(32)]
+        torch.manual_seed(seed)
+        return Problem(make(), batches(), parts)
+
+    return problem
+
+
+def _small_gpt() -> GPT:
+    return GPT(256, 64, layers=2, width=64, heads=2)
+
+
+def _large_gpt() -> GPT:
+    return GPT(256, 64, layers=2, width=128, heads=4)
+
+
+@cache
+def _pretrained() -> dict[str, Tensor]:
+    """The small GPT after 400 steps of AdamW at a sensible learning rate: what fine-tuning starts from."""
+    task = TASKS["gpt"]
+    problem = task.problem(_GIVEN)
+    train(task, problem, task.bases(problem.model, task.guess), task.schedule)
+    return problem.model.state_dict()
+
+
+def _fine_tuned() -> GPT:
+    model = _small_gpt()
+    model.load_state_dict(_pretrained())
+    return model
+
+
+@cache
+def _digits() -> tuple[Tensor, Tensor]:
+    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels in a random order: inputs in [0, 1], and labels."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    order = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(_GIVEN))
+    return torch.tensor(found.data / 16, dtype=torch.float32)[order], torch.tensor(found.target)[order]
+
+
+def _images(make: Callable[[], nn.Module], batch_size: int, noise: float = 0.3) -> Callable[[int], Problem]:
+    def problem(seed: int) -> Problem:
+        (inputs, unseen), (labels, truth) = (part.split((1200, 597)) for part in _digits())
+        generator = torch.Generator().manual_seed(seed)
+
+        def batches() -> Batches:
+            while True:
+                for part in torch.randperm(len(labels), generator=generator).split(batch_size):
+                    clean = inputs[part]  # the noise is new each time, so that there is no end to the data
+                    yield clean + noise * torch.randn(clean.shape, generator=generator), labels[part]
+
+        given = torch.Generator().manual_seed(_GIVEN)
+        held_out = [(unseen + noise * torch.randn(unseen.shape, generator=given), truth) for _ in range(4)]
+        torch.manual_seed(seed)
+        return Problem(make(), batches(), held_out)
+
+    return problem
+
+
+def _mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+def _cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 8, 8)),
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(512, 10),
+    )
+
+
+def _linear() -> nn.Module:
+    model = nn.Linear(30, 2)
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    return model
+
+
+def _convex(batch_size: int) -> Callable[[int], Problem]:
+    """Logistic regression on scikit-learn's breast cancer data, standardised; its loss on the training data is held."""
+
+    def problem(seed: int) -> Problem:
+        from sklearn.datasets import load_breast_cancer
+
+        found = load_breast_cancer()
+        inputs = torch.tensor(found.data, dtype=torch.float64)
+        inputs = ((inputs - inputs.mean(dim=0)) / inputs.std(dim=0)).float()
+        labels = torch.tensor(found.target, dtype=torch.int64)
+        generator = torch.Generator().manual_seed(seed)
+
+        def batches() -> Batches:
+            while True:
+                for part in torch.randperm(len(labels), generator=generator).split(batch_size):
+                    yield inputs[part], labels[part]
+
+        return Problem(_linear(), batches(), [(inputs, labels)])
+
+    return problem
+
+
+def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
+
+
+_PROSE = Path(pydoc_data.__file__).parent / "topics.py"
+
+_ALL = [
+    Task("gpt", "GPT of 0.15M, AdamW", _text(_small_gpt, 64, 16), adamw(), "adamw", 400, 4e-3),
+    Task("gpt-long", "the same for 1,600 steps", _text(_small_gpt, 64, 16), adamw(), "adamw", 1600, 4e-3),
+    Task("gpt-large", "GPT of 0.5M, AdamW", _text(_large_gpt, 64, 16), adamw(), "adamw", 400, 4e-3),
+    Task("gpt-sgd", "GPT, SGD with momentum", _text(_small_gpt, 64, 16), sgd, "sgd", 400, 0.5),
+    Task("gpt-lion", "GPT, Lion", _text(_small_gpt, 64, 16), lion, "lion", 400, 1e-3),
+    Task("gpt-muon", "GPT, Muon and AdamW", _text(_small_gpt, 64, 16), muon, "muon", 400, 8e-3),
+    Task("gpt-batch-4", "GPT, a batch of 4", _text(_small_gpt, 64, 4), adamw(), "adamw", 400, 4e-3),
+    Task("gpt-batch-64", "GPT, a batch of 64", _text(_small_gpt, 64, 64), adamw(), "adamw", 200, 8e-3),
+    Task("gpt-constant", "GPT, constant lr", _text(_small_gpt, 64, 16), adamw(), "adamw", 400, 2e-3, "constant"),
+    Task("gpt-wsd", "GPT, WSD", _text(_small_gpt, 64, 16), adamw(), "adamw", 400, 4e-3, "wsd"),
+    Task("fine-tune", "GPT, fine-tuned on prose", _text(_fine_tuned, 64, 16, _PROSE), adamw(), "adamw", 200, 1e-3),
+    Task("mlp", "MLP on digits, AdamW", _images(_mlp, 32), adamw(), "adamw", 400, 8e-3),
+    Task("cnn-sgd", "CNN on digits, SGD with momentum", _images(_cnn, 32), sgd, "sgd", 400, 0.1),
+    Task("convex", "logistic regression, SGD, linear", _convex(32), plain_sgd, "sgd", 400, 1.0, "linear", False, None),
+    Task("convex-constant", "the same, constant lr", _convex(32), plain_sgd, "sgd", 400, 0.5, "constant", False, None),
+]
+TASKS = {task.name: task for task in _ALL}
+
+
+def train(
+    task: Task,
+    problem: Problem,
+    optimizers: Sequence[Any],
+    schedule: str | None,
+    after_step: Callable[[int], None] = lambda step: None,
+) -> float:
+    """Train ``problem.model``, and return the loss on what is held out: infinite if the run broke.
+
+    Args:
+        task: What says how long and how.
+        problem: Its own, from the start.
+        optimizers: Over the model's parameters.
+        schedule: Of the learning rates, after a warm-up; ``None``: they stay as they are.
+        after_step: Is told how many steps there were.
+    """
+    warm_up = round(WARM_UP * task.steps) if task.has_warm_up else 0
+    scheduled = optimizers if schedule is not None else ()
+    schedulers = [make_scheduler(optimizer, str(schedule), warm_up, task.steps) for optimizer in scheduled]
+    for step in range(task.steps):
+        loss = loss_of(problem.model, *next(problem.batches))
+        loss.backward()
+        if task.clip is not None:
+            nn.utils.clip_grad_norm_(problem.model.parameters(), task.clip)
+        if not loss.isfinite():
+            return math.inf
+        for optimizer in optimizers:
+            optimizer.step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        for scheduler in schedulers:
+            scheduler.step()
+        after_step(step + 1)
+    for optimizer in optimizers:
+        if hasattr(optimizer, "eval"):  # Schedule-Free evaluates elsewhere than it trains
+            optimizer.eval()
+    with torch.no_grad():
+        loss = sum(loss_of(problem.model, *part) * part[1].numel() for part in problem.held_out)
+    loss = float(loss) / sum(part[1].numel() for part in problem.held_out)
+    return loss if math.isfinite(loss) else math.inf
