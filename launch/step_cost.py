@@ -91,6 +91,12 @@ METHODS: dict[str, Callable[[Sequence[Tensor]], Optimizer]] = {
     ),
     "Mechanic(AdamW), compile=True": lambda parameters: Mechanic(fused(parameters), compile=True),
     'Mechanic(AdamW), update="snapshot"': lambda parameters: Mechanic(fused(parameters), update="snapshot"),
+    'Mechanic(AdamW), variant="multiplicative"': lambda parameters: Mechanic(
+        fused(parameters), variant="multiplicative"
+    ),
+    'Mechanic(AdamW), variant="multiplicative", nonfinite="ignore"': lambda parameters: Mechanic(
+        fused(parameters), variant="multiplicative", nonfinite="ignore"
+    ),
     'Mechanic(AdamW), variant="pytorch"': lambda parameters: Mechanic(fused(parameters), variant="pytorch"),
     "mechanic-pytorch": mechanic_pytorch,
     "Prodigy": prodigy,

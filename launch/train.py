@@ -53,7 +53,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no clipping")
     add("--base-optimizer", choices=BASES, default="adamw")
     add("--tuner", choices=("mechanic", "none"), default="mechanic")
-    add("--variant", choices=("optax", "pytorch", "multiplicative"), default="optax")
+    add("--variant", choices=("optax", "pytorch", "multiplicative"), default="multiplicative")
     add("--nonfinite", choices=("raise", "skip", "ignore"), default="raise", help="what to do with such gradients")
     add("--check-every", type=int, default=0, help="steps after which ranks see whether they drift apart; 0: never")
     add("--parallel", choices=MODES, default="fsdp2")

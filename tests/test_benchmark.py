@@ -25,6 +25,7 @@ TINY = scale_cost.Llama(layers=2, width=256, hidden=512, keys=64, vocabulary=102
 
 def test_step_writes_a_row_for_every_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waits = ["Mechanic(AdamW)", "Mechanic(AdamW), store_delta=False"]
+    waits.append('Mechanic(AdamW), variant="multiplicative"')
     methods = [*waits, *(f'{method}, nonfinite="ignore"' for method in waits), "mechanic-pytorch"]
     found = tmp_path / "found.json"
     command = ["benchmark.py", "step", "--params", "1M", "--repeats", "2", "--device", "cpu", "--json", str(found)]
@@ -34,9 +35,10 @@ def test_step_writes_a_row_for_every_method(tmp_path: Path, monkeypatch: pytest.
     assert list(rows) == [step_cost.REFERENCE, *methods]
     assert rows[step_cost.REFERENCE]["ratio"] == 1
     assert all(row["seconds"] > 0 for row in rows.values())
-    for method in methods[:4]:
+    for method in methods[:6]:
         assert rows[method]["collectives"] == 1
-        assert rows[method]["syncs"] == (1 if method in waits else 0)
+        # The one that multiplies also waits for the scale, to put it into the learning rate.
+        assert rows[method]["syncs"] == (0 if method not in waits else 2 if "multiplicative" in method else 1)
     assert rows["mechanic-pytorch"]["collectives"] == 0
     assert rows["mechanic-pytorch"]["syncs"] > 0
 

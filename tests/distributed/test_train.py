@@ -24,7 +24,8 @@ from train import parse, train
 LAUNCH = Path(__file__).parents[2] / "launch"
 SMALL = (
     "--layers 2 --width 32 --heads 4 --seq-len 32 --batch-size 8 --device cpu --log-every 1 --eval-every 0 "
-    f"--data {Path(__file__).parents[1] / 'golden'} --lr 300"  # from a scale of 6e-6: parameters move in few steps
+    f"--data {Path(__file__).parents[1] / 'golden'} "
+    "--variant optax --lr 300"  # from a scale of 6e-6: parameters move in few steps
 ).split()
 ADAMW = [(mode, "adamw") for mode in MODES]
 
@@ -40,28 +41,33 @@ def records(file: Path) -> dict[int, dict[str, Any]]:
 
 
 @functools.cache
-def alone(base: str) -> dict[int, dict[str, Any]]:
+def alone(base: str, variant: str) -> dict[int, dict[str, Any]]:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "m.jsonl")
-        run(job, 1, "--parallel", "none", "--base-optimizer", base, "--steps", "8", "--metrics", str(file))
+        arguments = ["--parallel", "none", "--base-optimizer", base, "--variant", variant, "--steps", "8"]
+        run(job, 1, *arguments, "--metrics", str(file))
         return records(file)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize(
-    ("mode", "base"), [*((m, "adamw") for m in MODES), ("fsdp2", "muon"), ("tp", "muon"), ("zero1", "sgd")]
-)
-def test_every_mode_trains_alike_and_resumes_bit_for_bit(mode: str, base: str, world_size: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("mode", "base", "variant"), [
+    *((mode, "adamw", "optax") for mode in MODES),
+    ("fsdp2", "muon", "optax"), ("tp", "muon", "multiplicative"), ("zero1", "sgd", "multiplicative"),
+    ("fsdp2", "adamw", "multiplicative"), ("fsdp1", "adamw", "multiplicative"),
+])  # fmt: skip
+def test_every_mode_trains_alike_and_resumes_bit_for_bit(
+    mode: str, base: str, variant: str, world_size: int, tmp_path: Path
+) -> None:
     if base == "muon" and not hasattr(torch.optim, "Muon"):
         pytest.skip(f"torch {torch.__version__} has no Muon")
-    arguments = ["--parallel", mode, "--base-optimizer", base, "--steps", "8"]
+    arguments = ["--parallel", mode, "--base-optimizer", base, "--variant", variant, "--steps", "8"]
     saving = ["--checkpoint-dir", str(tmp_path / "run"), "--checkpoint-every", "4", "--keep-latest", "9"]
     run(job, world_size, *arguments, *saving, "--metrics", str(tmp_path / "whole.jsonl"))
     whole = records(tmp_path / "whole.jsonl")
     assert sorted(whole) == list(range(1, 9))
-    for step, record in alone(base).items():
+    for step, record in alone(base, variant).items():
         assert whole[step]["loss"] == pytest.approx(record["loss"], rel=2e-4), step
         assert whole[step]["scale"] == pytest.approx(record["scale"], rel=2e-2), step
 
@@ -98,9 +104,9 @@ def test_learns_more_than_how_frequent_each_byte_is(tmp_path: Path) -> None:
     file = tmp_path / "m.jsonl"
     run(train_with, 2, [*arguments.split(), "--metrics", str(file), "--eval-every", "0"], timeout=250)
     found = read_records(file)
-    assert found[-1]["eval_loss"] < Corpus(None, 64).unigram_entropy() - 0.4
-    assert found[0]["scale"] < 1e-5
-    assert 1e-4 < found[-2]["scale"] < 1e-1
+    assert found[-1]["eval_loss"] < Corpus(None, 64).unigram_entropy() - 0.7
+    assert found[0]["scale"] < 1e-3
+    assert 1e-3 < found[-2]["scale"] < 1e-1
     assert file.with_suffix(".png").stat().st_size > 10_000
 
 
