@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from manic import Mechanic
+from manic import Mechanic, NonfiniteError
 from tuning_tasks import TASKS, WARM_UP, Task, train
 
 SWEEP = "sweep"
@@ -141,7 +142,7 @@ def execute(run: Run) -> Result:
     start = time.perf_counter()
     try:
         loss = train(task, problem, optimizers, task.schedule if method.keeps_schedule else None, note)
-    except RuntimeError:  # of Mechanic, for what is not finite
+    except NonfiniteError:
         loss = math.inf
     return Result(loss, scales, time.perf_counter() - start)
 
@@ -167,7 +168,7 @@ def grid(task: Task, seeds: Sequence[int], results: Results) -> list[float]:
         losses = [mean_loss(results, task.name, SWEEP, lr, seeds) for lr in lrs]
         if any(loss is None for loss in losses):
             return lrs
-        best = min(range(len(losses)), key=lambda index: losses[index] or math.inf)
+        best = losses.index(min(loss for loss in losses if loss is not None))
         if best < 2:
             powers.insert(0, powers[0] - 1)
         elif best > len(losses) - 3:
@@ -206,7 +207,7 @@ def _line(run: Run, result: Result) -> str:
 
 
 def measure(file: Path, tasks: Sequence[str], methods: Sequence[str], seeds: Sequence[int], processes: int) -> Results:
-    """Make the runs that ``file`` lacks, each appended as it ends, and return what it then holds.
+    """Make the runs that ``file`` lacks, appended in their order, and return what it then holds.
 
     Args:
         file: The results file; a run that was stopped goes on where it was.
@@ -291,13 +292,19 @@ def table(found: Sequence[Row], methods: Sequence[str]) -> str:
         start = (
             f"{row.task.what} (`{row.task.name}`) | {row.best_lr:.3g} | {row.best_loss:.4f} | {100 * row.noise:.1f}%"
         )
-        spread = "" if row.spread is None else f"{100 * row.spread:.2g}%"
+        spread = "" if row.spread is None else f"{100 * row.spread:.2f}%"
         lines.append(f"| {start} | {' | '.join(cells)} | {spread} |")
     for name, summary in (("median", statistics.median), ("worst", max)):
         cells = [_percent(summary([row.excess[method] for row in found if method in row.excess])) for method in shown]
         spreads = [row.spread for row in found if row.spread is not None]
-        spread = f"{100 * summary(spreads):.2g}%" if spreads else ""
+        spread = f"{100 * summary(spreads):.2f}%" if spreads else ""
         lines.append(f"| **{name}** | | | | {' | '.join(cells)} | {spread} |")
+    for name, summary in (("median", statistics.median), ("worst", max)):
+        cells = []
+        for method in shown:
+            same = [row.excess[TUNER] for row in found if {method, TUNER} <= row.excess.keys()]
+            cells.append(_percent(summary(same)) if same else "")
+        lines.append(f"| {TUNER} on the same tasks, {name} | | | | {' | '.join(cells)} | |")
     return "\n".join(lines)
 
 
@@ -309,7 +316,20 @@ def _percent(share: float | None) -> str:
 
 def versions() -> str:
     """What the figures depend on."""
-    return f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}, one thread a run"
+    names = ("mechanic-pytorch", "prodigyopt", "dadaptation", "schedulefree", "scikit-learn")
+    peers = ", ".join(f"{name} {version(name)}" for name in names if find_distribution(name))
+    return (
+        f"Python {platform.python_version()}, torch {torch.__version__}, {peers}, {platform.machine()}, a thread a run"
+    )
+
+
+def find_distribution(name: str) -> bool:
+    """Whether a package is installed."""
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def plot(results: Results, found: Sequence[Row], seeds: Sequence[int], image: Path) -> None:

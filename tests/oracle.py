@@ -96,6 +96,8 @@ class Multiplier:
             parameter.copy_(before + self.scale * step)
 
     def _tune(self, way_grad: float, grad_square: float, way_square: float, lr: float = 1.0) -> None:
+        if 0.0 < 4.0 * self.largest_lr < lr:
+            self.scale *= 4.0 * self.largest_lr / lr
         self.largest_lr = max(self.largest_lr, lr)
         if way_square * grad_square == 0.0:
             return

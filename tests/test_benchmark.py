@@ -110,7 +110,7 @@ def test_the_table_takes_the_mean_over_seeds_and_the_best_of_the_grid() -> None:
     assert row.excess == pytest.approx({"optax": 0.1, "Prodigy": float("inf"), tuning.TUNER: 0.1})
     assert row.spread == pytest.approx(0.1)
     table = tuning.table([row], list(tuning.METHODS))
-    assert "| +10.0% | +10.0% | broke | 10% |" in table
+    assert "| +10.0% | +10.0% | broke | 10.00% |" in table
     assert "D-Adaptation" not in table
 
 

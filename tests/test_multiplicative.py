@@ -171,7 +171,8 @@ def test_measuring_anew_can_be_interrupted_anywhere() -> None:
         optimizer = Mechanic(sgd(parameters, 1.0), variant="multiplicative")
         train(parameters, loss, optimizer)
         optimizer._tuner.state[9].fill_(1e9)
-        optimizer._updates_made = 9
+        optimizer._updates_made = 59
+        optimizer._tuner.state[4].fill_(60)
         before = [p.detach().clone() for p in parameters]
         shards = batches(optimizer._iterates())
         try:
@@ -185,3 +186,141 @@ def test_measuring_anew_can_be_interrupted_anywhere() -> None:
         optimizer.check_consistency()
     assert at > 5
     assert all(torch.equal(optimizer.state[p]["mechanic_x_ref"], x) for p, x in zip(parameters, before))
+
+
+@pytest.mark.parametrize("start", [1e-3, 1e-8])
+@pytest.mark.parametrize("bases", [adamw, sgd])
+def test_a_warm_up_may_begin_at_next_to_nothing(bases: Bases, start: float) -> None:
+    """Or the first scale, which is made for the first update, would be far too large for the second."""
+    parameters, loss = problem()
+    base = bases(parameters, 1.0)
+    scheduler = LambdaLR(base, lambda step: start + (1.0 - start) * min(1.0, step / 20))
+    optimizer = Mechanic(base, variant="multiplicative")
+    before = [p.detach().clone() for p in parameters]
+    for step in range(40):
+        for parameter in parameters:
+            parameter.grad = None
+        loss(step).backward()
+        optimizer.step()
+        scheduler.step()
+        if step == 3:
+            assert max(float((p.detach() - x).abs().max()) for p, x in zip(parameters, before)) < 0.05
+    with torch.no_grad():
+        assert sum(loss(step).item() for step in range(20)) / 20 < 1.0
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "ignore"])
+def test_parameters_of_two_dtypes_have_their_group_s_weight_decay(nonfinite: str) -> None:
+    moved = []
+    for together in (True, False):
+        wide = torch.full((4,), 2.0, requires_grad=True)
+        narrow = torch.full((4,), 2.0, dtype=torch.bfloat16, requires_grad=True)
+        groups = [{"params": [wide, narrow]}] if together else [{"params": [wide]}, {"params": [narrow]}]
+        base = torch.optim.SGD(groups, lr=1.0, weight_decay=0.5)
+        optimizer = Mechanic(base, variant="multiplicative", s_init=1e-2, nonfinite=nonfinite)
+        for _ in range(5):
+            wide.grad, narrow.grad = torch.zeros_like(wide), torch.zeros_like(narrow)
+            wide.grad[0], narrow.grad[0] = 1e-3, 1e-3
+            optimizer.step()
+        moved.append((wide.detach().clone(), narrow.detach().float()))
+    assert (moved[0][0] < 1.99).all()
+    for a, b in zip(*moved):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=0.0)
+
+
+@pytest.mark.parametrize("nonfinite", ["raise", "skip", "ignore"])
+def test_an_error_where_the_scale_begins_leaves_it_to_the_next_step(
+    nonfinite: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scales = []
+    for fails in (False, True):
+        parameters, loss = problem()
+        optimizer = Mechanic(adamw(parameters, 1.0), variant="multiplicative", nonfinite=nonfinite)
+        for step in range(6):
+            optimizer.zero_grad()
+            loss(step).backward()
+            for group in optimizer.param_groups:
+                group["lr"] = float(step > 1)
+            if fails and step == 2:
+
+                def out_of_luck(*_: Any) -> None:
+                    raise MemoryError
+
+                with monkeypatch.context() as patch:
+                    patch.setattr("manic.mechanic.write_back", out_of_luck)
+                    with pytest.raises(MemoryError):
+                        optimizer.step()
+            optimizer.step()
+        scales.append(float(optimizer.scale))
+    assert scales[0] > 0
+    assert scales[1] == pytest.approx(scales[0], rel=0.5)  # the base has seen one gradient twice
+
+
+def test_hooks_of_the_base_optimizer_see_the_learning_rate_that_is_theirs() -> None:
+    found = []
+    for hooked in (False, True):
+        parameters, loss = problem()
+        base = adamw(parameters, 0.5)
+        scheduler = LambdaLR(base, schedule)
+        optimizer = Mechanic(base, variant="multiplicative")
+        if hooked:
+            base.register_step_post_hook(lambda *_, scheduler=scheduler: scheduler.step())
+        for step in range(30):
+            optimizer.zero_grad()
+            loss(step).backward()
+            optimizer.step()
+            if not hooked:
+                scheduler.step()
+        found.append((base.param_groups[0]["lr"], float(optimizer.scale)))
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("lr", [torch.tensor([0.1]), torch.tensor(0.1), 0.1])
+def test_learning_rates_may_be_tensors_of_any_shape(lr: Any) -> None:
+    parameters, loss = problem()
+    groups = [{"params": parameters[:1], "lr": lr}, {"params": parameters[1:], "lr": 0.05}]
+    optimizer = Mechanic(torch.optim.SGD(groups, foreach=False), variant="multiplicative")
+    for step in range(5):
+        optimizer.zero_grad()
+        loss(step).backward()
+        optimizer.step()
+    assert optimizer._tuner.state[8, 0] == pytest.approx(0.1)
+    assert optimizer.param_groups[0]["lr"] is lr
+
+
+def test_in_low_precision_measuring_anew_loses_nothing() -> None:
+    parameter = torch.ones(1000, dtype=torch.bfloat16, requires_grad=True)
+    optimizer = Mechanic(torch.optim.SGD([parameter], lr=1.0), variant="multiplicative")
+    for _ in range(9):
+        parameter.grad = torch.linspace(0.1, 1.0, 1000).to(torch.bfloat16)
+        optimizer.step()
+    state = optimizer.state[parameter]
+    whole = state["mechanic_x_ref"].double() + state["mechanic_delta"]
+    optimizer._tuner.state[9].fill_(1e9)
+    optimizer._tuner.state[4].fill_(10)
+    optimizer._updates_made = 9
+    before = parameter.detach().clone()
+    optimizer._restart(batches(optimizer._iterates()))
+    assert torch.equal(parameter, before)
+    assert torch.equal(state["mechanic_x_ref"], before)
+    torch.testing.assert_close(state["mechanic_x_ref"].double() + state["mechanic_delta"], whole, rtol=0.0, atol=1e-7)
+    assert state["mechanic_delta"].any()
+
+
+def test_a_rebase_right_after_a_load_goes_on_alike() -> None:
+    parameters, loss = problem()
+    optimizer = Mechanic(sgd(parameters, 1.0), variant="multiplicative")
+    train(parameters, loss, optimizer)
+    others = [p.detach().clone().requires_grad_() for p in parameters]
+    resumed = Mechanic(sgd(others, 1.0), variant="multiplicative")
+    resumed.load_state_dict(optimizer.state_dict())
+    for each in (optimizer, resumed):
+        each.rebase()
+    assert resumed._updates_made == optimizer._updates_made == STEPS
+    assert resumed._has_scale
+    for step in range(25):
+        for mine, each in ((parameters, optimizer), (others, resumed)):
+            for parameter, other in zip(mine, parameters):
+                parameter.grad = (other.detach() + step % 3 - 1).clone()
+            each.step()
+        assert torch.equal(optimizer._tuner.state, resumed._tuner.state)

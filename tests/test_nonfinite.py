@@ -190,5 +190,5 @@ def test_bad_options_are_refused() -> None:
         Mechanic(base, nonfinite="hope")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="check_every must be"):
         Mechanic(base, check_every=-1)
-    with pytest.raises(ValueError, match="s_max must be positive, finite and at least s_init"):
+    with pytest.raises(ValueError, match="s_max must be positive, finite and at least"):
         Mechanic(base, s_init=1e-3, s_max=1e-4)

@@ -88,7 +88,7 @@ def test_keeps_float64_and_steps_in_place() -> None:
     tuner.update(sums(-1.0))
     assert tuner.state is state
     assert state.dtype == torch.float64
-    assert state.shape == (10, len(BETAS))
+    assert state.shape == (8, len(BETAS))
 
 
 def test_all_zero_sums_are_harmless() -> None:

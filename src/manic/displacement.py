@@ -211,6 +211,7 @@ def show_updates(batches: Iterable[Batch], visit: Visit) -> None:
     for batch in batches:
         if not batch[0].never_moved:
             for x, x_before in pieces(*_columns(batch, "x", "x_before")):
+                assert batch[0].update != "scaled", "there is no telling the update from x"
                 update = x if x_before is None else x - x_before
                 visit(batch[0], update, update, None)
 
@@ -238,14 +239,14 @@ def write_back(batches: Iterable[Batch], scale: Tensor, kernels: Kernels, step: 
                 kernels.write(x, x_ref, delta, first.decay, factor)
             else:
                 update = x if x_before is None else x.to(factor.dtype) - x_before
-                before = first.delta_from(x_before, x_ref, scratch) if delta is None and x_before is not None else delta
-                if before is None:
-                    moved = x  # which Delta is in already
-                elif share is None:
-                    moved = before.add_(update)
+                if share is not None and delta is None:
+                    x.copy_(torch.addcmul(x_before.to(factor.dtype), update, share))  # and Delta follows from that
+                elif share is not None:
+                    kernels.write(x, x_ref, delta.addcmul_(update, share), 0.0, factor)
                 else:
-                    moved = before.addcmul_(update, share)
-                kernels.write(x, x_ref, moved, 0.0, factor)
+                    if delta is None and x_before is not None:
+                        delta = first.delta_from(x_before, x_ref, scratch)
+                    kernels.write(x, x_ref, update if delta is None else delta.add_(update), 0.0, factor)
             if len(batch) == 1:
                 first.written += x.numel()
         for iterate in batch:  # of several, the pieces were copies, which are back in their places only now
@@ -254,21 +255,30 @@ def write_back(batches: Iterable[Batch], scale: Tensor, kernels: Kernels, step: 
 
 
 def restart(batches: Iterable[Batch], share: Tensor) -> None:
-    """Let x_ref be where x is, and Delta 0, where ``share`` is 1, and nothing where it is 0.
+    """Let x_ref be where x is, and Delta what x was rounded by, where ``share`` is 1, and nothing where it is 0.
 
-    To be called again if it is interrupted. The host need not know which.
+    The host need not know which. If this is interrupted, Delta is 0 then: that can be done over and over.
 
     Args:
         batches: Iterates after their step, in a variant of which x is x_ref + Delta.
         share: 0-dim, 0 or 1.
     """
+    try:
+        _restart(batches, share, keeps_rounding=True)
+    except BaseException:
+        _restart(batches, share, keeps_rounding=False)
+        raise
+
+
+def _restart(batches: Iterable[Batch], share: Tensor, keeps_rounding: bool) -> None:
     for batch in batches:
         if not batch[0].never_moved:
             weight = share.to(batch[0].x.device, working_dtype(batch[0].x))
             for x, x_ref, delta in pieces(*_columns(batch, "x", "x_ref", "delta"), written=(1, 2)):
-                x_ref.lerp_(x, weight.to(x.dtype))
                 if delta is not None:
-                    delta.mul_(1.0 - weight)
+                    rounding = (x_ref + delta) - x if keeps_rounding else torch.zeros_like(delta)
+                    delta.lerp_(rounding, weight)
+                x_ref.lerp_(x, weight.to(x.dtype))
 
 
 def strays(places: Sequence[tuple[Tensor, Tensor, Tensor]], scale: Tensor, any_scale: bool) -> list[int]:

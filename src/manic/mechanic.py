@@ -37,7 +37,7 @@ from manic.layout import Layout, Plain, local, local_gradient
 from manic.nonfinite import NonfiniteError, account_of_nonfinite
 from manic.reduction import PartialSums, Reduction
 from manic.state import DELTA, X_REF, MechanicState
-from manic.tuner import Reading, Sums, Tuner
+from manic.tuner import LOOK_EVERY, Reading, Sums, Tuner
 from manic.watch import INTERVAL, PATIENCE, Watch
 
 __all__ = ["Mechanic", "Nonfinite"]
@@ -46,9 +46,6 @@ Nonfinite = Literal["raise", "skip", "ignore"]
 """What a step does with gradients that are not finite."""
 
 logger = logging.getLogger(__name__)
-
-# Steps after which a variant that multiplies may set x_ref to x: that is a pass over memory, needed or not.
-_RESTART_EVERY = 10
 
 # In the place of a tensor that a parameter has not got.
 _ABSENT = torch.empty(0)
@@ -147,7 +144,8 @@ class Mechanic(MechanicState):
         one collective, an all_reduce of four numbers (six with ``variant="multiplicative"``, and one more until there
         is an update to take the first scale from); with ``variant="pytorch"``, unless ``nonfinite="ignore"``, there
         are two, and one more where sums of gradients or parameters are 0 or out of float32's range. Whatever is raised,
-        parameters hold x_ref + S * Delta, and the tuner is as it was.
+        parameters hold x_ref + S * Delta, and the tuner is as it was; with ``variant="multiplicative"`` an error inside
+        of the base optimizer's step may leave parameters where that has moved them.
 
         Args:
             closure: Computes the gradients and returns the loss; called once, with gradients enabled.
@@ -158,7 +156,8 @@ class Mechanic(MechanicState):
         Raises:
             TypeError: if a gradient is sparse or complex.
             ValueError: at the first step, if the ranks do not hold what they are said to; at the first step after a
-                load, if the parameters are not those that the loaded state belongs to.
+                load, if the parameters are not those that the loaded state belongs to (not seen where Delta is not
+                stored).
             NonfiniteError: on every rank alike, if a gradient is not finite anywhere and ``nonfinite="raise"``, or a
                 parameter is not and ``nonfinite`` is not ``"ignore"``.
             RuntimeError: on every rank alike, if ``check_every`` finds something.
@@ -173,6 +172,7 @@ class Mechanic(MechanicState):
             return loss
         is_first = self._begin()
         known, before, taken = self._parameters_with_state(), self._tuner.state.clone(), False
+        had_scale = self._has_scale
         try:
             iterates = self._iterates()
             self._check_loaded()
@@ -183,6 +183,7 @@ class Mechanic(MechanicState):
                 taken = self._step_if_sound(batches(iterates), iterates)
         except BaseException:
             self._tuner.state.copy_(before)
+            self._has_scale = had_scale
             raise
         finally:
             if not taken:
@@ -248,20 +249,19 @@ class Mechanic(MechanicState):
     def _restart(self, shards: Sequence[Batch]) -> None:
         """Every few steps, let the way be measured anew where the scale has fallen far; the host does not ask."""
         self._updates_made += 1
-        if self._updates_made % _RESTART_EVERY == 0 or self._is_capturing:  # a graph does the same in every step
-            share = self._tuner.restart()
-            try:
-                restart(shards, share)
-            except BaseException:
-                restart(shards, share)
-                raise
+        # Elsewhere it would find nothing to do; a graph has to look in every step, for it is the same each time.
+        if self._updates_made % LOOK_EVERY == 0 or self._is_capturing:
+            restart(shards, self._tuner.restart())
 
     def _largest_lr(self) -> float | Tensor | None:
         """Over the param groups: a tensor where one of them has one, ``None`` where there are no groups."""
         lrs = [group.get("lr", 1.0) for group in self.param_groups]
-        if any(isinstance(lr, Tensor) for lr in lrs):
-            return torch.stack([torch.as_tensor(lr).to(self._tuner.state) for lr in lrs]).max()
-        return max(map(float, lrs), default=None)
+        known = [float(lr) for lr in lrs if not isinstance(lr, Tensor) or lr.is_cpu]
+        on_device = [lr.reshape(()) for lr in lrs if isinstance(lr, Tensor) and not lr.is_cpu]
+        if not on_device:
+            return max(known, default=None)
+        largest = torch.stack(on_device).max()
+        return largest.clamp(min=max(known)) if known else largest
 
     def _survey(self, shards: Sequence[Batch], iterates: Sequence[Iterate]) -> Sums | None:
         """The sums that can be known before the base step, waited for; ``None`` if they say to skip it."""
@@ -277,11 +277,12 @@ class Mechanic(MechanicState):
             sums = self._reduce(partial).wait()
             *numbers, self._last_scale = torch.stack([*sums, self._tuner.scale]).tolist()  # one wait for both
             reading = Reading(*numbers)
-            self._has_scale = self._last_scale > 0.0 or not self._tuner.variant.multiplies
             if reading.is_in_range(with_position=not early):
                 return sums
         if reading.is_finite:
             return sums
+        if not math.isfinite(reading.lr):
+            raise NonfiniteError(f"step {int(self._tuner.updates) + 1} was not taken: a learning rate is {reading.lr}")
         if self._nonfinite == "skip" and self._position_is_finite(shards, reading):
             self._tuner.skip()
             return None
@@ -328,7 +329,7 @@ class Mechanic(MechanicState):
 
         Raises:
             RuntimeError: on every rank alike, with the first rank and parameter that differ; or if something else has
-                changed a parameter since the last step (not seen with ``store_delta=False``).
+                changed a parameter since the last step (not seen where Delta is not stored).
         """
         self._share_global_state()
         held = [
@@ -370,6 +371,7 @@ class Mechanic(MechanicState):
                 local(state[X_REF]).copy_(local(parameter))
             if DELTA in state:
                 local(state[DELTA]).zero_()
+        self._tuner.forget_largest()
         self._was_loaded = False
 
     def metrics(self) -> dict[str, Tensor]:
@@ -392,6 +394,11 @@ class Mechanic(MechanicState):
             metrics[f"effective_lr/{index}"] = scale * group.get("lr", 1.0)
         return metrics
 
+    def _load_global_state(self, saved: Tensor | None) -> None:
+        super()._load_global_state(saved)
+        self._updates_made = max(0, int(self._tuner.updates))
+        self._has_scale = not self._tuner.variant.multiplies or float(self._tuner.scale) > 0.0
+
     def _step_bases(self) -> None:
         with self._own_state_hidden():
             for optimizer in self.optimizers:
@@ -399,7 +406,8 @@ class Mechanic(MechanicState):
 
     def _reduce(self, sums: PartialSums) -> Reduction:
         device = self._layout.communication_device(self._tuner.state.device)
-        return Reduction(sums.total(self._tuner.state, self._largest_lr()), self._layout.group, device)
+        lr = self._largest_lr() if self._tuner.variant.multiplies else None
+        return Reduction(sums.total(self._tuner.state, lr), self._layout.group, device)
 
     def _begin(self) -> bool:
         """What has to be settled before a step, over all ranks; whether the run is yet to begin."""
@@ -409,10 +417,8 @@ class Mechanic(MechanicState):
         self._calls += 1
         self._agree()
         is_first = not self._started
-        if is_first or self._was_loaded:
-            self._updates_made = 0 if is_first else int(self._tuner.updates)
-            self._has_scale = not self._tuner.variant.multiplies or (not is_first and float(self._tuner.scale) > 0.0)
         if is_first:
+            self._updates_made, self._has_scale = 0, not self._tuner.variant.multiplies
             self._drop_placeholders()
             self._started = True
         return is_first
@@ -428,6 +434,8 @@ class Mechanic(MechanicState):
             if proportional and self._can_scale_learning_rates(optimizer):
                 update = "scaled"
             for group in optimizer.param_groups:
+                if self._tuner.variant.multiplies and update != "scaled" and not self._keeps_all_deltas(group):
+                    update = "snapshot"  # of the whole group, which has one weight decay
                 for parameter in group["params"]:
                     iterate = self._iterate(optimizer, group, parameter, update, scales)
                     if iterate is not None:
@@ -464,8 +472,6 @@ class Mechanic(MechanicState):
             update = "decoupled" if group.get("decoupled_weight_decay", False) else "coupled"
         delta = state[DELTA] if self._keeps_delta(parameter) and not never_moved else None
         multiplies = self._tuner.variant.multiplies
-        if multiplies and delta is None and update != "scaled":
-            update = "snapshot"
         stands_in = (
             self._hands_over_delta
             and not multiplies
@@ -491,9 +497,18 @@ class Mechanic(MechanicState):
 
     def _can_scale_learning_rates(self, optimizer: Optimizer) -> bool:
         """Whether S can go into them: the host knows it, and x is all that is moved."""
-        known = self._tuner.variant.multiplies and self._has_scale and self._nonfinite != "ignore"
-        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-        return known and not any(map(self._keeps_delta, parameters))
+        if not self._tuner.variant.multiplies or not self._has_scale or self._nonfinite == "ignore":
+            return False
+        # A hook may read or set learning rates, and should see the user's. torch has no public way to ask for them.
+        if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+            return False
+        return not any(map(self._keeps_any_delta, optimizer.param_groups))
+
+    def _keeps_all_deltas(self, group: dict[str, Any]) -> bool:
+        return all(self._keeps_delta(parameter) for parameter in group["params"] if parameter.requires_grad)
+
+    def _keeps_any_delta(self, group: dict[str, Any]) -> bool:
+        return any(self._keeps_delta(parameter) for parameter in group["params"] if parameter.requires_grad)
 
     def _agree(self) -> None:
         """Compare notes with the other ranks: at the first step, after a load, and when parameters were added."""

@@ -181,8 +181,9 @@ class MechanicState(OptimizerWrapper):
         astray = strays(places, self._tuner.position[0], any_scale)
         complaint = ""
         if astray:
+            place = "x_ref + Delta" if self._tuner.variant.multiplies else "x_ref + S * Delta"
             complaint = (
-                f"{len(astray)} of {len(places)} parameters are not x_ref + S * Delta, the first being "
+                f"{len(astray)} of {len(places)} parameters are not {place}, the first being "
                 f"{self.describe(moved[astray[0]][0])}: {advice}"
             )
         device = self._layout.communication_device(self._home_device())

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["VARIANTS", "Sums", "Tuner", "Variant"]
+__all__ = ["LOOK_EVERY", "VARIANTS", "Sums", "Tuner", "Variant"]
 
 
 # Squares this small may have lost elements to underflow, where they were summed in float32: an element under 1e-19 has
@@ -87,22 +87,23 @@ class Variant:
     multiplies: bool = False
     """S is moved by factors, and is what every update is scaled by when it is made; otherwise Delta is the sum of bare
     updates, and S scales that."""
+    rows: int = 8
+    """Of its state."""
 
 
 _BETAS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
 VARIANTS = {
     "optax": Variant("optax", 1e-6, _BETAS, True, 0.0, True, True, False, True),
     "pytorch": Variant("pytorch", 1e-8, _BETAS, False, 1e-6, False, False, True, False),
-    "multiplicative": Variant("multiplicative", 1e-4, (0.99,), False, 0.0, False, False, False, True, True),
+    "multiplicative": Variant("multiplicative", 1e-4, (0.99,), False, 0.0, False, False, False, True, True, 10),
 }
 
 # Of the variant that multiplies (docs/variants.md says how they were found): the largest change of log S in a step when
 # gradients do not agree from step to step, how much more it may be when they do, and how long agreement is remembered.
 _RATE, _AGREED, _MEMORY = 0.1, 2.0, 0.9
-# How far S may fall below its largest before the way is measured from where it is by then.
-_FALL = 4.0
-
-_ROWS = 10
+# How far S may fall below its largest before the way is measured from where it is by then, how often that is looked at,
+# and how much a new largest learning rate may let an update grow: a warm-up may begin at next to nothing.
+_FALL, LOOK_EVERY, _SURGE = 4.0, 10, 4.0
 
 
 class Tuner:
@@ -146,12 +147,13 @@ class Tuner:
         self.s_max = None if s_max is None else float(s_max)
         smallest = 0.0 if self.variant.multiplies else s_init
         if self.s_max is not None and not (self.s_max >= smallest and self.s_max > 0.0 and math.isfinite(self.s_max)):
-            raise ValueError(f"s_max must be positive, finite and at least s_init, {s_init}; got {s_max}")
+            raise ValueError(f"s_max must be positive, finite and at least {smallest}; got {s_max}")
         self.betas, self.s_init, self.s_decay, self.eps = betas, s_init, float(s_decay), float(eps)
         # One tensor, so that a checkpoint holds the tuner whole or not at all. Rows r, m, v, s, the number of updates
         # made, what a saved one must agree in, the betas and the variant, the number of steps whose sums were not
-        # finite, the largest learning rate so far, and the largest S since x_ref. A column for each beta.
-        self.state = torch.zeros(_ROWS, len(betas), dtype=torch.float64)
+        # finite; of a variant that multiplies also the largest learning rate so far, and the largest S since x_ref. A
+        # column for each beta.
+        self.state = torch.zeros(self.variant.rows, len(betas), dtype=torch.float64)
         # The last step's h and sums, for whoever watches; nan before the first step.
         self.h = torch.full((), math.nan, dtype=torch.float64)
         self.sums = Sums(self.h, self.h, self.h, self.h, self.h)
@@ -180,18 +182,23 @@ class Tuner:
         Raises:
             ValueError: if it was saved with other betas or another variant.
         """
-        state = _with_all_rows(state)
+        state = self._with_all_rows(state)
+        names = list(VARIANTS)
+        if state.ndim == 2 and state.shape[0] > 6 and int(state[6, 0]) != names.index(self.variant.name):
+            saved_name = dict(enumerate(names)).get(int(state[6, 0]), "unknown to this version")
+            raise ValueError(f"the saved tuner is of variant {saved_name}, this one {self.variant.name}; pass the same")
         # Compared with the arguments, since the state itself may be what was just loaded into.
         fits = state.shape == self.state.shape and all(
             math.isclose(a, b, rel_tol=1e-7) for a, b in zip(state[5].tolist(), self.betas)
         )
         if not fits:
-            saved = state[5].tolist() if state.ndim == 2 and state.shape[0] == _ROWS else f"shape {tuple(state.shape)}"
+            saved = state[5].tolist() if state.ndim == 2 and state.shape[0] > 5 else f"shape {tuple(state.shape)}"
             raise ValueError(f"the saved tuner has other betas: {saved} there, {list(self.betas)} here; pass the same")
-        names = list(VARIANTS)
-        if int(state[6, 0]) != names.index(self.variant.name):
-            saved_name = dict(enumerate(names)).get(int(state[6, 0]), "unknown to this version")
-            raise ValueError(f"the saved tuner is of variant {saved_name}, this one {self.variant.name}; pass the same")
+
+    def _with_all_rows(self, state: Tensor) -> Tensor:
+        """A saved state with the rows that this version has: the eighth was added later, and counts from 0."""
+        known = state.shape[:1] == (7,) and not self.variant.multiplies
+        return torch.cat((state, state.new_zeros(1, state.shape[1]))) if known else state
 
     def load(self, state: Tensor) -> None:
         """Copy a saved :attr:`state` into this one, in place.
@@ -200,7 +207,7 @@ class Tuner:
             ValueError: as :meth:`check` does.
         """
         self.check(state)
-        self.state.copy_(_with_all_rows(state))
+        self.state.copy_(self._with_all_rows(state))
 
     @property
     def updates(self) -> Tensor:
@@ -252,12 +259,17 @@ class Tuner:
         """Whether S has fallen so far, of a variant that multiplies, that x_ref should be where x is: 0-dim, 0 or 1.
 
         x may have come too far by a scale that was too large, and be unable to come back by the small one that is
-        learned from that. Where it is 1, the largest S is forgotten.
+        learned from that. Where it is 1, the largest S is forgotten. It is 0 but in every tenth step.
         """
         scale, peak = self.state[3].sum(), self.state[9]
-        fallen = _FALL * scale < peak[0]
+        fallen = (_FALL * scale < peak[0]) & (self.updates % LOOK_EVERY == 0)
         self.state[9].copy_(torch.where(fallen, scale, peak))
         return fallen.to(self.state.dtype)
+
+    def forget_largest(self) -> None:
+        """Of a variant that multiplies: x_ref is where x is, and the largest S since then what S is."""
+        if self.variant.multiplies:
+            self.state[9].fill_(self.state[3].sum())
 
     @property
     def scale(self) -> Tensor:
@@ -276,20 +288,14 @@ class Tuner:
         Returns:
             S_{t+1}: 0-dim. No host synchronisation takes place.
         """
-        *_, updates, beta, variant, nonfinite, largest, peak = self.state.unbind()
-        if self.variant.multiplies:
-            largest = torch.maximum(largest, sums.lr)
-            h, learned = self._multiply(sums, torch.where(largest > 0, sums.lr / largest, 0.0))
-        else:
-            h, learned = self._bet(sums)
+        r, m, v, s, updates, beta, variant, nonfinite, *own = self.state.unbind()
+        unchanged = torch.stack((r, m, v, s, updates + 1, beta, variant, nonfinite + 1, *own))
+        h, (r, m, v, s) = self._multiply(sums) if self.variant.multiplies else self._bet(sums)
         if self.s_max is not None:
-            r, m, v, s = learned
-            learned = (r, m, v, s * (self.s_max / s.sum()).clamp(max=1.0).nan_to_num(1.0))
-        peak = torch.maximum(peak, learned[3].sum())
-        new = torch.stack((*learned, updates + 1, beta, variant, nonfinite, largest, peak))
-        unchanged = torch.stack(
-            (*self.state[:4].unbind(), updates + 1, beta, variant, nonfinite + 1, *self.state[8:].unbind())
-        )
+            s = s * (self.s_max / s.sum()).clamp(max=1.0)
+        if self.variant.multiplies:
+            own = [torch.maximum(own[0], sums.lr), torch.maximum(own[1], s.sum())]
+        new = torch.stack((r, m, v, s, updates + 1, beta, variant, nonfinite, *own))
         # A divisor that is infinite would not show in h.
         finite = new.isfinite().all() & torch.stack(sums).isfinite().all()
         self.state.copy_(torch.where(finite, new, unchanged))
@@ -316,16 +322,20 @@ class Tuner:
         wealth = self.s_init / len(self.betas) * m + r.clamp(min=0.0)
         return h, (r, m, v, wealth / (v.sqrt() + self.eps))
 
-    def _multiply(self, sums: Sums, weight: Tensor) -> tuple[Tensor, _Learned]:
+    def _multiply(self, sums: Sums) -> tuple[Tensor, _Learned]:
         """manic's own: h, and the new r, m, v and s, which are other things here.
 
-        ``h`` is the cosine of the way so far, x - x_1, and the gradient. Below 0 it says that a longer way would have
+        ``h`` is the cosine of the way so far, x - x_ref, and the gradient. Below 0 it says that a longer way would have
         been better. Over its root mean square (v, whose weights add up to m) it says how sure that is; where that
-        agrees from step to step (r), as it does while S is far too small, S moves faster. ``weight`` is the learning
-        rate over its largest so far: where a schedule lets training settle, S does too.
+        agrees from step to step (r), as it does while S is far too small, S moves faster. All of it is weighed by the
+        learning rate over its largest so far: where a schedule lets training settle, S does too.
         """
-        r, m, v, s, _, beta, *_ = self.state.unbind()
-        lengths = (sums.delta_dot * sums.grad_square).sqrt()
+        r, m, v, s, _, beta, _, _, largest, _ = self.state.unbind()
+        largest = largest[0]
+        weight = torch.where(sums.lr > 0, sums.lr / torch.maximum(largest, sums.lr), 0.0)
+        surges = (largest > 0) & (sums.lr > _SURGE * largest)
+        surge = torch.where(surges, _SURGE * largest / sums.lr, 1.0)
+        lengths = sums.delta_dot.sqrt() * sums.grad_square.sqrt()
         h = torch.where(lengths > 0, sums.delta_grad / lengths, 0.0).clamp(-1.0, 1.0)
         is_known = lengths > 0
         m = torch.where(is_known, beta * m + (1.0 - beta), m)
@@ -333,13 +343,7 @@ class Tuner:
         z = torch.where(v > 0, h / (v / m).sqrt(), 0.0).clamp(-1.0, 1.0)
         r = torch.where(is_known, _MEMORY * r + (1.0 - _MEMORY) * z, r)
         z, agreed = z.mean(), r.mean()
-        return h, (r, m, v, s * torch.exp(-_RATE * weight * z * (1.0 + _AGREED * agreed * agreed)))
+        return h, (r, m, v, s * surge * torch.exp(-_RATE * weight * z * (1.0 + _AGREED * agreed * agreed)))
 
 
 _Learned = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def _with_all_rows(state: Tensor) -> Tensor:
-    """A saved state with the rows that this version has: the last three were added later, and begin at 0."""
-    missing = _ROWS - state.shape[0] if state.ndim == 2 else 0
-    return torch.cat((state, state.new_zeros(missing, state.shape[1]))) if 1 <= missing <= 3 else state

@@ -27,7 +27,13 @@ class Watch:
         self._said: set[str] = set()
 
     def stuck(self, scale: float, s_init: float, updates: int) -> str | None:
-        """Of a scale that is still where it began."""
+        """Of a scale that is still where it began, or has not begun."""
+        if scale == 0.0:
+            return self._once(
+                "stuck",
+                f"Mechanic has no scale after {updates} steps, for the base optimizer has not moved anything: look at the "
+                "learning rate, and at grad_norm in metrics()",
+            )
         return self._once(
             "stuck",
             f"Mechanic's scale is {scale:.3g} after {updates} steps: it has not left its start, s_init={s_init:.3g}. "
