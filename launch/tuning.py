@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -316,20 +316,10 @@ def _percent(share: float | None) -> str:
 
 def versions() -> str:
     """What the figures depend on."""
-    names = ("mechanic-pytorch", "prodigyopt", "dadaptation", "schedulefree", "scikit-learn")
-    peers = ", ".join(f"{name} {version(name)}" for name in names if find_distribution(name))
-    return (
-        f"Python {platform.python_version()}, torch {torch.__version__}, {peers}, {platform.machine()}, a thread a run"
-    )
-
-
-def find_distribution(name: str) -> bool:
-    """Whether a package is installed."""
-    try:
-        version(name)
-    except PackageNotFoundError:
-        return False
-    return True
+    names = ("torch", "mechanic-pytorch", "prodigyopt", "dadaptation", "schedulefree", "scikit-learn")
+    found = {distribution.name: distribution.version for distribution in distributions()}
+    packages = ", ".join(f"{name} {found[name]}" for name in names if name in found)
+    return f"Python {platform.python_version()}, {packages}, {platform.machine()}, one thread a run"
 
 
 def plot(results: Results, found: Sequence[Row], seeds: Sequence[int], image: Path) -> None:

@@ -124,6 +124,8 @@ class Iterate:
     """The snapshot of x_t, during the base step."""
     displaced: int = 0
     """How many elements of ``x``, from its first, have been made to hold a displacement, for the base step."""
+    starts_here: bool = False
+    """x_ref was made of x in this step."""
     never_moved: bool = False
     """It has had no gradient yet: it counts in |x|^2, and there is nothing to step on or to write."""
     written: int = 0
@@ -350,7 +352,7 @@ def _enter(batch: Batch, visit: Visit | None, scratch: Scratch) -> None:
     first = batch[0]
     snapshot = first.update == "snapshot" and not first.never_moved
     for iterate in batch if snapshot else ():
-        iterate.x_before = iterate.x.clone()
+        iterate.x_before = iterate.x_ref if iterate.starts_here else iterate.x.clone()
     stays = snapshot or first.never_moved or first.stand_in is not None or first.update == "scaled"
     if stays and visit is None:
         return

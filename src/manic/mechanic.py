@@ -466,6 +466,7 @@ class Mechanic(MechanicState):
         # have no state for such a parameter either.
         never_moved = gradient is None and X_REF not in optimizer.state.get(parameter, {})
         state = {X_REF: parameter} if never_moved else optimizer.state.setdefault(parameter, {})
+        starts_here = X_REF not in state
         if not never_moved:
             self._complete(state, parameter, scales[x.device])
         if update == "by group":
@@ -492,6 +493,7 @@ class Mechanic(MechanicState):
             replicas=self._layout.replicas(parameter),
             scale=scales[x.device],
             eps=self._tuner.position[1],
+            starts_here=starts_here,
             never_moved=never_moved,
         )
 

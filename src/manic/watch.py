@@ -31,8 +31,8 @@ class Watch:
         if scale == 0.0:
             return self._once(
                 "stuck",
-                f"Mechanic has no scale after {updates} steps, for the base optimizer has not moved anything: look at the "
-                "learning rate, and at grad_norm in metrics()",
+                f"Mechanic has no scale after {updates} steps, for the base optimizer has not moved anything: look at "
+                "the learning rate, and at grad_norm in metrics()",
             )
         return self._once(
             "stuck",
