@@ -466,7 +466,9 @@ class Mechanic(MechanicState):
         # have no state for such a parameter either.
         never_moved = gradient is None and X_REF not in optimizer.state.get(parameter, {})
         state = {X_REF: parameter} if never_moved else optimizer.state.setdefault(parameter, {})
-        starts_here = X_REF not in state
+        # Where a snapshot is taken in every step, the first is memory that the next ones find there.
+        once = self._tuner.variant.multiplies and self._nonfinite != "ignore"
+        starts_here = once and X_REF not in state
         if not never_moved:
             self._complete(state, parameter, scales[x.device])
         if update == "by group":
