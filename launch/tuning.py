@@ -328,6 +328,7 @@ def plot(results: Results, found: Sequence[Row], seeds: Sequence[int], image: Pa
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter
 
     columns = 4
     blocks = math.ceil(len(found) / columns)
@@ -347,9 +348,10 @@ def plot(results: Results, found: Sequence[Row], seeds: Sequence[int], image: Pa
             loss = mean_loss(results, name, method, 1.0, seeds)
             if loss is not None:
                 top.axhline(loss, color=color, linewidth=1.2, label=method)
-        highest = max(loss for loss in losses if loss is not None and math.isfinite(loss))
-        margin = 0.1 * (highest - row.best_loss)
-        top.set_ylim(row.best_loss - margin, highest + margin)
+        tuned = mean_loss(results, name, TUNER, 1.0, seeds)
+        inside = [loss for loss in (*losses, tuned) if loss is not None and math.isfinite(loss)]
+        margin = 0.1 * (max(inside) - min(inside))
+        top.set_ylim(min(inside) - margin, max(inside) + margin)
         top.set_xscale("log")
         top.set_title(name, fontsize=9)
         for method, color in ((TUNER, "tab:blue"), ("optax", "tab:orange")):
@@ -361,6 +363,9 @@ def plot(results: Results, found: Sequence[Row], seeds: Sequence[int], image: Pa
         bottom.set_yscale("log")
         for axis in (top, bottom):
             axis.tick_params(labelsize=7)
+        for axis in (top.xaxis, bottom.yaxis):
+            axis.set_minor_formatter(NullFormatter())
+        for axis in (top, bottom):
             axis.grid(alpha=0.3)
         if column == 0:
             top.set_ylabel("held-out loss", fontsize=8)
