@@ -98,7 +98,7 @@ VARIANTS = {
     "multiplicative": Variant("multiplicative", 1e-4, (0.99,), False, 0.0, False, False, False, True, True, 10),
 }
 
-# Of the variant that multiplies (docs/variants.md says how they were found): the largest change of log S in a step when
+# Of the variant that multiplies (docs/tuning.md says how they were found): the largest change of log S in a step when
 # gradients do not agree from step to step, how much more it may be when they do, and how long agreement is remembered.
 _RATE, _AGREED, _MEMORY = 0.1, 2.0, 0.9
 # How far S may fall below its largest before the way is measured from where it is by then, how often that is looked at,
