@@ -81,7 +81,7 @@ def tune(options: argparse.Namespace) -> None:
     found = tuning.rows(results, options.tasks, options.methods, seeds)
     spent = sum(result.seconds for result in results.values()) / 60
     print(f"{len(results)} runs, {spent:.0f} minutes of one core; {options.seeds} seeds; {tuning.versions()}")
-    print(tuning.table(found, options.methods), sep="\n\n")
+    print(tuning.table(found, options.methods))
     if options.plot:
         tuning.plot(results, found, seeds, options.plot)
 

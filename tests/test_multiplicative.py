@@ -15,7 +15,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from manic import Mechanic
-from manic.displacement import batches
 
 STEPS = 60
 Bases = Callable[[list[Tensor], float], torch.optim.Optimizer]
@@ -174,10 +173,10 @@ def test_measuring_anew_can_be_interrupted_anywhere() -> None:
         optimizer._updates_made = 59
         optimizer._tuner.state[4].fill_(60)
         before = [p.detach().clone() for p in parameters]
-        shards = batches(optimizer._iterates())
+        iterates = optimizer._iterates()
         try:
             with FailsAt(at):
-                optimizer._restart(shards)
+                optimizer._restart(iterates)
         except MemoryError:
             pass
         else:
@@ -300,7 +299,7 @@ def test_in_low_precision_measuring_anew_loses_nothing() -> None:
     optimizer._tuner.state[4].fill_(10)
     optimizer._updates_made = 9
     before = parameter.detach().clone()
-    optimizer._restart(batches(optimizer._iterates()))
+    optimizer._restart(optimizer._iterates())
     assert torch.equal(parameter, before)
     assert torch.equal(state["mechanic_x_ref"], before)
     torch.testing.assert_close(state["mechanic_x_ref"].double() + state["mechanic_delta"], whole, rtol=0.0, atol=1e-7)

@@ -25,6 +25,7 @@ from manic.directory import Directory
 from manic.files import Files
 from manic.manifest import MANIFEST, DamagedCheckpointError, Manifest, Verify
 from manic.run_state import split
+from manic.tuner import VARIANTS
 from manic.unpickling import SafePlanner
 
 __all__ = ["inspect", "main"]
@@ -163,7 +164,7 @@ def _tuner(state: torch.Tensor) -> dict[str, Any]:
         "scale": sum(s),
         "updates": max(0, int(updates[0])),
         "nonfinite_steps": int(later[0][0]) if later else 0,
-        "variant": {0: "optax", 1: "pytorch", 2: "multiplicative"}.get(int(variant[0]), str(variant[0])),
+        "variant": dict(enumerate(VARIANTS)).get(int(variant[0]), str(variant[0])),
         "betas": betas,
         "r": r,
         "m": m,

@@ -189,7 +189,7 @@ class Mechanic(MechanicState):
             if not taken:
                 self._forget(known, is_first)
         if taken and self._tuner.variant.multiplies:
-            self._restart(batches(iterates))
+            self._restart(iterates)
         self._look_at_scale(taken)
         return loss
 
@@ -246,12 +246,12 @@ class Mechanic(MechanicState):
             self._has_scale = bool(scale > 0)
         write_back(shards, self._tuner.position[0], self._kernels, scale)
 
-    def _restart(self, shards: Sequence[Batch]) -> None:
+    def _restart(self, iterates: Sequence[Iterate]) -> None:
         """Every few steps, let the way be measured anew where the scale has fallen far; the host does not ask."""
         self._updates_made += 1
         # Elsewhere it would find nothing to do; a graph has to look in every step, for it is the same each time.
         if self._updates_made % LOOK_EVERY == 0 or self._is_capturing:
-            restart(shards, self._tuner.restart())
+            restart(batches(iterates), self._tuner.restart())
 
     def _largest_lr(self) -> float | Tensor | None:
         """Over the param groups: a tensor where one of them has one, ``None`` where there are no groups."""
