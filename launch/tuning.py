@@ -61,6 +61,21 @@ def _mechanic(variant: str) -> Builder:
     return lambda task, model, lr: [Mechanic(task.bases(model, lr), variant=variant)]
 
 
+class _Forgetful(Mechanic):
+    """Mechanic that goes on from where it is, Delta being 0, each time S has doubled."""
+
+    _last = 0.0
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = super().step(closure)
+        scale = float(self.scale)
+        if scale >= 2.0 * self._last:
+            if self._last > 0.0:
+                self.rebase()
+            self._last = scale
+        return loss
+
+
 def _mechanic_pytorch(task: Task, model: nn.Module, lr: float) -> list[Any]:
     from mechanic_pytorch import mechanize
 
@@ -113,6 +128,7 @@ METHODS: dict[str, Method] = {
     SWEEP: Method(lambda task, model, lr: task.bases(model, lr)),
     TUNER: Method(_mechanic(TUNER)),
     "optax": Method(_mechanic("optax")),
+    "optax, resets": Method(lambda task, model, lr: [_Forgetful(task.bases(model, lr), variant="optax")]),
     "pytorch": Method(_mechanic("pytorch")),
     "mechanic-pytorch": Method(_mechanic_pytorch, ("adamw", "sgd", "lion")),
     "Prodigy": Method(_prodigy, ("adamw",)),

@@ -79,6 +79,7 @@ class Multiplier:
         self.parameters, self.base, self.s_init, self.beta = parameters, base, s_init, beta
         self.x_1 = [p.detach().clone() for p in parameters]
         self.scale, self.square, self.weight, self.agreed, self.largest_lr = 0.0, 0.0, 0.0, 0.0, 0.0
+        self.since_largest, self.square_sized = 0, 0.0
 
     @torch.no_grad()
     def step(self) -> None:
@@ -98,17 +99,26 @@ class Multiplier:
     def _tune(self, way_grad: float, grad_square: float, way_square: float, lr: float = 1.0) -> None:
         if 0.0 < 4.0 * self.largest_lr < lr:
             self.scale *= 4.0 * self.largest_lr / lr
+        self.since_largest = 1 if lr > self.largest_lr else self.since_largest + 1
+        is_constant = self.since_largest > 40 and lr == max(self.largest_lr, lr)
         self.largest_lr = max(self.largest_lr, lr)
         if way_square * grad_square == 0.0:
             return
         cosine = min(max(way_grad / math.sqrt(way_square * grad_square), -1.0), 1.0)
+        sized = way_grad / math.sqrt(way_square)
         self.weight = self.beta * self.weight + 1.0 - self.beta
         self.square = self.beta * self.square + (1.0 - self.beta) * cosine**2
-        sure = 0.0 if self.square == 0.0 else cosine / math.sqrt(self.square / self.weight)
-        sure = min(max(sure, -1.0), 1.0)
+        self.square_sized = self.beta * self.square_sized + (1.0 - self.beta) * sized**2
+        sure = self._over_root(cosine, self.square)
         self.agreed = 0.9 * self.agreed + 0.1 * sure
+        if is_constant:
+            sure = self._over_root(sized, self.square_sized)
         weight = lr / self.largest_lr if self.largest_lr else 0.0
+        weight *= min(1.0, 100 / self.since_largest)
         self.scale *= math.exp(-0.1 * weight * sure * (1.0 + 2.0 * self.agreed**2))
+
+    def _over_root(self, value: float, square: float) -> float:
+        return 0.0 if square == 0.0 else min(max(value / math.sqrt(square / self.weight), -1.0), 1.0)
 
 
 def _dot(a: list[Tensor], b: list[Tensor]) -> float:

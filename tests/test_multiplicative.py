@@ -28,15 +28,27 @@ def sgd(parameters: list[Tensor], lr: float) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=lr, momentum=0.9)
 
 
-def schedule(step: int) -> float:
+def cosine(step: int) -> float:
     """Nothing in the first step, a warm-up, and down along a cosine to nothing."""
     return step / 5 if step < 5 else 0.5 * (1.0 + math.cos(math.pi * (step - 5) / (STEPS - 5)))
 
 
-def train(parameters: list[Tensor], loss: Callable[[int], Tensor], optimizer: Any, base: Any = None) -> list[float]:
+def stable(step: int) -> float:
+    """Nothing in the first step, a warm-up, and long the same before it comes down."""
+    return min(1.0, step / 5, 0.9 ** (step - 130))
+
+
+def train(
+    parameters: list[Tensor],
+    loss: Callable[[int], Tensor],
+    optimizer: Any,
+    base: Any = None,
+    schedule: Callable[[int], float] = cosine,
+    steps: int = STEPS,
+) -> list[float]:
     scheduler = LambdaLR(optimizer if base is None else base, schedule)
     scales = []
-    for step in range(STEPS):
+    for step in range(steps):
         for parameter in parameters:
             parameter.grad = None
         loss(step).backward()
@@ -47,14 +59,17 @@ def train(parameters: list[Tensor], loss: Callable[[int], Tensor], optimizer: An
 
 
 @pytest.mark.parametrize("options", [{}, {"store_delta": False}, {"nonfinite": "ignore"}], ids=str)
+@pytest.mark.parametrize(("schedule", "steps"), [(cosine, STEPS), (stable, 150)])
 @pytest.mark.parametrize("bases", [adamw, sgd])
-def test_equals_the_oracle_under_a_schedule(bases: Bases, options: dict[str, Any]) -> None:
+def test_equals_the_oracle_under_a_schedule(
+    bases: Bases, schedule: Callable[[int], float], steps: int, options: dict[str, Any]
+) -> None:
     theirs, loss = problem()
     base = bases(theirs, 0.5)
-    expected = train(theirs, loss, Multiplier(theirs, base, 1e-4), base)
+    expected = train(theirs, loss, Multiplier(theirs, base, 1e-4), base, schedule, steps)
     mine, loss = problem()
     optimizer = Mechanic(bases(mine, 0.5), variant="multiplicative", **options)
-    scales = train(mine, loss, optimizer)
+    scales = train(mine, loss, optimizer, None, schedule, steps)
     assert scales[0] == 0.0, "with a learning rate of 0 there is no update to take the scale from"
     assert scales == pytest.approx(expected, rel=1e-8)
     for a, b in zip(mine, theirs):
@@ -77,7 +92,7 @@ def test_the_base_learning_rate_is_no_matter(bases: Bases) -> None:
 def final_loss(bases: Bases, lr: float, variant: str | None) -> float:
     parameters, loss = problem()
     base = bases(parameters, lr)
-    scheduler = LambdaLR(base, schedule)
+    scheduler = LambdaLR(base, cosine)
     optimizer = base if variant is None else Mechanic(base, variant=variant)
     for repeat in range(5 * STEPS):
         for parameter in parameters:
@@ -260,7 +275,7 @@ def test_hooks_of_the_base_optimizer_see_the_learning_rate_that_is_theirs() -> N
     for hooked in (False, True):
         parameters, loss = problem()
         base = adamw(parameters, 0.5)
-        scheduler = LambdaLR(base, schedule)
+        scheduler = LambdaLR(base, cosine)
         optimizer = Mechanic(base, variant="multiplicative")
         if hooked:
             base.register_step_post_hook(lambda *_, scheduler=scheduler: scheduler.step())

@@ -95,12 +95,15 @@ _BETAS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
 VARIANTS = {
     "optax": Variant("optax", 1e-6, _BETAS, True, 0.0, True, True, False, True),
     "pytorch": Variant("pytorch", 1e-8, _BETAS, False, 1e-6, False, False, True, False),
-    "multiplicative": Variant("multiplicative", 1e-4, (0.99,), False, 0.0, False, False, False, True, True, 10),
+    "multiplicative": Variant("multiplicative", 1e-4, (0.99,), False, 0.0, False, False, False, True, True, 12),
 }
 
-# Of the variant that multiplies (docs/tuning.md says how they were found): the largest change of log S in a step when
+# Of the variant that multiplies (docs/tuning.md says how they were found). The largest change of log S in a step when
 # gradients do not agree from step to step, how much more it may be when they do, and how long agreement is remembered.
 _RATE, _AGREED, _MEMORY = 0.1, 2.0, 0.9
+# Steps since the learning rate was last larger than ever: from when on S slows down, and from when on a learning rate
+# that has not come down since is taken for one that will not. Then how much larger or smaller is no rounding.
+_SETTLED, _CONSTANT, _DIFFERS = 100, 40, 1e-6
 # How far S may fall below its largest before the way is measured from where it is by then, how often that is looked at,
 # and how much a new largest learning rate may let an update grow: a warm-up may begin at next to nothing.
 _FALL, LOOK_EVERY, _SURGE = 4.0, 10, 4.0
@@ -151,8 +154,9 @@ class Tuner:
         self.betas, self.s_init, self.s_decay, self.eps = betas, s_init, float(s_decay), float(eps)
         # One tensor, so that a checkpoint holds the tuner whole or not at all. Rows r, m, v, s, the number of updates
         # made, what a saved one must agree in, the betas and the variant, the number of steps whose sums were not
-        # finite; of a variant that multiplies also the largest learning rate so far, and the largest S since x_ref. A
-        # column for each beta.
+        # finite; of a variant that multiplies also the largest learning rate so far, the largest S times learning rate
+        # since x_ref, the number of steps since the learning rate was last larger than ever, and a second v. A column
+        # for each beta.
         self.state = torch.zeros(self.variant.rows, len(betas), dtype=torch.float64)
         # The last step's h and sums, for whoever watches; nan before the first step.
         self.h = torch.full((), math.nan, dtype=torch.float64)
@@ -261,15 +265,15 @@ class Tuner:
         x may have come too far by a scale that was too large, and be unable to come back by the small one that is
         learned from that. Where it is 1, the largest S is forgotten. It is 0 but in every tenth step.
         """
-        scale, peak = self.state[3].sum(), self.state[9]
-        fallen = (_FALL * scale < peak[0]) & (self.updates % LOOK_EVERY == 0)
-        self.state[9].copy_(torch.where(fallen, scale, peak))
+        within_reach, peak = self.state[3].sum() * self.state[8, 0], self.state[9]
+        fallen = (_FALL * within_reach < peak[0]) & (self.updates % LOOK_EVERY == 0)
+        self.state[9].copy_(torch.where(fallen, within_reach, peak))
         return fallen.to(self.state.dtype)
 
     def forget_largest(self) -> None:
         """Of a variant that multiplies: x_ref is where x is, and the largest S since then what S is."""
         if self.variant.multiplies:
-            self.state[9].fill_(self.state[3].sum())
+            self.state[9].fill_(self.state[3].sum() * self.state[8, 0])
 
     @property
     def scale(self) -> Tensor:
@@ -290,11 +294,11 @@ class Tuner:
         """
         r, m, v, s, updates, beta, variant, nonfinite, *own = self.state.unbind()
         unchanged = torch.stack((r, m, v, s, updates + 1, beta, variant, nonfinite + 1, *own))
-        h, (r, m, v, s) = self._multiply(sums) if self.variant.multiplies else self._bet(sums)
+        h, (r, m, v, s, *own) = self._multiply(sums) if self.variant.multiplies else self._bet(sums)
         if self.s_max is not None:
             s = s * (self.s_max / s.sum()).clamp(max=1.0)
         if self.variant.multiplies:
-            own = [torch.maximum(own[0], sums.lr), torch.maximum(own[1], s.sum())]
+            own[1] = torch.maximum(own[1], s.sum() * sums.lr)
         new = torch.stack((r, m, v, s, updates + 1, beta, variant, nonfinite, *own))
         # A divisor that is infinite would not show in h.
         finite = new.isfinite().all() & torch.stack(sums).isfinite().all()
@@ -323,27 +327,43 @@ class Tuner:
         return h, (r, m, v, wealth / (v.sqrt() + self.eps))
 
     def _multiply(self, sums: Sums) -> tuple[Tensor, _Learned]:
-        """manic's own: h, and the new r, m, v and s, which are other things here.
+        """manic's own: h, and the new r, m, v and s, which are other things here, and its own rows.
 
         ``h`` is the cosine of the way so far, x - x_ref, and the gradient. Below 0 it says that a longer way would have
         been better. Over its root mean square (v, whose weights add up to m) it says how sure that is; where that
         agrees from step to step (r), as it does while S is far too small, S moves faster. All of it is weighed by the
-        learning rate over its largest so far: where a schedule lets training settle, S does too.
+        learning rate over its largest so far: where a schedule lets training settle, S does too. And the longer ago
+        that largest was, the slower S moves: log S by no more in the second half of a run than in its first.
+
+        A cosine is deaf to noise: of many small gradients and few large ones the many are heard. That is right while
+        the noise will be cooled out by a learning rate that comes down. Where it has not come down for a while, the
+        noise stays, and gradients are heard by their size.
         """
-        r, m, v, s, _, beta, _, _, largest, _ = self.state.unbind()
-        largest = largest[0]
+        r, m, v, s, _, beta, _, _, largest_lr, peak, age, v_sized = self.state.unbind()
+        largest = largest_lr[0]
         weight = torch.where(sums.lr > 0, sums.lr / torch.maximum(largest, sums.lr), 0.0)
         surges = (largest > 0) & (sums.lr > _SURGE * largest)
         surge = torch.where(surges, _SURGE * largest / sums.lr, 1.0)
-        lengths = sums.delta_dot.sqrt() * sums.grad_square.sqrt()
-        h = torch.where(lengths > 0, sums.delta_grad / lengths, 0.0).clamp(-1.0, 1.0)
-        is_known = lengths > 0
+        age = torch.where(sums.lr > (1.0 + _DIFFERS) * largest, 0.0, age) + 1.0
+        is_constant = (age > _CONSTANT) & (sums.lr >= (1.0 - _DIFFERS) * largest)
+
+        is_known = sums.delta_dot.sqrt() * sums.grad_square.sqrt() > 0
+        sized = torch.where(is_known, sums.delta_grad / sums.delta_dot.sqrt(), 0.0)
+        h = torch.where(is_known, sized / sums.grad_square.sqrt(), 0.0).clamp(-1.0, 1.0)
         m = torch.where(is_known, beta * m + (1.0 - beta), m)
         v = torch.where(is_known, beta * v + (1.0 - beta) * h * h, v)
-        z = torch.where(v > 0, h / (v / m).sqrt(), 0.0).clamp(-1.0, 1.0)
+        v_sized = torch.where(is_known, beta * v_sized + (1.0 - beta) * sized * sized, v_sized)
+        z = _over_root(h, v / m).clamp(-1.0, 1.0)
         r = torch.where(is_known, _MEMORY * r + (1.0 - _MEMORY) * z, r)
-        z, agreed = z.mean(), r.mean()
-        return h, (r, m, v, s * surge * torch.exp(-_RATE * weight * z * (1.0 + _AGREED * agreed * agreed)))
+        z = torch.where(is_constant, _over_root(sized, v_sized / m).clamp(-1.0, 1.0), z)
+        sure, agreed = z.mean(), r.mean()
+        rate = _RATE * (_SETTLED / age[0]).clamp(max=1.0) * weight * (1.0 + _AGREED * agreed * agreed)
+        s = s * surge * torch.exp(-rate * sure)
+        return h, (r, m, v, s, torch.maximum(largest_lr, sums.lr), peak, age, v_sized)
 
 
-_Learned = tuple[Tensor, Tensor, Tensor, Tensor]
+def _over_root(value: Tensor, mean_square: Tensor) -> Tensor:
+    return torch.where(mean_square > 0, value / mean_square.sqrt(), 0.0)
+
+
+_Learned = tuple[Tensor, ...]
