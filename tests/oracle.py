@@ -99,8 +99,8 @@ class Multiplier:
     def _tune(self, way_grad: float, grad_square: float, way_square: float, lr: float = 1.0) -> None:
         if 0.0 < 4.0 * self.largest_lr < lr:
             self.scale *= 4.0 * self.largest_lr / lr
-        self.since_largest = 1 if lr > self.largest_lr else self.since_largest + 1
-        is_constant = self.since_largest > 40 and lr == max(self.largest_lr, lr)
+        self.since_largest = 1 if lr > 1.000001 * self.largest_lr else self.since_largest + 1
+        is_constant = self.since_largest > 40 and lr >= 0.999999 * self.largest_lr
         self.largest_lr = max(self.largest_lr, lr)
         if way_square * grad_square == 0.0:
             return

@@ -15,6 +15,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from manic import Mechanic
+from manic.multiplying import LARGEST_LR, PEAK
+from manic.tuner import UPDATES
 
 STEPS = 60
 Bases = Callable[[list[Tensor], float], torch.optim.Optimizer]
@@ -184,14 +186,14 @@ def test_measuring_anew_can_be_interrupted_anywhere() -> None:
         parameters, loss = problem()
         optimizer = Mechanic(sgd(parameters, 1.0), variant="multiplicative")
         train(parameters, loss, optimizer)
-        optimizer._tuner.state[9].fill_(1e9)
-        optimizer._updates_made = 59
-        optimizer._tuner.state[4].fill_(60)
+        optimizer._tuner.state[PEAK].fill_(1e9)
+        optimizer._multiplied.updates_made = 59
+        optimizer._tuner.state[UPDATES].fill_(60)
         before = [p.detach().clone() for p in parameters]
         iterates = optimizer._iterates()
         try:
             with FailsAt(at):
-                optimizer._restart(iterates)
+                optimizer._multiplied.restart(iterates, is_capturing=False)
         except MemoryError:
             pass
         else:
@@ -261,7 +263,7 @@ def test_an_error_where_the_scale_begins_leaves_it_to_the_next_step(
                     raise MemoryError
 
                 with monkeypatch.context() as patch:
-                    patch.setattr("manic.mechanic.write_back", out_of_luck)
+                    patch.setattr("manic.multiplied.write_back", out_of_luck)
                     with pytest.raises(MemoryError):
                         optimizer.step()
             optimizer.step()
@@ -298,7 +300,7 @@ def test_learning_rates_may_be_tensors_of_any_shape(lr: Any) -> None:
         optimizer.zero_grad()
         loss(step).backward()
         optimizer.step()
-    assert optimizer._tuner.state[8, 0] == pytest.approx(0.1)
+    assert optimizer._tuner.state[LARGEST_LR, 0] == pytest.approx(0.1)
     assert optimizer.param_groups[0]["lr"] is lr
 
 
@@ -310,11 +312,11 @@ def test_in_low_precision_measuring_anew_loses_nothing() -> None:
         optimizer.step()
     state = optimizer.state[parameter]
     whole = state["mechanic_x_ref"].double() + state["mechanic_delta"]
-    optimizer._tuner.state[9].fill_(1e9)
-    optimizer._tuner.state[4].fill_(10)
-    optimizer._updates_made = 9
+    optimizer._tuner.state[PEAK].fill_(1e9)
+    optimizer._tuner.state[UPDATES].fill_(10)
+    optimizer._multiplied.updates_made = 9
     before = parameter.detach().clone()
-    optimizer._restart(optimizer._iterates())
+    optimizer._multiplied.restart(optimizer._iterates(), is_capturing=False)
     assert torch.equal(parameter, before)
     assert torch.equal(state["mechanic_x_ref"], before)
     torch.testing.assert_close(state["mechanic_x_ref"].double() + state["mechanic_delta"], whole, rtol=0.0, atol=1e-7)
@@ -330,8 +332,8 @@ def test_a_rebase_right_after_a_load_goes_on_alike() -> None:
     resumed.load_state_dict(optimizer.state_dict())
     for each in (optimizer, resumed):
         each.rebase()
-    assert resumed._updates_made == optimizer._updates_made == STEPS
-    assert resumed._has_scale
+    assert resumed._multiplied.updates_made == optimizer._multiplied.updates_made == STEPS
+    assert resumed._multiplied.has_scale
     for step in range(25):
         for mine, each in ((parameters, optimizer), (others, resumed)):
             for parameter, other in zip(mine, parameters):

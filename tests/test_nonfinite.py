@@ -16,7 +16,8 @@ from oracle import problem
 from torch import Tensor
 
 from manic import Mechanic, NonfiniteError
-from manic.tuner import VARIANTS, Sums, Tuner
+from manic.tuner import VARIANTS, Sums
+from manic.variants import make_tuner
 from manic.watch import TOO_MANY
 
 VALUES = [math.nan, math.inf, -math.inf]
@@ -169,7 +170,7 @@ def test_the_three_modes_agree_on_sound_gradients() -> None:
 @given(steps=st.lists(st.tuples(*[st.floats(width=64)] * 5), min_size=1, max_size=12), s_init=st.floats(1e-30, 1e10))
 def test_no_sums_can_spoil_the_tuner(variant: str, steps: list[tuple[float, ...]], s_init: float) -> None:
     """Any floats: infinities, nans, subnormals, numbers whose squares have no room."""
-    tuner = Tuner((0.9, 0.999, 0.999999), s_init=s_init, variant=variant)
+    tuner = make_tuner(variant, betas=(0.9, 0.999, 0.999999), s_init=s_init)
     if tuner.variant.multiplies:
         tuner.start(torch.tensor(4.0), torch.tensor(1.0))
     for count, numbers in enumerate(steps, start=1):

@@ -23,21 +23,21 @@ from manic.displacement import (
     Batch,
     Iterate,
     batches,
-    is_proportional,
     resolve_update,
-    restart,
     scaled_learning_rates,
     show,
-    show_updates,
     stepping,
     write_back,
 )
 from manic.kernels import Kernels, compiled, exact, plain
 from manic.layout import Layout, Plain, local, local_gradient
+from manic.multiplied import MultipliedStep, largest_lr
+from manic.multiplying import Multiplying
 from manic.nonfinite import NonfiniteError, account_of_nonfinite
 from manic.reduction import PartialSums, Reduction
 from manic.state import DELTA, X_REF, MechanicState
-from manic.tuner import LOOK_EVERY, Reading, Sums, Tuner
+from manic.tuner import Held, Reading, Sums
+from manic.variants import make_tuner
 from manic.watch import INTERVAL, PATIENCE, Watch
 
 __all__ = ["Mechanic", "Nonfinite"]
@@ -117,19 +117,18 @@ class Mechanic(MechanicState):
             raise ValueError(f"check_every must be a number of steps, or 0, got {check_every!r}")
         self._compile = bool(compile)
         self._nonfinite, self._check_every = nonfinite, check_every
-        tuner = Tuner(betas, s_init, s_decay, eps, variant, s_max)
+        tuner = make_tuner(variant, betas=betas, s_init=s_init, s_decay=s_decay, eps=eps, s_max=s_max)
         # Optimizers whose source is known take any tensor for the parameter; another may know its own by other ways.
         self._hands_over_delta = update == "auto"
         snapshot = tuner.variant.x_after_base_step
-        self._proportional = [update == "auto" and is_proportional(base) for base in optimizers]
+        self._multiplied: MultipliedStep | None = None
+        if isinstance(tuner, Multiplying):
+            self._multiplied = MultipliedStep(tuner, may_scale=update == "auto" and nonfinite != "ignore")
         if store_delta is None and not tuner.variant.multiplies:
             store_delta = True
         self._updates = ["snapshot" if snapshot else resolve_update(base, update) for base in optimizers]
         self._agreed_on: list[list[int]] | None = None
         self._watch = Watch()
-        # Whether the host knows that there is a scale, which comes from the first update where the variant multiplies.
-        self._has_scale = not tuner.variant.multiplies
-        self._updates_made = 0  # the tuner's count, on the host
         # Calls of step() in this process, how many it has left out in a row, and S when the host last heard of it.
         self._calls, self._in_a_row, self._last_scale = 0, 0, 0.0
         super().__init__(optimizers, tuner, Layout(process_group, plain, pipeline_stages), store_delta)
@@ -171,8 +170,8 @@ class Mechanic(MechanicState):
             self._create_state([(iterate.x, iterate.x_ref) for iterate in self._iterates()])
             return loss
         is_first = self._begin()
-        known, before, taken = self._parameters_with_state(), self._tuner.state.clone(), False
-        had_scale = self._has_scale
+        known, before, taken = self._parameters_with_state(), self._tuner.hold(), False
+        had_scale = self._multiplied is not None and self._multiplied.has_scale
         try:
             iterates = self._iterates()
             self._check_loaded()
@@ -180,16 +179,17 @@ class Mechanic(MechanicState):
                 self._step_at_once(batches(iterates))
                 taken = True
             else:
-                taken = self._step_if_sound(batches(iterates), iterates)
+                taken = self._step_if_sound(batches(iterates), iterates, before)
         except BaseException:
-            self._tuner.state.copy_(before)
-            self._has_scale = had_scale
+            self._tuner.put_back(before)
+            if self._multiplied is not None:
+                self._multiplied.has_scale = had_scale
             raise
         finally:
             if not taken:
                 self._forget(known, is_first)
-        if taken and self._tuner.variant.multiplies:
-            self._restart(iterates)
+        if taken and self._multiplied is not None:
+            self._multiplied.restart(iterates, self._is_capturing)
         self._look_at_scale(taken)
         return loss
 
@@ -207,17 +207,16 @@ class Mechanic(MechanicState):
                 self._step_bases()
                 self._finish(shards, reduction.wait())
 
-    def _step_if_sound(self, shards: Sequence[Batch], iterates: Sequence[Iterate]) -> bool:
+    def _step_if_sound(self, shards: Sequence[Batch], iterates: Sequence[Iterate], before: Held) -> bool:
         """Algorithm 1, or nothing at all and False: the sums are known to all ranks before anything changes."""
-        sums = self._survey(shards, iterates)
+        sums = self._survey(shards, iterates, before)
         if sums is None:
             return False
         with stepping(shards):
-            if self._tuner.variant.multiplies:
-                scale = self._tuner.update(sums)
-                with scaled_learning_rates(iterates, float(scale)):
+            if self._multiplied is not None:  # has learned already
+                with scaled_learning_rates(iterates, self._last_scale):
                     self._step_bases()
-                self._write_multiplied(shards, scale, sums.x_square)
+                self._write(shards, self._tuner.scale, sums)
                 return True
             self._step_bases()
             if self._tuner.variant.x_after_base_step:
@@ -230,57 +229,37 @@ class Mechanic(MechanicState):
 
     def _finish(self, shards: Sequence[Batch], sums: Sums) -> None:
         """S_{t+1} and x_{t+1}, after the base step."""
-        scale = self._tuner.update(sums)
-        if self._tuner.variant.multiplies:
-            self._write_multiplied(shards, scale, sums.x_square)
+        self._write(shards, self._tuner.update(sums), sums)
+
+    def _write(self, shards: Sequence[Batch], scale: Tensor, sums: Sums) -> None:
+        """x_{t+1}, after the base step, at S_{t+1}."""
+        if self._multiplied is not None:
+            self._multiplied.write(shards, scale, sums.x_square, self._kernels, self._reduce)
         else:
             write_back(shards, scale, self._kernels)
 
-    def _write_multiplied(self, shards: Sequence[Batch], scale: Tensor, x_square: Tensor) -> None:
-        """x_{t+1}, where it is x_t and ``scale`` times the update; the first update gives the scale."""
-        if not self._has_scale:  # the host waits, until the first update that is not 0
-            if not scale > 0:
-                updates = PartialSums(exact(), squares=True)
-                show_updates(shards, updates.add_position)
-                scale = self._tuner.start(self._reduce(updates).wait().x_square, x_square)
-            self._has_scale = bool(scale > 0)
-        write_back(shards, self._tuner.position[0], self._kernels, scale)
+    def _survey(self, shards: Sequence[Batch], iterates: Sequence[Iterate], before: Held) -> Sums | None:
+        """The sums that can be known before the base step, waited for; ``None`` if they say to skip it.
 
-    def _restart(self, iterates: Sequence[Iterate]) -> None:
-        """Every few steps, let the way be measured anew where the scale has fallen far; the host does not ask."""
-        self._updates_made += 1
-        # Elsewhere it would find nothing to do; a graph has to look in every step, for it is the same each time.
-        if self._updates_made % LOOK_EVERY == 0 or self._is_capturing:
-            restart(batches(iterates), self._tuner.restart())
-
-    def _largest_lr(self) -> float | Tensor | None:
-        """Over the param groups: a tensor where one of them has one, ``None`` where there are no groups."""
-        lrs = [group.get("lr", 1.0) for group in self.param_groups]
-        known = [float(lr) for lr in lrs if not isinstance(lr, Tensor) or lr.is_cpu]
-        on_device = [lr.reshape(()) for lr in lrs if isinstance(lr, Tensor) and not lr.is_cpu]
-        if not on_device:
-            return max(known, default=None)
-        largest = torch.stack(on_device).max()
-        return largest.clamp(min=max(known)) if known else largest
-
-    def _survey(self, shards: Sequence[Batch], iterates: Sequence[Iterate]) -> Sums | None:
-        """The sums that can be known before the base step, waited for; ``None`` if they say to skip it."""
+        Where the scale is on updates, the tuner has learned from them, so that one wait tells the host that, too.
+        """
         if self._is_capturing:
             raise RuntimeError(
                 f"a step with nonfinite={self._nonfinite!r} cannot be captured in a CUDA graph: the host waits for its "
                 'sums. Pass nonfinite="ignore"'
             )
         early = self._tuner.variant.x_after_base_step
-        for kernels in (self._kernels, exact()):
+        looks = (self._kernels, exact())
+        for kernels in looks:
             partial = PartialSums(kernels, self._tuner.variant.multiplies)
             show(shards, partial.add_gradient if early else partial.add)
             sums = self._reduce(partial).wait()
-            *numbers, self._last_scale = torch.stack([*sums, self._tuner.scale]).tolist()  # one wait for both
+            scale = self._tuner.scale if self._multiplied is None else self._tuner.update(sums)
+            *numbers, self._last_scale = torch.stack([*sums, scale]).tolist()  # one wait for both
             reading = Reading(*numbers)
-            if reading.is_in_range(with_position=not early):
+            if reading.is_in_range(with_position=not early) or (kernels is looks[-1] and reading.is_finite):
                 return sums
-        if reading.is_finite:
-            return sums
+            self._tuner.put_back(before)
         if not math.isfinite(reading.lr):
             raise NonfiniteError(f"step {int(self._tuner.updates) + 1} was not taken: a learning rate is {reading.lr}")
         if self._nonfinite == "skip" and self._position_is_finite(shards, reading):
@@ -371,7 +350,7 @@ class Mechanic(MechanicState):
                 local(state[X_REF]).copy_(local(parameter))
             if DELTA in state:
                 local(state[DELTA]).zero_()
-        self._tuner.forget_largest()
+        self._tuner.rebased()
         self._was_loaded = False
 
     def metrics(self) -> dict[str, Tensor]:
@@ -396,8 +375,8 @@ class Mechanic(MechanicState):
 
     def _load_global_state(self, saved: Tensor | None) -> None:
         super()._load_global_state(saved)
-        self._updates_made = max(0, int(self._tuner.updates))
-        self._has_scale = not self._tuner.variant.multiplies or float(self._tuner.scale) > 0.0
+        if self._multiplied is not None:
+            self._multiplied.resume()
 
     def _step_bases(self) -> None:
         with self._own_state_hidden():
@@ -406,7 +385,7 @@ class Mechanic(MechanicState):
 
     def _reduce(self, sums: PartialSums) -> Reduction:
         device = self._layout.communication_device(self._tuner.state.device)
-        lr = self._largest_lr() if self._tuner.variant.multiplies else None
+        lr = largest_lr(self.param_groups) if self._multiplied is not None else None
         return Reduction(sums.total(self._tuner.state, lr), self._layout.group, device)
 
     def _begin(self) -> bool:
@@ -418,8 +397,9 @@ class Mechanic(MechanicState):
         self._agree()
         is_first = not self._started
         if is_first:
-            self._updates_made, self._has_scale = 0, not self._tuner.variant.multiplies
             self._drop_placeholders()
+            if self._multiplied is not None:
+                self._multiplied.resume()
             self._started = True
         return is_first
 
@@ -430,12 +410,11 @@ class Mechanic(MechanicState):
             self._put_global_state()
         scales = {home: self._tuner.position[0]}
         iterates = []
-        for optimizer, update, proportional in zip(self.optimizers, self._updates, self._proportional):
-            if proportional and self._can_scale_learning_rates(optimizer):
-                update = "scaled"
-            for group in optimizer.param_groups:
-                if self._tuner.variant.multiplies and update != "scaled" and not self._keeps_all_deltas(group):
-                    update = "snapshot"  # of the whole group, which has one weight decay
+        for optimizer, update in zip(self.optimizers, self._updates):
+            updates = [update] * len(optimizer.param_groups)
+            if self._multiplied is not None:
+                updates = self._multiplied.updates_of(optimizer, update, self._keeps_delta)
+            for group, update in zip(optimizer.param_groups, updates):
                 for parameter in group["params"]:
                     iterate = self._iterate(optimizer, group, parameter, update, scales)
                     if iterate is not None:
@@ -498,21 +477,6 @@ class Mechanic(MechanicState):
             starts_here=starts_here,
             never_moved=never_moved,
         )
-
-    def _can_scale_learning_rates(self, optimizer: Optimizer) -> bool:
-        """Whether S can go into them: the host knows it, and x is all that is moved."""
-        if not self._tuner.variant.multiplies or not self._has_scale or self._nonfinite == "ignore":
-            return False
-        # A hook may read or set learning rates, and should see the user's. torch has no public way to ask for them.
-        if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
-            return False
-        return not any(map(self._keeps_any_delta, optimizer.param_groups))
-
-    def _keeps_all_deltas(self, group: dict[str, Any]) -> bool:
-        return all(self._keeps_delta(parameter) for parameter in group["params"] if parameter.requires_grad)
-
-    def _keeps_any_delta(self, group: dict[str, Any]) -> bool:
-        return any(self._keeps_delta(parameter) for parameter in group["params"] if parameter.requires_grad)
 
     def _agree(self) -> None:
         """Compare notes with the other ranks: at the first step, after a load, and when parameters were added."""

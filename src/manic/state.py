@@ -16,7 +16,7 @@ from manic.agreement import raise_together
 from manic.displacement import strays
 from manic.kernels import working_dtype
 from manic.layout import Layout, local
-from manic.tuner import Tuner
+from manic.tuner import UPDATES, Tuner
 from manic.wrapper import OptimizerWrapper, is_creating_state
 
 __all__ = ["DELTA", "X_REF", "MechanicState"]
@@ -98,7 +98,7 @@ class MechanicState(OptimizerWrapper):
         for x, x_ref in starts:
             x.copy_(x_ref)
         if self._state_is_placeholder:
-            self._tuner.state[4].fill_(_PLACEHOLDER)
+            self._tuner.state[UPDATES].fill_(_PLACEHOLDER)
         self._created = [
             self._imprint(optimizer) if placeholder else None
             for optimizer, placeholder in zip(self.optimizers, self._placeholders)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from manic.mechanic import Mechanic
 from manic.state import DELTA, X_REF
-from manic.tuner import Tuner
+from manic.variants import make_tuner
 
 __all__ = ["from_mechanic_pytorch"]
 
@@ -47,7 +47,7 @@ def from_mechanic_pytorch(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any]
         The state dict, and the keyword arguments that Mechanic needs to load it and go on alike. The base optimizer's
         state and groups are as they were, to which are added, for each parameter that was moved, ``mechanic_x_ref``
         and, if the run stored it, ``mechanic_delta``, of the parameter's shape and dtype; and in each group
-        ``mechanic``, float64 [10, number of betas], on the CPU. Tensors are shared with ``state_dict``: copy it first
+        ``mechanic``, float64 [8, number of betas], on the CPU. Tensors are shared with ``state_dict``: copy it first
         if the old run shall go on too.
 
     Raises:
@@ -67,7 +67,7 @@ def from_mechanic_pytorch(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any]
 
     settings: dict[str, Any] = {name: float(kept[name]) for name in _SETTINGS}
     settings["betas"] = tuple(kept["betas"].tolist())
-    tuner = Tuner(**settings, variant="pytorch")
+    tuner = make_tuner("pytorch", **settings)
     for row, name in zip(tuner.state, _ROWS):
         row.copy_(kept[name])
     tuner.updates.fill_(kept["iter_count"])
