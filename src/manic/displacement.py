@@ -256,31 +256,48 @@ def write_back(batches: Iterable[Batch], scale: Tensor, kernels: Kernels, step: 
             iterate.x_before = None
 
 
-def restart(batches: Iterable[Batch], share: Tensor) -> None:
-    """Let x_ref be where x is, and Delta what x was rounded by, where ``share`` is 1, and nothing where it is 0.
+def restart(batches: Sequence[Batch], share: Tensor, way: Tensor) -> None:
+    """Go back to ``way`` of the way from x_ref to x, and let x_ref be there, and Delta what x was rounded by.
 
-    The host need not know which. If this is interrupted, Delta is 0 then: that can be done over and over.
+    All of that where ``share`` is 1, and nothing where it is 0; the host need not know which. If this is interrupted,
+    x stays where it is by then, back or not, and is x_ref.
 
     Args:
         batches: Iterates after their step, in a variant of which x is x_ref + Delta.
         share: 0-dim, 0 or 1.
+        way: 0-dim, in [0, 1]; 1: x stays as it is, to the last bit.
     """
     try:
-        _restart(batches, share, keeps_rounding=True)
+        for batch in batches:
+            _restart(batch, share, way)
     except BaseException:
-        _restart(batches, share, keeps_rounding=False)
+        for batch in batches:
+            _restart_from_here(batch, share)
         raise
 
 
-def _restart(batches: Iterable[Batch], share: Tensor, keeps_rounding: bool) -> None:
-    for batch in batches:
-        if not batch[0].never_moved:
-            weight = share.to(batch[0].x.device, working_dtype(batch[0].x))
-            for x, x_ref, delta in pieces(*_columns(batch, "x", "x_ref", "delta"), written=(1, 2)):
-                if delta is not None:
-                    rounding = (x_ref + delta) - x if keeps_rounding else torch.zeros_like(delta)
-                    delta.lerp_(rounding, weight)
-                x_ref.lerp_(x, weight.to(x.dtype))
+def _restart(batch: Batch, share: Tensor, way: Tensor) -> None:
+    if batch[0].never_moved:
+        return
+    dtype = working_dtype(batch[0].x)
+    weight, way = share.to(batch[0].x.device, dtype), way.to(batch[0].x.device, dtype)
+    for x, x_ref, delta in pieces(*_columns(batch, "x", "x_ref", "delta"), written=(0, 1, 2)):
+        displacement = x - x_ref if delta is None else delta
+        back = torch.where(way < 1, x_ref + way * displacement, x)
+        rounding = None if delta is None else torch.where(way < 1, back, x_ref + delta)
+        x.lerp_(back.to(x.dtype), weight.to(x.dtype))
+        if delta is not None and rounding is not None:
+            delta.lerp_(rounding - x, weight)
+        x_ref.lerp_(x, weight.to(x.dtype))
+
+
+def _restart_from_here(batch: Batch, share: Tensor) -> None:
+    if not batch[0].never_moved:
+        weight = share.to(batch[0].x.device, working_dtype(batch[0].x))
+        for x, x_ref, delta in pieces(*_columns(batch, "x", "x_ref", "delta"), written=(1, 2)):
+            if delta is not None:
+                delta.lerp_(torch.zeros_like(delta), weight)
+            x_ref.lerp_(x, weight.to(x.dtype))
 
 
 def strays(places: Sequence[tuple[Tensor, Tensor, Tensor]], scale: Tensor, any_scale: bool) -> list[int]:

@@ -85,11 +85,11 @@ class MultipliedStep:
         write_back(shards, self._tuner.position[0], kernels, scale)
 
     def restart(self, iterates: Sequence[Iterate], is_capturing: bool) -> None:
-        """Every few steps, let the way be measured anew where the scale has fallen far; the host does not ask."""
+        """Every few steps, go back and measure the way anew where the scale has fallen far; the host does not ask."""
         self.updates_made += 1
         # Elsewhere it would find nothing to do; a graph has to look in every step, for it is the same each time.
         if self.updates_made % LOOK_EVERY == 0 or is_capturing:
-            restart(batches(iterates), self._tuner.restart())
+            restart(batches(iterates), *self._tuner.restart())
 
 
 def largest_lr(param_groups: Iterable[dict[str, Any]]) -> float | Tensor | None:

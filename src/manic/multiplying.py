@@ -25,9 +25,11 @@ _RATE, _AGREED, _MEMORY = 0.1, 2.0, 0.9
 # Steps since the learning rate was last larger than ever: from when on S slows down, and from when on a learning rate
 # that has not come down since is taken for one that will not. Then how much larger or smaller is no rounding.
 _SETTLED, _CONSTANT, _DIFFERS = 100, 40, 1e-6
-# How far S may fall below its largest before the way is measured from where it is by then, how often that is looked at,
-# and how much a new largest learning rate may let an update grow: a warm-up may begin at next to nothing.
-_FALL, LOOK_EVERY, _SURGE = 4.0, 10, 4.0
+# How far S may fall below its largest before the way begins anew, and how often that is looked at. Then x goes back, as
+# long as the learning rate has come down, but not below this share of its largest, and up to this step.
+_FALL, LOOK_EVERY, _BEGUN, _EARLY = 4.0, 10, 0.97, 1000
+# How much a new largest learning rate may let an update grow: a warm-up may begin at next to nothing.
+_SURGE = 4.0
 
 
 class Multiplying(Tuner):
@@ -60,17 +62,25 @@ class Multiplying(Tuner):
         self.state[S].copy_((scale / len(self.betas)).expand(len(self.betas)))
         return self.scale
 
-    def restart(self) -> Tensor:
-        """Whether S has fallen so far that x_ref should be where x is: 0-dim, 0 or 1.
+    def restart(self) -> tuple[Tensor, Tensor]:
+        """Whether S has fallen so far that the way should begin anew, and how much of it should be kept.
 
         x may have come too far by a scale that was too large, and be unable to come back by the small one that is
         learned from that. S is compared at the largest learning rate with what it came to at the one that there was: in
-        a warm-up it falls as that grows. Where it is 1, the largest is forgotten. It is 0 but in every tenth step.
+        a warm-up it falls as that grows. Where the learning rate has just begun to come down, which says that the run
+        is young, the way is made as long as it had been with the S of now. Later too much would be lost.
+
+        Returns:
+            0-dim: 1 where it should, and the largest S is forgotten, or 0, as in all but every tenth step; and the
+            share of x - x_ref that should be kept, in (0, 1].
         """
         within_reach, peak = self._within_reach, self.state[PEAK]
         fallen = (_FALL * within_reach < peak[0]) & (self.updates % LOOK_EVERY == 0)
+        share = self.sums.lr / self.state[LARGEST_LR, 0]
+        is_early = (share > _BEGUN) & (share < 1.0 - _DIFFERS) & (self.updates <= _EARLY)
+        kept = torch.where(fallen & is_early, within_reach / peak[0], 1.0)
         self.state[PEAK].copy_(torch.where(fallen, within_reach, peak))
-        return fallen.to(self.state.dtype)
+        return fallen.to(self.state.dtype), kept
 
     def rebased(self) -> None:
         """Be told that x_ref is now where x is."""
