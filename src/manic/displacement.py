@@ -284,10 +284,10 @@ def _restart(batch: Batch, share: Tensor, way: Tensor) -> None:
     for x, x_ref, delta in pieces(*_columns(batch, "x", "x_ref", "delta"), written=(0, 1, 2)):
         displacement = x - x_ref if delta is None else delta
         back = torch.where(way < 1, x_ref + way * displacement, x)
-        rounding = None if delta is None else torch.where(way < 1, back, x_ref + delta)
+        whole = back if delta is None else torch.where(way < 1, back, x_ref + delta)
         x.lerp_(back.to(x.dtype), weight.to(x.dtype))
-        if delta is not None and rounding is not None:
-            delta.lerp_(rounding - x, weight)
+        if delta is not None:
+            delta.lerp_(whole - x, weight)
         x_ref.lerp_(x, weight.to(x.dtype))
 
 
