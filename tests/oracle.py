@@ -79,7 +79,7 @@ class Multiplier:
         self.parameters, self.base, self.s_init, self.beta = parameters, base, s_init, beta
         self.x_1 = [p.detach().clone() for p in parameters]
         self.scale, self.square, self.weight, self.agreed, self.largest_lr = 0.0, 0.0, 0.0, 0.0, 0.0
-        self.since_largest, self.square_sized = 0, 0.0
+        self.since_largest, self.came_down, self.square_sized = 0, False, 0.0
 
     @torch.no_grad()
     def step(self) -> None:
@@ -99,12 +99,15 @@ class Multiplier:
     def _tune(self, way_grad: float, grad_square: float, way_square: float, lr: float = 1.0) -> None:
         if 0.0 < 4.0 * self.largest_lr < lr:
             self.scale *= 4.0 * self.largest_lr / lr
-        self.since_largest = 1 if lr > 1.000001 * self.largest_lr else self.since_largest + 1
-        is_constant = self.since_largest > 40 and lr >= 0.999999 * self.largest_lr
+        if lr > (1.0 + 1e-9) * self.largest_lr:
+            self.since_largest, self.came_down = 0, False
+        self.since_largest += 1
+        self.came_down = self.came_down or lr < (1.0 - 1e-9) * self.largest_lr
+        is_constant = self.since_largest > 40 and not self.came_down
         self.largest_lr = max(self.largest_lr, lr)
-        if way_square * grad_square == 0.0:
+        if math.sqrt(way_square) * math.sqrt(grad_square) == 0.0:
             return
-        cosine = min(max(way_grad / math.sqrt(way_square * grad_square), -1.0), 1.0)
+        cosine = min(max(way_grad / math.sqrt(way_square) / math.sqrt(grad_square), -1.0), 1.0)
         sized = way_grad / math.sqrt(way_square)
         self.weight = self.beta * self.weight + 1.0 - self.beta
         self.square = self.beta * self.square + (1.0 - self.beta) * cosine**2

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from manic import Mechanic
 from manic.displacement import Iterate
-from manic.multiplying import LARGEST_LR, PEAK
+from manic.multiplying import CAME_DOWN, LARGEST_LR, PEAK
 from manic.tuner import UPDATES
 
 STEPS = 60
@@ -114,6 +114,15 @@ def test_it_ends_about_where_the_best_of_a_sweep_does(bases: Bases) -> None:
     assert final_loss(bases, 1.0, "multiplicative") < 1.25 * best < 0.5 * final_loss(bases, 1.0, "optax")
 
 
+@pytest.mark.parametrize("bases", [adamw, sgd])
+def test_in_a_long_run_at_a_constant_learning_rate_the_scale_comes_to_rest(bases: Bases) -> None:
+    parameters, loss = problem()
+    optimizer = Mechanic(bases(parameters, 1.0), variant="multiplicative")
+    scales = train(parameters, loss, optimizer, schedule=lambda step: 1.0, steps=1200)
+    assert max(scales[300:]) < 5 * min(scales[300:])
+    assert max(scales[800:]) < 1.5 * min(scales[800:])
+
+
 def test_once_there_is_a_scale_the_host_asks_for_nothing() -> None:
     class Asked(TorchDispatchMode):
         count = 0
@@ -190,6 +199,7 @@ def fallen(
     tuner, multiplied = optimizer._tuner, optimizer._multiplied
     assert multiplied is not None
     tuner.sums = tuner.sums._replace(lr=tuner.state[LARGEST_LR, 0] * share)
+    tuner.state[CAME_DOWN].fill_(share < 1.0)
     tuner.state[PEAK].fill_(8.0 * float(tuner.scale * tuner.state[LARGEST_LR, 0]))
     tuner.state[UPDATES].fill_(30)
     multiplied.updates_made = 29
@@ -198,7 +208,7 @@ def fallen(
 
 def begin_anew(optimizer: Mechanic, iterates: list[Iterate]) -> None:
     assert optimizer._multiplied is not None
-    optimizer._multiplied.restart(iterates, is_capturing=False)
+    optimizer._multiplied.look_back(iterates, is_capturing=False)
 
 
 @pytest.mark.parametrize("options", [{}, {"store_delta": True}, {"nonfinite": "ignore"}], ids=str)

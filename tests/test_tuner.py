@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from oracle import BETAS, Multiplier, Oracle
 
 from manic.multiplying import Multiplying
-from manic.tuner import VARIANTS, Sums
+from manic.tuner import VARIANTS, S, Sums
 from manic.variants import make_tuner
 
 BETTING = [name for name, variant in VARIANTS.items() if not variant.multiplies]
@@ -79,7 +79,7 @@ def test_the_first_step_has_the_length_that_is_asked_for(x_square: float) -> Non
 def test_the_lambda_term_pulls_by_global_norms(variant: str) -> None:
     tuner = make_tuner(variant, betas=BETAS, s_init=0.5, s_decay=0.1)
     tuner.update(sums(-1.0))
-    s = tuner.state[3].sum().item()
+    s = tuner.state[S].sum().item()
     tuner.update(sums(2.0, grad_square=9.0, delta_dot=5.0, x_square=4.0))
     assert tuner.h.item() == pytest.approx(2.0 + 0.1 * s * 3.0 / (2.0 + 1e-8) * 5.0)
 

@@ -30,7 +30,7 @@ from manic.kernels import Kernels, add_product, plain, working_dtype
 from manic.passes import Scratch, batched, pieces
 
 __all__ = [
-    "Batch", "Iterate", "Update", "Visit", "batches", "is_proportional", "resolve_update", "restart",
+    "Batch", "Iterate", "Update", "Visit", "batches", "begin_anew", "is_proportional", "resolve_update",
     "scaled_learning_rates", "show", "show_updates", "stepping", "strays", "write_back",
 ]  # fmt: skip
 
@@ -256,44 +256,46 @@ def write_back(batches: Iterable[Batch], scale: Tensor, kernels: Kernels, step: 
             iterate.x_before = None
 
 
-def restart(batches: Sequence[Batch], share: Tensor, way: Tensor) -> None:
-    """Go back to ``way`` of the way from x_ref to x, and let x_ref be there, and Delta what x was rounded by.
+def begin_anew(batches: Sequence[Batch], whether: Tensor, kept: Tensor) -> None:
+    """Let x_ref be at ``kept`` of the way from x_ref to x, x as well, and Delta what x was rounded by.
 
-    All of that where ``share`` is 1, and nothing where it is 0; the host need not know which. If this is interrupted,
+    All of that where ``whether`` is 1, and nothing where it is 0; the host need not know which. If this is interrupted,
     x stays where it is by then, back or not, and is x_ref.
 
     Args:
         batches: Iterates after their step, in a variant of which x is x_ref + Delta.
-        share: 0-dim, 0 or 1.
-        way: 0-dim, in [0, 1]; 1: x stays as it is, to the last bit.
+        whether: 0-dim, 0 or 1.
+        kept: 0-dim, in (0, 1]; 1: x stays as it is, to the last bit.
     """
     try:
         for batch in batches:
-            _restart(batch, share, way)
+            _begin_anew(batch, whether, kept)
     except BaseException:
         for batch in batches:
-            _restart_from_here(batch, share)
+            _begin_here(batch, whether)
         raise
 
 
-def _restart(batch: Batch, share: Tensor, way: Tensor) -> None:
+def _begin_anew(batch: Batch, whether: Tensor, kept: Tensor) -> None:
     if batch[0].never_moved:
         return
     dtype = working_dtype(batch[0].x)
-    weight, way = share.to(batch[0].x.device, dtype), way.to(batch[0].x.device, dtype)
+    whether, kept = whether.to(batch[0].x.device, dtype), kept.to(batch[0].x.device, dtype)
+    goes_back = (whether > 0) & (kept < 1)
     for x, x_ref, delta in pieces(*_columns(batch, "x", "x_ref", "delta"), written=(0, 1, 2)):
-        displacement = x - x_ref if delta is None else delta
-        back = torch.where(way < 1, x_ref + way * displacement, x)
-        whole = back if delta is None else torch.where(way < 1, back, x_ref + delta)
-        x.lerp_(back.to(x.dtype), weight.to(x.dtype))
+        start = x_ref.to(dtype)
+        way = x - start if delta is None else delta
+        place = torch.where(goes_back, start + kept * way, x)
+        whole = place if delta is None else torch.where(goes_back, place, start + way)
+        x.copy_(place)
         if delta is not None:
-            delta.lerp_(whole - x, weight)
-        x_ref.lerp_(x, weight.to(x.dtype))
+            delta.lerp_(whole - x, whether)
+        x_ref.lerp_(x, whether.to(x.dtype))
 
 
-def _restart_from_here(batch: Batch, share: Tensor) -> None:
+def _begin_here(batch: Batch, whether: Tensor) -> None:
     if not batch[0].never_moved:
-        weight = share.to(batch[0].x.device, working_dtype(batch[0].x))
+        weight = whether.to(batch[0].x.device, working_dtype(batch[0].x))
         for x, x_ref, delta in pieces(*_columns(batch, "x", "x_ref", "delta"), written=(1, 2)):
             if delta is not None:
                 delta.lerp_(torch.zeros_like(delta), weight)

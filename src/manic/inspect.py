@@ -158,7 +158,7 @@ def _groups(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tuner(state: torch.Tensor) -> dict[str, Any]:
-    """The rows of the tuner's tensor, see tuner.py."""
+    """The rows of the tuner's tensor that all variants have, see tuner.py."""
     r, m, v, s, updates, betas, variant, *later = state.tolist()
     return {
         "scale": sum(s),

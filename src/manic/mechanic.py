@@ -1,7 +1,7 @@
 """Mechanic: Algorithm 1 of Cutkosky, Defazio and Mehta (NeurIPS 2023, arXiv 2306.00144) on sharded parameters.
 
 :meth:`Mechanic.step` is the algorithm. What the ranks hold is layout.py's business, the sums are reduction.py's, the
-scale is tuner.py's, and taking the base optimizer's update is displacement.py's.
+scale is the tuner's (betting.py, multiplying.py), and taking the base optimizer's update is displacement.py's.
 """
 
 from __future__ import annotations
@@ -144,7 +144,8 @@ class Mechanic(MechanicState):
         is an update to take the first scale from); with ``variant="pytorch"``, unless ``nonfinite="ignore"``, there
         are two, and one more where sums of gradients or parameters are 0 or out of float32's range. Whatever is raised,
         parameters hold x_ref + S * Delta, and the tuner is as it was; with ``variant="multiplicative"`` an error inside
-        of the base optimizer's step may leave parameters where that has moved them.
+        of the base optimizer's step may leave parameters where that has moved them, and one where it goes back after
+        the step may leave some of them back and others not.
 
         Args:
             closure: Computes the gradients and returns the loss; called once, with gradients enabled.
@@ -189,7 +190,7 @@ class Mechanic(MechanicState):
             if not taken:
                 self._forget(known, is_first)
         if taken and self._multiplied is not None:
-            self._multiplied.restart(iterates, self._is_capturing)
+            self._multiplied.look_back(iterates, self._is_capturing)
         self._look_at_scale(taken)
         return loss
 
@@ -257,9 +258,10 @@ class Mechanic(MechanicState):
             scale = self._tuner.scale if self._multiplied is None else self._tuner.update(sums)
             *numbers, self._last_scale = torch.stack([*sums, scale]).tolist()  # one wait for both
             reading = Reading(*numbers)
-            if reading.is_in_range(with_position=not early) or (kernels is looks[-1] and reading.is_finite):
+            is_last = kernels is looks[-1]
+            if reading.is_in_range(with_position=not early) or (is_last and reading.is_finite):
                 return sums
-            self._tuner.put_back(before)
+            self._tuner.put_back(before)  # it may have learned from what was out of range
         if not math.isfinite(reading.lr):
             raise NonfiniteError(f"step {int(self._tuner.updates) + 1} was not taken: a learning rate is {reading.lr}")
         if self._nonfinite == "skip" and self._position_is_finite(shards, reading):
@@ -290,8 +292,8 @@ class Mechanic(MechanicState):
             if self._nonfinite == "ignore" and (self._calls == PATIENCE or self._calls % INTERVAL == 0):
                 self._last_scale = float(self._tuner.scale)
             lrs = [group.get("lr", 1.0) for group in self.param_groups]
-            largest_lr = max((float(lr) for lr in lrs if not isinstance(lr, Tensor) or lr.is_cpu), default=0.0)
-            messages.append(self._watch.running(self._last_scale, largest_lr, self._tuner.s_max))
+            largest = max((float(lr) for lr in lrs if not isinstance(lr, Tensor) or lr.is_cpu), default=0.0)
+            messages.append(self._watch.running(self._last_scale, largest, self._tuner.s_max))
             if self._calls == PATIENCE and not self._tuner.has_gained():
                 messages.append(self._watch.stuck(self._last_scale, self._tuner.s_init, int(self._tuner.updates)))
         for message in filter(None, messages):

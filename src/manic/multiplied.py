@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from manic.displacement import Batch, Iterate, batches, is_proportional, restart, show_updates, write_back
+from manic.displacement import Batch, Iterate, batches, begin_anew, is_proportional, show_updates, write_back
 from manic.kernels import Kernels, exact
 from manic.multiplying import LOOK_EVERY, Multiplying
 from manic.reduction import PartialSums, Reduction
@@ -31,8 +31,10 @@ class MultipliedStep:
 
     def __init__(self, tuner: Multiplying, may_scale: bool) -> None:
         self._tuner, self._may_scale = tuner, may_scale
-        # Whether the host knows that there is a scale, which comes from the first update; and the tuner's count.
-        self.has_scale, self.updates_made = False, 0
+        # Whether the host knows that there is a scale, which comes from the first update.
+        self.has_scale = False
+        # The tuner's count; None where the host does not know it.
+        self.updates_made: int | None = 0
 
     def resume(self) -> None:
         """Go on from what the tuner holds; the host waits for the device."""
@@ -84,12 +86,15 @@ class MultipliedStep:
             self.has_scale = bool(scale > 0)
         write_back(shards, self._tuner.position[0], kernels, scale)
 
-    def restart(self, iterates: Sequence[Iterate], is_capturing: bool) -> None:
+    def look_back(self, iterates: Sequence[Iterate], is_capturing: bool) -> None:
         """Every few steps, go back and measure the way anew where the scale has fallen far; the host does not ask."""
-        self.updates_made += 1
-        # Elsewhere it would find nothing to do; a graph has to look in every step, for it is the same each time.
-        if self.updates_made % LOOK_EVERY == 0 or is_capturing:
-            restart(batches(iterates), *self._tuner.restart())
+        if is_capturing:  # a graph looks in every step, for it is the same each time, and nobody counts its replays
+            self.updates_made = None
+        elif self.updates_made is not None:
+            self.updates_made += 1
+        # Elsewhere it would find nothing to do.
+        if self.updates_made is None or self.updates_made % LOOK_EVERY == 0:
+            begin_anew(batches(iterates), *self._tuner.look_back())
 
 
 def largest_lr(param_groups: Iterable[dict[str, Any]]) -> float | Tensor | None:

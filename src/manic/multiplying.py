@@ -7,29 +7,44 @@ docs/tuning.md how they were found.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from manic.tuner import BETAS, M, R, S, Sums, Tuner, V
 
-__all__ = ["LOOK_EVERY", "Multiplying"]
+__all__ = ["LOOK_EVERY", "Fall", "Multiplying"]
 
 # Its own rows: the largest learning rate so far, the largest S times learning rate since x_ref, the number of steps
-# since the learning rate was last larger than ever, and a second v.
-LARGEST_LR, PEAK, AGE, V_SIZED = range(8, 12)
+# since the learning rate was last larger than ever (1 in that step), whether it has come down since, and a second v.
+LARGEST_LR, PEAK, AGE, CAME_DOWN, V_SIZED = range(8, 13)
 
-# The largest change of log S in a step when gradients do not agree from step to step, how much more it may be when they
-# do, and how long agreement is remembered.
-_RATE, _AGREED, _MEMORY = 0.1, 2.0, 0.9
-# Steps since the learning rate was last larger than ever: from when on S slows down, and from when on a learning rate
-# that has not come down since is taken for one that will not. Then how much larger or smaller is no rounding.
-_SETTLED, _CONSTANT, _DIFFERS = 100, 40, 1e-6
-# How far S may fall below its largest before the way begins anew, and how often that is looked at. Then x goes back, as
-# long as the learning rate has come down, but not below this share of its largest, and up to this step.
-_FALL, LOOK_EVERY, _BEGUN, _EARLY = 4.0, 10, 0.97, 1000
+# The largest change of log S in a step when gradients do not agree from step to step.
+_RATE = 0.1
+# How much more it may be when they do, and how long agreement is remembered.
+_AGREED, _MEMORY = 2.0, 0.9
+# The age from which on S slows down.
+_SETTLED = 100
+# The age from which on a learning rate that has not come down is taken for one that will not.
+_CONSTANT = 40
+# By how much, as a share, learning rates differ that differ by more than rounding.
+_DIFFERS = 1e-9
 # How much a new largest learning rate may let an update grow: a warm-up may begin at next to nothing.
 _SURGE = 4.0
+# How far S may fall below its largest before the way begins anew, and in which steps that is looked at.
+_FALL, LOOK_EVERY = 4.0, 10
+# x goes back then if the learning rate has come down, to no less than this share of its largest, up to this step.
+_BEGUN, _EARLY = 0.97, 1000
+
+
+class Fall(NamedTuple):
+    """What follows from how far S has fallen; both are 0-dim tensors."""
+
+    begins_anew: Tensor
+    """1 where the way should, 0 where not."""
+    kept: Tensor
+    """The share of the way so far, x - x_ref, that x should keep then, in (0, 1]."""
 
 
 class Multiplying(Tuner):
@@ -62,25 +77,23 @@ class Multiplying(Tuner):
         self.state[S].copy_((scale / len(self.betas)).expand(len(self.betas)))
         return self.scale
 
-    def restart(self) -> tuple[Tensor, Tensor]:
-        """Whether S has fallen so far that the way should begin anew, and how much of it should be kept.
+    def look_back(self) -> Fall:
+        """Ask, after an update, whether S has fallen so far that the way should begin anew; then forget its largest.
 
         x may have come too far by a scale that was too large, and be unable to come back by the small one that is
         learned from that. S is compared at the largest learning rate with what it came to at the one that there was: in
         a warm-up it falls as that grows. Where the learning rate has just begun to come down, which says that the run
         is young, the way is made as long as it had been with the S of now. Later too much would be lost.
 
-        Returns:
-            0-dim: 1 where it should, and the largest S is forgotten, or 0, as in all but every tenth step; and the
-            share of x - x_ref that should be kept, in (0, 1].
+        Only every tenth step has an answer other than no. No host synchronisation takes place.
         """
         within_reach, peak = self._within_reach, self.state[PEAK]
         fallen = (_FALL * within_reach < peak[0]) & (self.updates % LOOK_EVERY == 0)
-        share = self.sums.lr / self.state[LARGEST_LR, 0]
-        is_early = (share > _BEGUN) & (share < 1.0 - _DIFFERS) & (self.updates <= _EARLY)
+        has_begun = self.sums.lr > _BEGUN * self.state[LARGEST_LR, 0]
+        is_early = (self.state[CAME_DOWN, 0] > 0) & has_begun & (self.updates <= _EARLY)
         kept = torch.where(fallen & is_early, within_reach / peak[0], 1.0)
         self.state[PEAK].copy_(torch.where(fallen, within_reach, peak))
-        return fallen.to(self.state.dtype), kept
+        return Fall(fallen.to(self.state.dtype), kept)
 
     def rebased(self) -> None:
         """Be told that x_ref is now where x is."""
@@ -103,13 +116,9 @@ class Multiplying(Tuner):
         the noise will be cooled out by a learning rate that comes down. Where it has not come down for a while, the
         noise stays, and gradients are heard by their size.
         """
-        r, m, v, s, beta, age, v_sized = (self.state[row] for row in (R, M, V, S, BETAS, AGE, V_SIZED))
-        largest = self.state[LARGEST_LR, 0]
-        weight = torch.where(sums.lr > 0, sums.lr / torch.maximum(largest, sums.lr), 0.0)
-        surges = (largest > 0) & (sums.lr > _SURGE * largest)
-        surge = torch.where(surges, _SURGE * largest / sums.lr, 1.0)
-        age = torch.where(sums.lr > (1.0 + _DIFFERS) * largest, 0.0, age) + 1.0
-        is_constant = (age > _CONSTANT) & (sums.lr >= (1.0 - _DIFFERS) * largest)
+        r, m, v, s, beta, v_sized = (self.state[row] for row in (R, M, V, S, BETAS, V_SIZED))
+        schedule = self._follow(sums.lr)
+        is_constant = (schedule[AGE] > _CONSTANT) & (schedule[CAME_DOWN] == 0)
 
         is_known = sums.delta_dot.sqrt() * sums.grad_square.sqrt() > 0
         sized = torch.where(is_known, sums.delta_grad / sums.delta_dot.sqrt(), 0.0)
@@ -118,21 +127,31 @@ class Multiplying(Tuner):
         v = torch.where(is_known, beta * v + (1.0 - beta) * h * h, v)
         v_sized = torch.where(is_known, beta * v_sized + (1.0 - beta) * sized * sized, v_sized)
         z = _over_root(h, v / m).clamp(-1.0, 1.0)
-        r = torch.where(is_known, _MEMORY * r + (1.0 - _MEMORY) * z, r)
+        r = torch.where(is_known, _MEMORY * r + (1.0 - _MEMORY) * z, r)  # no single gradient sways that
         z = torch.where(is_constant, _over_root(sized, v_sized / m).clamp(-1.0, 1.0), z)
+
         sure, agreed = z.mean(), r.mean()
-        rate = _RATE * (_SETTLED / age[0]).clamp(max=1.0) * weight * (1.0 + _AGREED * agreed * agreed)
-        s = self._bounded(s * surge * torch.exp(-rate * sure))
-        return h, {
-            R: r,
-            M: m,
-            V: v,
-            S: s,
-            LARGEST_LR: torch.maximum(self.state[LARGEST_LR], sums.lr),
-            PEAK: torch.maximum(self.state[PEAK], s.sum() * sums.lr),
-            AGE: age,
-            V_SIZED: v_sized,
+        weight = torch.where(sums.lr > 0, sums.lr / schedule[LARGEST_LR][0], 0.0)
+        rate = _RATE * (_SETTLED / schedule[AGE][0]).clamp(max=1.0) * weight * (1.0 + _AGREED * agreed * agreed)
+        s = self._bounded(s * self._surge(sums.lr) * torch.exp(-rate * sure))
+        peak = torch.maximum(self.state[PEAK], s.sum() * sums.lr)
+        return h, {R: r, M: m, V: v, S: s, V_SIZED: v_sized, PEAK: peak, **schedule}
+
+    def _follow(self, lr: Tensor) -> dict[int, Tensor]:
+        """The rows that tell where in its schedule the learning rate is."""
+        largest = self.state[LARGEST_LR]
+        is_new = lr > (1.0 + _DIFFERS) * largest
+        came_down = torch.where(lr < (1.0 - _DIFFERS) * largest, 1.0, self.state[CAME_DOWN])
+        return {
+            LARGEST_LR: torch.maximum(largest, lr),
+            AGE: torch.where(is_new, 0.0, self.state[AGE]) + 1.0,
+            CAME_DOWN: torch.where(is_new, 0.0, came_down),
         }
+
+    def _surge(self, lr: Tensor) -> Tensor:
+        """What S is multiplied by where the learning rate is far above all before it; 1 elsewhere."""
+        bound = _SURGE * self.state[LARGEST_LR, 0]
+        return torch.where((bound > 0) & (lr > bound), bound / lr, 1.0)
 
 
 def _over_root(value: Tensor, mean_square: Tensor) -> Tensor:

@@ -15,7 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["VARIANTS", "Held", "Sums", "Tuner", "Variant"]
+__all__ = [
+    "BETAS", "NONFINITE", "UPDATES", "VARIANT", "VARIANTS", "Held", "M", "R", "Reading", "S", "Sums", "Tuner", "V",
+    "Variant",
+]  # fmt: skip
 
 # The rows of a tuner's state: what Algorithm 1 calls r, m, v and s; the number of updates made; what a saved one must
 # agree in, the betas and the variant; the number of steps whose sums were not finite. A tuner may add rows of its own.
@@ -99,7 +102,7 @@ _BETAS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
 VARIANTS = {
     "optax": Variant("optax", 1e-6, _BETAS, True, 0.0, True, True, False, True),
     "pytorch": Variant("pytorch", 1e-8, _BETAS, False, 1e-6, False, False, True, False),
-    "multiplicative": Variant("multiplicative", 1e-4, (0.99,), False, 0.0, False, False, False, True, True, 12),
+    "multiplicative": Variant("multiplicative", 1e-4, (0.99,), False, 0.0, False, False, False, True, True, 13),
 }
 
 
@@ -115,7 +118,7 @@ class Tuner(ABC):
     """The state of Algorithm 1 that is not a parameter, and its update.
 
     Args:
-        variant: Of which it is.
+        variant: The variant whose tuner it is.
         betas: Decay factors, each in (0, 1). One column of the state is kept for each. ``None``: the variant's.
         s_init: Initial scale, positive; of a variant that multiplies, the length of the first step over |x_1|.
             ``None``: the variant's default.
@@ -183,6 +186,11 @@ class Tuner(ABC):
         if state.ndim == 2 and state.shape[0] > VARIANT and int(state[VARIANT, 0]) != names.index(self.variant.name):
             saved_name = dict(enumerate(names)).get(int(state[VARIANT, 0]), "unknown to this version")
             raise ValueError(f"the saved tuner is of variant {saved_name}, this one {self.variant.name}; pass the same")
+        if state.ndim == 2 and state.shape[0] != self.state.shape[0]:
+            raise ValueError(
+                f"the saved tuner has {state.shape[0]} rows, this one {self.state.shape[0]}: another version of manic "
+                "saved it; load it with that version, or start the tuner anew from the base optimizer's state"
+            )
         # Compared with the arguments, since the state itself may be what was just loaded into.
         fits = state.shape == self.state.shape and all(
             math.isclose(a, b, rel_tol=1e-7) for a, b in zip(state[BETAS].tolist(), self.betas)
