@@ -236,6 +236,16 @@ def test_it_goes_back_only_where_the_learning_rate_has_just_begun_to_fall(
     optimizer.check_consistency()
 
 
+def test_after_a_graph_whose_replays_nobody_counts_it_looks_in_every_step() -> None:
+    parameters, optimizer, iterates = fallen(1.0)
+    assert optimizer._multiplied is not None
+    optimizer._tuner.state[UPDATES].fill_(17)
+    optimizer._multiplied.look_back(iterates, is_capturing=True)
+    optimizer._tuner.state[UPDATES].fill_(30)
+    begin_anew(optimizer, iterates)
+    assert all(torch.equal(optimizer.state[p]["mechanic_x_ref"], p) for p in parameters)
+
+
 @pytest.mark.parametrize("share", [1.0, 0.99])
 def test_beginning_anew_can_be_interrupted_anywhere(share: float) -> None:
     at = 0
