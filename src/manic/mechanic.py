@@ -65,7 +65,7 @@ class Mechanic(MechanicState):
         s_decay: lambda of the paper; nothing with ``"multiplicative"``.
         eps: Added to denominators; nothing with ``"multiplicative"``.
         variant: ``"optax"``, what the paper's experiments ran; ``"pytorch"``, mechanic-pytorch 0.0.1; or
-            ``"multiplicative"``, manic's own tuner, which ends nearest to the best learning rate of a sweep.
+            ``"multiplicative"``, manic's own tuner, which in the median ends nearest to the best of a sweep.
         store_delta: Keep Delta, one copy of the parameters in at least float32. Otherwise it is recomputed as
             ``(x - x_ref) / (S + eps)``, as both published implementations do: inexact in the first steps, and in
             low precision. Default: yes; with ``"multiplicative"`` only of parameters in low precision.
