@@ -203,6 +203,8 @@ def fallen(
     tuner.state[PEAK].fill_(8.0 * float(tuner.scale * tuner.state[LARGEST_LR, 0]))
     tuner.state[UPDATES].fill_(30)
     multiplied.updates_made = 29
+    if multiplied.has_fallen is not None:  # as the host would have been told
+        multiplied.has_fallen = True
     return parameters, optimizer, optimizer._iterates()
 
 
@@ -236,8 +238,19 @@ def test_it_goes_back_only_where_the_learning_rate_has_just_begun_to_fall(
     optimizer.check_consistency()
 
 
+@pytest.mark.parametrize(("nonfinite", "passes"), [("raise", 0), ("ignore", 3)])
+def test_a_host_that_is_told_goes_through_the_parameters_only_for_a_fall(
+    nonfinite: str, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr("manic.multiplied.begin_anew", lambda *arguments: calls.append(arguments))
+    parameters, loss = problem()
+    train(parameters, loss, Mechanic(sgd(parameters, 1.0), variant="multiplicative", nonfinite=nonfinite), steps=30)
+    assert len(calls) == passes
+
+
 def test_after_a_graph_whose_replays_nobody_counts_it_looks_in_every_step() -> None:
-    parameters, optimizer, iterates = fallen(1.0)
+    parameters, optimizer, iterates = fallen(1.0, nonfinite="ignore")
     assert optimizer._multiplied is not None
     optimizer._tuner.state[UPDATES].fill_(17)
     optimizer._multiplied.look_back(iterates, is_capturing=True)

@@ -255,9 +255,11 @@ class Mechanic(MechanicState):
             partial = PartialSums(kernels, self._tuner.variant.multiplies)
             show(shards, partial.add_gradient if early else partial.add)
             sums = self._reduce(partial).wait()
-            scale = self._tuner.scale if self._multiplied is None else self._tuner.update(sums)
-            *numbers, self._last_scale = torch.stack([*sums, scale]).tolist()  # one wait for both
-            reading = Reading(*numbers)
+            of_tuner = [self._tuner.scale] if self._multiplied is None else self._multiplied.learn(sums)
+            numbers = torch.stack([*sums, *of_tuner]).tolist()  # one wait for all
+            reading, self._last_scale = Reading(*numbers[: len(sums)]), numbers[len(sums)]
+            if self._multiplied is not None:
+                self._multiplied.has_fallen = bool(numbers[-1])
             is_last = kernels is looks[-1]
             if reading.is_in_range(with_position=not early) or (is_last and reading.is_finite):
                 return sums

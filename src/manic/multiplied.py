@@ -16,6 +16,7 @@ from manic.displacement import Batch, Iterate, batches, begin_anew, is_proportio
 from manic.kernels import Kernels, exact
 from manic.multiplying import LOOK_EVERY, Multiplying
 from manic.reduction import PartialSums, Reduction
+from manic.tuner import Sums
 
 __all__ = ["MultipliedStep", "largest_lr"]
 
@@ -33,7 +34,9 @@ class MultipliedStep:
         self._tuner, self._may_scale = tuner, may_scale
         # Whether the host knows that there is a scale, which comes from the first update.
         self.has_scale = False
-        # The tuner's count; None where the host does not know it.
+        # Whether S has fallen, where the host is told in every step; and where not, the tuner's count, None where it is
+        # not known either.
+        self.has_fallen: bool | None = None
         self.updates_made: int | None = 0
 
     def resume(self) -> None:
@@ -61,6 +64,10 @@ class MultipliedStep:
         # A hook may read or set learning rates, and should see the user's. torch has no public way to ask for them.
         return not (optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
 
+    def learn(self, sums: Sums) -> list[Tensor]:
+        """Update the tuner, and return what the host is to be told of it: S, and :attr:`Multiplying.has_fallen`."""
+        return [self._tuner.update(sums), self._tuner.has_fallen]
+
     def write(
         self,
         shards: Sequence[Batch],
@@ -87,13 +94,18 @@ class MultipliedStep:
         write_back(shards, self._tuner.position[0], kernels, scale)
 
     def look_back(self, iterates: Sequence[Iterate], is_capturing: bool) -> None:
-        """Every few steps, go back and measure the way anew where the scale has fallen far; the host does not ask."""
+        """Every few steps, go back and measure the way anew where the scale has fallen far; the host does not ask.
+
+        Where it has been told, the parameters are gone through only then; otherwise in every step that may say so.
+        """
         if is_capturing:  # a graph looks in every step, for it is the same each time, and nobody counts its replays
             self.updates_made = None
         elif self.updates_made is not None:
             self.updates_made += 1
-        # Elsewhere it would find nothing to do.
-        if self.updates_made is None or self.updates_made % LOOK_EVERY == 0:
+        looks = self.has_fallen
+        if looks is None:
+            looks = self.updates_made is None or self.updates_made % LOOK_EVERY == 0
+        if looks:
             begin_anew(batches(iterates), *self._tuner.look_back())
 
 

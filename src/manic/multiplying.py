@@ -77,6 +77,12 @@ class Multiplying(Tuner):
         self.state[S].copy_((scale / len(self.betas)).expand(len(self.betas)))
         return self.scale
 
+    @property
+    def has_fallen(self) -> Tensor:
+        """Whether :meth:`look_back` would let the way begin anew: 0-dim, 0 or 1. Only in every tenth step it may."""
+        fallen = (_FALL * self._within_reach < self.state[PEAK, 0]) & (self.updates % LOOK_EVERY == 0)
+        return fallen.to(self.state.dtype)
+
     def look_back(self) -> Fall:
         """Ask, after an update, whether S has fallen so far that the way should begin anew; then forget its largest.
 
@@ -85,15 +91,15 @@ class Multiplying(Tuner):
         a warm-up it falls as that grows. Where the learning rate has just begun to come down, which says that the run
         is young, the way is made as long as it had been with the S of now. Later too much would be lost.
 
-        Only every tenth step has an answer other than no. No host synchronisation takes place.
+        No host synchronisation takes place.
         """
-        within_reach, peak = self._within_reach, self.state[PEAK]
-        fallen = (_FALL * within_reach < peak[0]) & (self.updates % LOOK_EVERY == 0)
+        begins_anew, within_reach, peak = self.has_fallen, self._within_reach, self.state[PEAK]
+        fallen = begins_anew > 0
         has_begun = self.sums.lr > _BEGUN * self.state[LARGEST_LR, 0]
         is_early = (self.state[CAME_DOWN, 0] > 0) & has_begun & (self.updates <= _EARLY)
         kept = torch.where(fallen & is_early, within_reach / peak[0], 1.0)
         self.state[PEAK].copy_(torch.where(fallen, within_reach, peak))
-        return Fall(fallen.to(self.state.dtype), kept)
+        return Fall(begins_anew, kept)
 
     def rebased(self) -> None:
         """Be told that x_ref is now where x is."""

@@ -1,7 +1,7 @@
 """What a tuner is: a step's sums in, the scale S out, and between steps one small tensor.
 
-How it learns is betting.py's and multiplying.py's. It knows four numbers a step and nothing of where they come from: no
-parameter, no process group.
+How it learns is betting.py's and multiplying.py's. It knows a few numbers a step and nothing of where they come from:
+no parameter, no process group.
 """
 
 from __future__ import annotations
