@@ -25,7 +25,7 @@ from torch import Tensor
 
 from data import Corpus
 from manic.checkpoint import Checkpointer, on_first_rank
-from manic.tuner import VARIANTS
+from manic.tuners.base import VARIANTS
 from model import GPT
 from optimizers import BASES, SCHEDULES, make_optimizer, make_scheduler, mechanic_of
 from parallel import MODES, TIMEOUT, Parallel, clip_gradients, parallelize

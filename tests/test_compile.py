@@ -11,7 +11,8 @@ import torch
 from oracle import problem
 from torch import Tensor
 
-from manic import Mechanic, kernels
+from manic import Mechanic
+from manic.step import kernels
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 COMPILED = {

@@ -10,8 +10,8 @@ import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from manic.directory import Directory
-from manic.files import Files
+from manic.checkpoint.directory import Directory
+from manic.checkpoint.files import Files
 
 
 class Bucket(LocalFileSystem):

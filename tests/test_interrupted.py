@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from manic import Mechanic, passes
+from manic import Mechanic
+from manic.step import chunks as passes
 
 
 class FailsAt(TorchDispatchMode):

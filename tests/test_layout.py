@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from manic.displacement import resolve_update
-from manic.layout import Layout, is_fsdp1, local, local_gradient
+from manic.distributed.layout import Layout, is_fsdp1, local, local_gradient
+from manic.step.capture import resolve_update
 
 
 def test_alone_every_element_is_held_once() -> None:

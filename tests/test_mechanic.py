@@ -14,7 +14,10 @@ from oracle import problem
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
 
-from manic import Mechanic, displacement, is_mechanized, kernels, mechanize, passes
+from manic import Mechanic, is_mechanized, mechanize
+from manic.step import capture as displacement
+from manic.step import chunks as passes
+from manic.step import kernels
 
 Loss = Callable[[int], Tensor]
 
@@ -190,7 +193,7 @@ class TestStep:
         def lost(self: Any) -> None:
             raise RuntimeError("connection closed by peer")
 
-        monkeypatch.setattr("manic.reduction.Reduction.wait", lost)
+        monkeypatch.setattr("manic.step.sums.Reduction.wait", lost)
         with pytest.raises(RuntimeError, match="closed by peer"):
             optimizer.step()
         for p, q in zip(parameters, before):
@@ -241,7 +244,7 @@ class TestStep:
                 raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr("manic.reduction.PartialSums.add", interrupted)
+            patch.setattr("manic.step.sums.PartialSums.add", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 optimizer.step()
         for p, q in zip(parameters, before):

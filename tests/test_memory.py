@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from manic import Mechanic
-from manic.passes import _CPU_PIECE
+from manic.step.chunks import _CPU_PIECE
 
 SIZE = 5 * _CPU_PIECE
 

@@ -15,9 +15,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from manic import Mechanic
-from manic.displacement import Iterate
-from manic.multiplying import CAME_DOWN, LARGEST_LR, PEAK
-from manic.tuner import UPDATES
+from manic.step.capture import Iterate
+from manic.tuners.base import UPDATES
+from manic.tuners.multiplicative import CAME_DOWN, LARGEST_LR, PEAK
 
 STEPS = 60
 Bases = Callable[[list[Tensor], float], torch.optim.Optimizer]
@@ -243,7 +243,7 @@ def test_a_host_that_is_told_goes_through_the_parameters_only_for_a_fall(
     nonfinite: str, passes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    monkeypatch.setattr("manic.multiplied.begin_anew", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr("manic.step.multiplied.begin_anew", lambda *arguments: calls.append(arguments))
     parameters, loss = problem()
     train(parameters, loss, Mechanic(sgd(parameters, 1.0), variant="multiplicative", nonfinite=nonfinite), steps=30)
     assert len(calls) == passes
@@ -338,7 +338,7 @@ def test_an_error_where_the_scale_begins_leaves_it_to_the_next_step(
                     raise MemoryError
 
                 with monkeypatch.context() as patch:
-                    patch.setattr("manic.multiplied.write_back", out_of_luck)
+                    patch.setattr("manic.step.multiplied.write_back", out_of_luck)
                     with pytest.raises(MemoryError):
                         optimizer.step()
             optimizer.step()

@@ -16,9 +16,9 @@ from oracle import problem
 from torch import Tensor
 
 from manic import Mechanic, NonfiniteError
-from manic.tuner import VARIANTS, Sums
-from manic.variants import make_tuner
-from manic.watch import TOO_MANY
+from manic.step.monitor import TOO_MANY
+from manic.tuners.base import VARIANTS, Sums
+from manic.tuners.registry import make_tuner
 
 VALUES = [math.nan, math.inf, -math.inf]
 OPTIONS = [{}, {"store_delta": False}, {"update": "snapshot"}, {"variant": "pytorch"}, {"compile": True}]

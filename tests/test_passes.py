@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from manic import Mechanic, passes
-from manic.passes import batched, pieces
+from manic import Mechanic
+from manic.step import chunks as passes
+from manic.step.chunks import batched, pieces
 
 SHAPES: list[tuple[int, ...]] = [
     (), (0,), (1,), (7, 3), (3, 5, 2), (1 << 14,), ((1 << 14) + 1,), (300, 1000), (1 << 20,), ((1 << 20) + 1,),

@@ -13,8 +13,8 @@ from oracle import EPS, Oracle
 from torch import Tensor
 
 from manic import Mechanic
-from manic.kernels import plain
-from manic.reduction import PartialSums
+from manic.step.kernels import plain
+from manic.step.sums import PartialSums
 
 FLOAT32_ACCURACY = 2e-6
 S_DECAY = 0.01

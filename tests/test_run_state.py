@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from manic import Mechanic, NonfiniteError
 from manic.checkpoint import Checkpointer
+from manic.checkpoint.run_state import RunState
 from manic.inspect import inspect
-from manic.run_state import RunState
 from manic.testing import ranks
 
 

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import BETAS, Multiplier, Oracle
 
-from manic.multiplying import Multiplying
-from manic.tuner import VARIANTS, S, Sums
-from manic.variants import make_tuner
+from manic.tuners.base import VARIANTS, S, Sums
+from manic.tuners.multiplicative import Multiplying
+from manic.tuners.registry import make_tuner
 
 BETTING = [name for name, variant in VARIANTS.items() if not variant.multiplies]
 

@@ -29,8 +29,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.optim import lr_scheduler
 
 from manic.checkpoint import Checkpointer
-from manic.files import Files
-from manic.unpickling import check_loadable, read_metadata
+from manic.checkpoint.files import Files
+from manic.checkpoint.safe_pickle import check_loadable, read_metadata
 
 PREFIX = b"\x80\x04ctorch.distributed.checkpoint.metadata\n"
 MEM_FORMATS = torch_metadata._MEM_FORMAT_ENCODING
@@ -281,7 +281,8 @@ def test_a_random_state_with_an_array_in_it_is_read_when_arrays_are_admitted(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """As it was saved by earlier versions."""
-    from manic import checkpoint, run_state
+    from manic.checkpoint import checkpointer as checkpoint
+    from manic.checkpoint import run_state
 
     monkeypatch.setattr(checkpoint, "check_loadable", lambda entries: None)
     one = checkpointer(tmp_path)

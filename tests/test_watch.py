@@ -10,7 +10,7 @@ import torch
 from oracle import problem
 
 from manic import Mechanic
-from manic.watch import INTERVAL, PATIENCE
+from manic.step.monitor import INTERVAL, PATIENCE
 
 
 class Listener(logging.Handler):

@@ -2,7 +2,7 @@
 
 from manic.mechanic import Mechanic
 from manic.mechanize import is_mechanized, mechanize
-from manic.nonfinite import NonfiniteError
+from manic.step.guard import NonfiniteError
 
 __all__ = ["Mechanic", "NonfiniteError", "__version__", "is_mechanized", "mechanize"]
 __version__ = "0.1.0"

@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from manic.agreement import agree
-from manic.bases import check_bases
-from manic.consistency import differences
-from manic.displacement import (
+from manic.distributed.drift import differences
+from manic.distributed.layout import Layout, Plain, local, local_gradient
+from manic.distributed.startup import agree
+from manic.optimizer.state import DELTA, X_REF, MechanicState
+from manic.optimizer.supported import check_bases
+from manic.step.capture import (
     Batch,
     Iterate,
     batches,
@@ -29,16 +31,14 @@ from manic.displacement import (
     stepping,
     write_back,
 )
-from manic.kernels import Kernels, compiled, exact, plain
-from manic.layout import Layout, Plain, local, local_gradient
-from manic.multiplied import MultipliedStep, largest_lr
-from manic.multiplying import Multiplying
-from manic.nonfinite import NonfiniteError, account_of_nonfinite
-from manic.reduction import PartialSums, Reduction
-from manic.state import DELTA, X_REF, MechanicState
-from manic.tuner import Held, Reading, Sums
-from manic.variants import make_tuner
-from manic.watch import INTERVAL, PATIENCE, Watch
+from manic.step.guard import NonfiniteError, account_of_nonfinite
+from manic.step.kernels import Kernels, compiled, exact, plain
+from manic.step.monitor import INTERVAL, PATIENCE, Watch
+from manic.step.multiplied import MultipliedStep, largest_lr
+from manic.step.sums import PartialSums, Reduction
+from manic.tuners.base import Held, Reading, Sums
+from manic.tuners.multiplicative import Multiplying
+from manic.tuners.registry import make_tuner
 
 __all__ = ["Mechanic", "Nonfinite"]
 

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from manic.mechanic import Mechanic
-from manic.state import DELTA, X_REF
-from manic.variants import make_tuner
+from manic.optimizer.state import DELTA, X_REF
+from manic.tuners.registry import make_tuner
 
 __all__ = ["from_mechanic_pytorch"]
 

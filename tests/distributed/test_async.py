@@ -22,7 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 from torch import nn
 
 from manic.checkpoint import Checkpointer
-from manic.manifest import MANIFEST
+from manic.checkpoint.manifest import MANIFEST
 from manic.testing import run
 from runs import Run, assert_identical
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import manic.reduction
+import manic.step.sums
 from layouts import setup, train
 from manic import Mechanic
 from manic.testing import ranks, run
@@ -73,11 +73,11 @@ def test_the_all_reduce_runs_while_the_base_optimizer_steps_or_is_known_before(
     for _ in range(2):
         prepared.model(torch.randn(4, 6)).sum().backward()
         events.clear()
-        manic.reduction.dist.all_reduce = noted
+        manic.step.sums.dist.all_reduce = noted
         try:
             prepared.optimizer.step()
         finally:
-            manic.reduction.dist.all_reduce = all_reduce
+            manic.step.sums.dist.all_reduce = all_reduce
     assert events == order
 
 

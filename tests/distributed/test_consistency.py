@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from layouts import setup
 from manic import Mechanic
-from manic.layout import local
+from manic.distributed.layout import local
 from manic.testing import ranks, run
 from test_faults import LAYOUTS, Setup, differing, everyone, everything, take_steps
 

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from manic.checkpoint import DamagedCheckpointError
-from manic.files import Files
-from manic.manifest import MANIFEST
+from manic.checkpoint.files import Files
+from manic.checkpoint.manifest import MANIFEST
 from manic.testing import run
 from runs import Run, assert_identical
 
@@ -217,7 +217,7 @@ def test_a_listing_that_fails_after_a_save_costs_no_checkpoint(monkeypatch: pyte
 
 
 def test_a_newer_format_is_refused_by_name(copies: Path) -> None:
-    from manic import manifest
+    from manic.checkpoint import manifest
 
     path = folder(copies, 6) / MANIFEST
     content = manifest.json.loads(path.read_text())

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from layouts import BATCH, Setup, batch, setup
-from manic.layout import local
+from manic.distributed.layout import local
 from manic.testing import run
 
 LAYOUTS = [

@@ -18,11 +18,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
-from manic import manifest
-from manic.checkpoint import DamagedCheckpointError
+from manic.checkpoint import DamagedCheckpointError, manifest
+from manic.checkpoint.safe_pickle import _ADMITTED, read_metadata
 from manic.inspect import inspect
 from manic.testing import ranks, run
-from manic.unpickling import _ADMITTED, read_metadata
 from runs import Counter, Run, assert_identical
 
 OPEN = r"_?io\.open"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from manic.betting import Betting
-from manic.multiplying import Multiplying
-from manic.tuner import VARIANTS, Tuner
+from manic.tuners.base import VARIANTS, Tuner
+from manic.tuners.mechanic import Betting
+from manic.tuners.multiplicative import Multiplying
 
 __all__ = ["make_tuner"]
 
@@ -15,8 +15,8 @@ def make_tuner(variant: str, **settings: Any) -> Tuner:
     """Make the tuner of a variant.
 
     Args:
-        variant: A name in :data:`manic.tuner.VARIANTS`.
-        settings: Arguments of :class:`manic.tuner.Tuner`.
+        variant: A name in :data:`manic.tuners.base.VARIANTS`.
+        settings: Arguments of :class:`manic.tuners.base.Tuner`.
 
     Raises:
         ValueError: if there is no such variant, or a setting is out of its range.

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from manic.tuner import BETAS, M, R, S, Sums, Tuner, V
+from manic.tuners.base import BETAS, M, R, S, Sums, Tuner, V
 
 __all__ = ["LOOK_EVERY", "Fall", "Multiplying"]
 
@@ -48,7 +48,7 @@ class Fall(NamedTuple):
 
 
 class Multiplying(Tuner):
-    """The tuner of ``"multiplicative"``; arguments are those of :class:`manic.tuner.Tuner`."""
+    """The tuner of ``"multiplicative"``; arguments are those of :class:`manic.tuners.base.Tuner`."""
 
     @property
     def position(self) -> tuple[Tensor, float]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from manic.files import FileRecord, Files, record_of
+from manic.checkpoint.files import FileRecord, Files, record_of
 
 __all__ = ["MANIFEST", "DamagedCheckpointError", "Manifest", "Verify"]
 

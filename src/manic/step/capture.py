@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from manic.kernels import Kernels, add_product, plain, working_dtype
-from manic.passes import Scratch, batched, pieces
+from manic.step.chunks import Scratch, batched, pieces
+from manic.step.kernels import Kernels, add_product, plain, working_dtype
 
 __all__ = [
     "Batch", "Iterate", "Update", "Visit", "batches", "begin_anew", "is_proportional", "resolve_update",

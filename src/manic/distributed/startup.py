@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from manic.layout import Layout, check_gradient, is_fsdp1, local
-from manic.passes import pieces
+from manic.distributed.layout import Layout, check_gradient, is_fsdp1, local
+from manic.step.chunks import pieces
 
 __all__ = ["agree", "describe_group", "digest", "gather", "gather_objects", "raise_together"]
 

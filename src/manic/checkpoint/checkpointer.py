@@ -32,12 +32,12 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from manic import __version__
-from manic.collective import from_every_rank, on_every_rank, on_first_rank, rank, world_size
-from manic.directory import Directory
-from manic.files import FileRecord, Files
-from manic.manifest import DamagedCheckpointError, Manifest, Verify
-from manic.run_state import RunState
-from manic.unpickling import RefusedError, SafePlanner, check_loadable
+from manic.checkpoint.directory import Directory
+from manic.checkpoint.files import FileRecord, Files
+from manic.checkpoint.manifest import DamagedCheckpointError, Manifest, Verify
+from manic.checkpoint.run_state import RunState
+from manic.checkpoint.safe_pickle import RefusedError, SafePlanner, check_loadable
+from manic.distributed.collectives import from_every_rank, on_every_rank, on_first_rank, rank, world_size
 
 __all__ = ["Checkpointer", "DamagedCheckpointError", "on_first_rank"]
 

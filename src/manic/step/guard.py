@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from manic.agreement import gather_objects
-from manic.displacement import Iterate
+from manic.distributed.startup import gather_objects
+from manic.step.capture import Iterate
 
 __all__ = ["NonfiniteError", "account_of_nonfinite"]
 

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from manic.tuner import BETAS, M, R, S, Sums, Tuner, V
+from manic.tuners.base import BETAS, M, R, S, Sums, Tuner, V
 
 __all__ = ["Betting"]
 
 
 class Betting(Tuner):
-    """The tuner of both published implementations; arguments are those of :class:`manic.tuner.Tuner`."""
+    """The tuner of both published implementations; arguments are those of :class:`manic.tuners.base.Tuner`."""
 
     def reset(self) -> None:
         """Go back to the start, in place."""

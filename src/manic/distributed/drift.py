@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from manic.agreement import describe_group, digest, gather, gather_objects
-from manic.layout import Layout, local
-from manic.passes import pieces
+from manic.distributed.layout import Layout, local
+from manic.distributed.startup import describe_group, digest, gather, gather_objects
+from manic.step.chunks import pieces
 
 __all__ = ["differences"]
 

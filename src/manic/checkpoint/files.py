@@ -19,7 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.filesystem import FileSystemBase
 
-from manic.unpickling import Reader
+from manic.checkpoint.safe_pickle import Reader
 
 __all__ = ["FileRecord", "Files", "record_of"]
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch.optim import Optimizer
 
-from manic.wrapper import OptimizerWrapper
+from manic.optimizer.wrapper import OptimizerWrapper
 
 __all__ = ["check_bases"]
 

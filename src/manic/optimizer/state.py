@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from manic.agreement import raise_together
-from manic.displacement import strays
-from manic.kernels import working_dtype
-from manic.layout import Layout, local
-from manic.tuner import UPDATES, Tuner
-from manic.wrapper import OptimizerWrapper, is_creating_state
+from manic.distributed.layout import Layout, local
+from manic.distributed.startup import raise_together
+from manic.optimizer.wrapper import OptimizerWrapper, is_creating_state
+from manic.step.capture import strays
+from manic.step.kernels import working_dtype
+from manic.tuners.base import UPDATES, Tuner
 
 __all__ = ["DELTA", "X_REF", "MechanicState"]
 

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterable
 
-from manic.files import Files
+from manic.checkpoint.files import Files
 
 __all__ = ["Directory"]
 

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from manic.collective import from_every_rank, on_every_rank, rank
+from manic.distributed.collectives import from_every_rank, on_every_rank, rank
 from manic.mechanic import Mechanic
 
 __all__ = ["RunState", "split"]

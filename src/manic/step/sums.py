@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from manic.displacement import Iterate
-from manic.kernels import Kernels
-from manic.tuner import Sums
+from manic.step.capture import Iterate
+from manic.step.kernels import Kernels
+from manic.tuners.base import Sums
 
 __all__ = ["PartialSums", "Reduction"]
 
@@ -20,7 +20,7 @@ __all__ = ["PartialSums", "Reduction"]
 class PartialSums:
     """This rank's share of the four inner products: an element that k ranks hold counts 1/k.
 
-    Its methods are what :func:`manic.displacement.stepping` and :func:`manic.displacement.show` show pieces to.
+    Its methods are what :func:`manic.step.capture.stepping` and :func:`manic.step.capture.show` show pieces to.
 
     Args:
         kernels: How pieces are summed.
@@ -57,7 +57,7 @@ class PartialSums:
         _note(self._gradient, iterate, -delta_grad if ascends else delta_grad, grad_square)
 
     def total(self, like: Tensor, lr: float | Tensor | None = None) -> Tensor:
-        """The sums, in the order of :class:`manic.tuner.Sums`: shape (4,), or (6,) with squares.
+        """The sums, in the order of :class:`manic.tuners.base.Sums`: shape (4,), or (6,) with squares.
 
         Args:
             like: Has the dtype and the device.

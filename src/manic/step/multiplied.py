@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from manic.displacement import Batch, Iterate, batches, begin_anew, is_proportional, show_updates, write_back
-from manic.kernels import Kernels, exact
-from manic.multiplying import LOOK_EVERY, Multiplying
-from manic.reduction import PartialSums, Reduction
-from manic.tuner import Sums
+from manic.step.capture import Batch, Iterate, batches, begin_anew, is_proportional, show_updates, write_back
+from manic.step.kernels import Kernels, exact
+from manic.step.sums import PartialSums, Reduction
+from manic.tuners.base import Sums
+from manic.tuners.multiplicative import LOOK_EVERY, Multiplying
 
 __all__ = ["MultipliedStep", "largest_lr"]
 
 
 class MultipliedStep:
-    """The host's side of :class:`manic.multiplying.Multiplying`.
+    """The host's side of :class:`manic.tuners.multiplicative.Multiplying`.
 
     Args:
         tuner: Has S.
@@ -49,7 +49,7 @@ class MultipliedStep:
 
         Args:
             optimizer: A base optimizer.
-            update: What :func:`manic.displacement.resolve_update` made of it.
+            update: What :func:`manic.step.capture.resolve_update` made of it.
             keeps_delta: Whether Delta of a parameter is stored. Then x is written from it, and S cannot be left to the
                 optimizer; if it is stored of some of a group, all take a snapshot, for the group has one weight decay.
         """

@@ -1,0 +1,1 @@
+"""What torch and its checkpointing expect of an optimizer that wraps others."""
