@@ -17,64 +17,60 @@ from pathlib import Path
 
 import torch
 
-import checkpoint_cost
-import scale_cost
-import step_cost
-import train_cost
-import tuning
-from tuning_tasks import TASKS
+from benchmarks import checkpoint, scale, step, train, tuning
+from benchmarks.tasks import TASKS
 
 
-def step(options: argparse.Namespace) -> None:
+def run_step(options: argparse.Namespace) -> None:
     """The subcommand."""
     device = torch.device(options.device)
-    methods = [step_cost.REFERENCE, *(name for name in options.methods if name != step_cost.REFERENCE)]
-    costs = step_cost.measure(methods, options.params, options.repeats, device)
+    methods = [step.REFERENCE, *(name for name in options.methods if name != step.REFERENCE)]
+    costs = step.measure(methods, options.params, options.repeats, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    count = sum(torch.Size(shape).numel() for shape in step_cost.SIZES[options.params])
+    count = sum(torch.Size(shape).numel() for shape in step.SIZES[options.params])
     title = f"{count:,} parameters in float32, {name}, torch {torch.__version__}, median of {options.repeats} steps"
-    print(title, step_cost.table(costs, device), sep="\n\n")
+    print(title, step.table(costs, device), sep="\n\n")
     if options.json:
         found = {"params": options.params, "device": name, "torch": torch.__version__}
-        Path(options.json).write_text(json.dumps({**found, "methods": step_cost.as_json(costs)}, indent=1) + "\n")
+        Path(options.json).write_text(json.dumps({**found, "methods": step.as_json(costs)}, indent=1) + "\n")
     if options.plot:
-        step_cost.plot(costs, title, options.plot)
+        step.plot(costs, title, options.plot)
 
 
-def checkpoint(options: argparse.Namespace) -> None:
+def run_checkpoint(options: argparse.Namespace) -> None:
     """The subcommand."""
-    sizes = {size: checkpoint_cost.SIZES[size] for size in options.params}
-    print(checkpoint_cost.table(sizes, options.ranks, options.directory, options.repeats))
+    sizes = {size: checkpoint.SIZES[size] for size in options.params}
+    print(checkpoint.table(sizes, options.ranks, options.directory, options.repeats))
 
 
-def latency(options: argparse.Namespace) -> None:
+def run_latency(options: argparse.Namespace) -> None:
     """The subcommand."""
     for delay in options.delays:
-        at_once, late = step_cost.latency_left(options.params, delay, options.repeats)
+        at_once, late = step.latency_left(options.params, delay, options.repeats)
         print(
             f"all_reduce of {1e3 * delay:.1f} ms: a step takes {1e3 * late:.1f} ms, {1e3 * at_once:.1f} ms without it"
         )
 
 
-def train(options: argparse.Namespace) -> None:
+def run_train(options: argparse.Namespace) -> None:
     """The subcommand."""
     for ranks in options.ranks:
         print(f"{ranks} rank(s), torch {torch.__version__}, medians of {options.repeats} runs of each\n")
         extra = options.options.split()
-        print(train_cost.table(train_cost.measure(ranks, options.steps, options.repeats, extra)), end="\n\n")
+        print(train.table(train.measure(ranks, options.steps, options.repeats, extra)), end="\n\n")
 
 
-def scale(options: argparse.Namespace) -> None:
+def run_scale(options: argparse.Namespace) -> None:
     """The subcommand."""
     print(
         "Rank 0's step, float32; hops up and down a tree of nodes of "
         f"{options.node} ranks, {1e6 * options.hop:g} us each by assumption",
-        scale_cost.table(options.models, options.ranks, options.repeats, options.node, options.hop),
+        scale.table(options.models, options.ranks, options.repeats, options.node, options.hop),
         sep="\n\n",
     )
 
 
-def tune(options: argparse.Namespace) -> None:
+def run_tuning(options: argparse.Namespace) -> None:
     """The subcommand."""
     seeds = range(options.seeds)
     results = tuning.measure(options.results, options.tasks, options.methods, seeds, options.processes)
@@ -91,39 +87,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
     add = commands.add_parser("step", help="time of the optimizer step")
-    add.set_defaults(run=step)
-    add.add_argument("--params", choices=step_cost.SIZES, default="25M")
-    add.add_argument("--methods", nargs="+", choices=step_cost.METHODS, default=list(step_cost.METHODS))
+    add.set_defaults(run=run_step)
+    add.add_argument("--params", choices=step.SIZES, default="25M")
+    add.add_argument("--methods", nargs="+", choices=step.METHODS, default=list(step.METHODS))
     add.add_argument("--repeats", type=int, default=20)
     add.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add.add_argument("--json", metavar="FILE", help="write the figures there")
     add.add_argument("--plot", metavar="FILE", help="draw the ratios there")
     add = commands.add_parser("latency", help="how much of an all_reduce's latency a step waits for, on a CPU")
-    add.set_defaults(run=latency)
-    add.add_argument("--params", choices=step_cost.SIZES, default="25M")
+    add.set_defaults(run=run_latency)
+    add.add_argument("--params", choices=step.SIZES, default="25M")
     add.add_argument("--delays", type=float, nargs="+", default=[0.002, 0.005, 0.1], help="seconds")
     add.add_argument("--repeats", type=int, default=20)
     add = commands.add_parser("train", help="tokens/s of launch/train.py with and without the tuner")
-    add.set_defaults(run=train)
+    add.set_defaults(run=run_train)
     add.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     add.add_argument("--steps", type=int, default=100)
     add.add_argument("--repeats", type=int, default=3)
     add.add_argument("--options", default="", help="of launch/train.py, in one string")
     add = commands.add_parser("scale", help="a step on thousands of ranks, without hardware")
-    add.set_defaults(run=scale)
-    add.add_argument("--models", choices=scale_cost.MODELS, nargs="+", default=list(scale_cost.MODELS))
+    add.set_defaults(run=run_scale)
+    add.add_argument("--models", choices=scale.MODELS, nargs="+", default=list(scale.MODELS))
     add.add_argument("--ranks", type=int, nargs="+", default=[64, 1024, 16384])
     add.add_argument("--repeats", type=int, default=5)
     add.add_argument("--node", type=int, default=8, help="ranks of a node, for the model of the all_reduce's latency")
     add.add_argument("--hop", type=float, default=10e-6, help="seconds from one node to the next, for that model")
     add = commands.add_parser("checkpoint", help="size, time and memory of checkpoints, on CPU ranks")
-    add.set_defaults(run=checkpoint)
-    add.add_argument("--params", choices=checkpoint_cost.SIZES, nargs="+", default=["25M", "124M"])
+    add.set_defaults(run=run_checkpoint)
+    add.add_argument("--params", choices=checkpoint.SIZES, nargs="+", default=["25M", "124M"])
     add.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     add.add_argument("--repeats", type=int, default=5)
     add.add_argument("--directory", help="where to write (default: the temporary directory)")
     add = commands.add_parser("tuning", help="one run against the best of a sweep, over tasks, methods and seeds")
-    add.set_defaults(run=tune)
+    add.set_defaults(run=run_tuning)
     add.add_argument("--tasks", choices=TASKS, nargs="+", default=list(TASKS))
     add.add_argument("--methods", choices=tuning.METHODS, nargs="+", default=list(tuning.METHODS))
     add.add_argument("--seeds", type=int, default=3)

@@ -23,13 +23,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import Corpus
+from gpt.data import Corpus
+from gpt.model import GPT
+from gpt.optimizers import BASES, SCHEDULES, make_optimizer, make_scheduler, mechanic_of
+from gpt.parallel import MODES, TIMEOUT, Parallel, clip_gradients, parallelize
+from gpt.report import Report
 from manic.checkpoint import Checkpointer, on_first_rank
 from manic.tuners.base import VARIANTS
-from model import GPT
-from optimizers import BASES, SCHEDULES, make_optimizer, make_scheduler, mechanic_of
-from parallel import MODES, TIMEOUT, Parallel, clip_gradients, parallelize
-from report import Report
 
 EVAL_BATCHES = 16
 

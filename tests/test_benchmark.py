@@ -13,14 +13,10 @@ import pytest
 import torch
 
 import benchmark
-import scale_cost
-import step_cost
-import train_cost
-import tuning
-import tuning_tasks
-from optimizers import Lion
+from benchmarks import scale, step, tasks, train, tuning
+from gpt.optimizers import Lion
 
-TINY = scale_cost.Llama(layers=2, width=256, hidden=512, keys=64, vocabulary=1024)
+TINY = scale.Llama(layers=2, width=256, hidden=512, keys=64, vocabulary=1024)
 
 
 def test_step_writes_a_row_for_every_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,8 +28,8 @@ def test_step_writes_a_row_for_every_method(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(sys, "argv", [*command, "--methods", *methods])
     benchmark.main()
     rows = json.loads(found.read_text())["methods"]
-    assert list(rows) == [step_cost.REFERENCE, *methods]
-    assert rows[step_cost.REFERENCE]["ratio"] == 1
+    assert list(rows) == [step.REFERENCE, *methods]
+    assert rows[step.REFERENCE]["ratio"] == 1
     assert all(row["seconds"] > 0 for row in rows.values())
     for method in methods[:6]:
         assert rows[method]["collectives"] == 1
@@ -42,13 +38,13 @@ def test_step_writes_a_row_for_every_method(tmp_path: Path, monkeypatch: pytest.
     assert rows["mechanic-pytorch"]["syncs"] > 0
 
 
-@pytest.mark.parametrize("spread", scale_cost.SPREADS.values(), ids=str)
-def test_a_step_costs_a_rank_the_same_in_any_world(spread: scale_cost.Spread, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("spread", scale.SPREADS.values(), ids=str)
+def test_a_step_costs_a_rank_the_same_in_any_world(spread: scale.Spread, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = []
     for world_size in (1024, 16384):
-        calls: list[step_cost.Calls] = []
-        monkeypatch.setattr(scale_cost, "Calls", lambda calls=calls: calls.append(step_cost.Calls()) or calls[-1])
-        cost = scale_cost.measure(TINY, spread, world_size, repeats=1)
+        calls: list[step.Calls] = []
+        monkeypatch.setattr(scale, "Calls", lambda calls=calls: calls.append(step.Calls()) or calls[-1])
+        cost = scale.measure(TINY, spread, world_size, repeats=1)
         assert cost.collectives == 1
         assert cost.own_bytes - cost.base_bytes < 10_000  # x_ref and Delta, as Adam has two; and the tuner
         assert cost.scratch <= 64 * 2**20
@@ -57,21 +53,21 @@ def test_a_step_costs_a_rank_the_same_in_any_world(spread: scale_cost.Spread, mo
 
 
 def test_a_delayed_all_reduce_is_waited_for_at_the_end() -> None:
-    at_once, late = step_cost.latency_left("1M", delay=0.3, repeats=1)
+    at_once, late = step.latency_left("1M", delay=0.3, repeats=1)
     assert late > 0.25 > at_once
 
 
 @pytest.mark.parametrize(("world_size", "hops"), [(1, 0), (8, 2), (16, 4), (1024, 16), (16384, 24)])
 def test_hops_are_up_a_tree_and_down(world_size: int, hops: int) -> None:
-    assert scale_cost.hops(world_size, node=8) == hops
+    assert scale.hops(world_size, node=8) == hops
 
 
 def test_train_compares_two_runs(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("to be or not to be\n" * 2000)
     extra = ["--device", "cpu", "--width", "32", "--layers", "1", "--heads", "2", "--data", str(tmp_path / "text")]
-    found: dict[str, Any] = train_cost.measure(ranks=1, steps=30, repeats=1, extra=extra)
+    found: dict[str, Any] = train.measure(ranks=1, steps=30, repeats=1, extra=extra)
     assert set(found) == {"none", "mechanic"}
-    assert "| none |" in train_cost.table(found)
+    assert "| none |" in train.table(found)
     assert all(torch.tensor(speed) > 0 for speed in found.values())
 
 
@@ -81,7 +77,7 @@ def loss_by(lrs: dict[float, float], seed: int = 0, method: str = tuning.SWEEP) 
 
 @pytest.mark.parametrize("best", [-6, -1, 0, 2, 5])
 def test_the_grid_grows_until_its_best_is_inside(best: int) -> None:
-    task = tuning_tasks.TASKS["gpt"]
+    task = tasks.TASKS["gpt"]
     losses = {task.guess * 2.0**power: 1.0 + abs(power - best) for power in range(-20, 21)}
     results: tuning.Results = {}
     while missing := [run for run in tuning.wanted(task, [tuning.SWEEP], [0], results) if run not in results]:
@@ -94,7 +90,7 @@ def test_the_grid_grows_until_its_best_is_inside(best: int) -> None:
 
 
 def test_the_table_takes_the_mean_over_seeds_and_the_best_of_the_grid() -> None:
-    task = tuning_tasks.TASKS["gpt"]
+    task = tasks.TASKS["gpt"]
     lrs = [task.guess * 2.0**power for power in range(-2, 3)]
     results = {
         **loss_by(dict(zip(lrs, [5.0, 3.0, 2.0, 3.0, 5.0])), 0),
@@ -124,9 +120,9 @@ def test_every_method_trains_and_a_stopped_benchmark_goes_on(
     for package in PEERS.values() if with_peers else ():
         pytest.importorskip(package)
     methods = [method for method in tuning.METHODS if with_peers or method not in PEERS]
-    short = dataclasses.replace(tuning_tasks.TASKS["gpt"], steps=3)
-    monkeypatch.setitem(tuning_tasks.TASKS, "gpt", short)
-    monkeypatch.setattr(tuning_tasks, "_HELD_OUT", 4)
+    short = dataclasses.replace(tasks.TASKS["gpt"], steps=3)
+    monkeypatch.setitem(tasks.TASKS, "gpt", short)
+    monkeypatch.setattr(tasks, "_HELD_OUT", 4)
     results, image = tmp_path / "deep" / "results.jsonl", tmp_path / "plot.png"
     command = ["benchmark.py", "tuning", "--tasks", "gpt", "--seeds", "1", "--processes", "1"]
     command += ["--results", str(results), "--methods", *methods]

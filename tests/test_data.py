@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data import Corpus, standard_library
+from gpt.data import Corpus, standard_library
 
 
 @pytest.fixture

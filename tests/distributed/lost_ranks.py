@@ -23,8 +23,8 @@ from torch.distributed.tensor import DTensor
 
 import layouts
 import manic.mechanic
+from gpt.parallel import make_mesh
 from layouts import BATCH, Setup, batch, setup
-from parallel import make_mesh
 
 TIMEOUT = 5.0
 """The process group's, in seconds."""

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from gpt.parallel import make_mesh
 from lost_ranks import FAULTS, MARGIN, TIMEOUT, Trial, trial
 from manic.testing import ranks
-from parallel import make_mesh
 
 LAYOUTS = [
     *((layout, world_size) for layout in ("single", "ddp", "fsdp2", "fsdp1-orig", "zero1") for world_size in (2, 4)),

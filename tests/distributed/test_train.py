@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 
+from gpt.parallel import MODES
+from gpt.report import read_records
 from manic.testing import RankError, run
-from parallel import MODES
-from report import read_records
 from train import parse, train
 
 LAUNCH = Path(__file__).parents[2] / "launch"
@@ -98,7 +98,7 @@ def test_resumes_on_another_number_of_ranks(tmp_path: Path) -> None:
 
 
 def test_learns_more_than_how_frequent_each_byte_is(tmp_path: Path) -> None:
-    from data import Corpus
+    from gpt.data import Corpus
 
     arguments = "--layers 2 --width 64 --heads 2 --seq-len 64 --batch-size 16 --device cpu --steps 250 --log-every 10"
     file = tmp_path / "m.jsonl"

@@ -25,8 +25,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.step import Calls
 from manic import Mechanic
-from step_cost import Calls
 
 
 @dataclass(frozen=True)

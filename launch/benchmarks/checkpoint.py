@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
-from host_memory import peak, reset_peak
+from benchmarks.host_memory import peak, reset_peak
+from gpt.model import GPT
 from manic import Mechanic
 from manic.checkpoint import Checkpointer
 from manic.testing import run
-from model import GPT
 
 SEQ_LEN = 64
 # Width and number of blocks of a GPT with about so many parameters.

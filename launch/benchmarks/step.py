@@ -23,7 +23,7 @@ from torch.optim import AdamW, Optimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from host_memory import held, peak, reset_peak
+from benchmarks.host_memory import held, peak, reset_peak
 from manic import Mechanic
 from manic.testing import run
 
@@ -32,7 +32,7 @@ WARM_UP = 4
 
 
 def gpt_shapes(width: int, layers: int) -> Shapes:
-    """The shapes of launch/model.py's parameters."""
+    """The shapes of launch/gpt/model.py's parameters."""
     block: Shapes = [(width, width)] * 4 + [(4 * width, width), (width, 4 * width)] + [(width,)] * 4
     return [(256, width), *block * layers, (width,), (width,), (256, width)]
 

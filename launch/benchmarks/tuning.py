@@ -20,8 +20,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from benchmarks.tasks import TASKS, WARM_UP, Task, train
 from manic import Mechanic, NonfiniteError
-from tuning_tasks import TASKS, WARM_UP, Task, train
 
 SWEEP = "sweep"
 """The bar: the base optimizer over a grid of learning rates, of which the best counts."""

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-TRAIN = Path(__file__).parent / "train.py"
+TRAIN = Path(__file__).parents[1] / "train.py"
 TUNERS = ("none", "mechanic")
 
 

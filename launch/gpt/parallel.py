@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from model import GPT, Block
+from gpt.model import GPT, Block
 
 # A rank that hangs should end the others in minutes, not in the default half hour. One that dies does so at once, or
 # when the first of the others has ended.

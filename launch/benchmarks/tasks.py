@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from data import Corpus
-from model import GPT
-from optimizers import Lion, is_norm, make_scheduler, muon_and_adamw
+from gpt.data import Corpus
+from gpt.model import GPT
+from gpt.optimizers import Lion, is_norm, make_scheduler, muon_and_adamw
 
 WARM_UP = 0.05
 """The share of a run in which the learning rate rises, in the tasks that have a schedule."""
