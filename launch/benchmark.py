@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import checkpoint, scale, step, train, tuning
+from benchmarks import checkpoint, scale, step, train, tuning, tuning_report
 from benchmarks.tasks import TASKS
 
 
@@ -74,12 +74,12 @@ def run_tuning(options: argparse.Namespace) -> None:
     """The subcommand."""
     seeds = range(options.seeds)
     results = tuning.measure(options.results, options.tasks, options.methods, seeds, options.processes)
-    found = tuning.rows(results, options.tasks, options.methods, seeds)
+    found = tuning_report.rows(results, options.tasks, options.methods, seeds)
     spent = sum(result.seconds for result in results.values()) / 60
-    print(f"{len(results)} runs, {spent:.0f} minutes of one core; {options.seeds} seeds; {tuning.versions()}")
-    print(tuning.table(found, options.methods))
+    print(f"{len(results)} runs, {spent:.0f} minutes of one core; {options.seeds} seeds; {tuning_report.versions()}")
+    print(tuning_report.table(found, options.methods))
     if options.plot:
-        tuning.plot(results, found, seeds, options.plot)
+        tuning_report.plot(results, found, seeds, options.plot)
 
 
 def main() -> None:

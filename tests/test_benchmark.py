@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import benchmark
-from benchmarks import scale, step, tasks, train, tuning
+from benchmarks import scale, step, tasks, train, tuning, tuning_report
 from gpt.optimizers import Lion
 
 TINY = scale.Llama(layers=2, width=256, hidden=512, keys=64, vocabulary=1024)
@@ -100,11 +100,11 @@ def test_the_table_takes_the_mean_over_seeds_and_the_best_of_the_grid() -> None:
         **{run: result for lr in tuning.BASE_LRS for seed in (0, 1)
            for run, result in loss_by({lr: 3.0 if lr < 1 else 3.3}, seed, tuning.TUNER).items()},
     }  # fmt: skip
-    (row,) = tuning.rows(results, ["gpt", "gpt-sgd"], list(tuning.METHODS), [0, 1])
+    (row,) = tuning_report.rows(results, ["gpt", "gpt-sgd"], list(tuning.METHODS), [0, 1])
     assert (row.best_lr, row.best_loss) == (task.guess, 3.0)
     assert row.excess == pytest.approx({"optax": 0.1, "Prodigy": float("inf"), tuning.TUNER: 0.1})
     assert row.spread == pytest.approx(0.1)
-    table = tuning.table([row], list(tuning.METHODS))
+    table = tuning_report.table([row], list(tuning.METHODS))
     assert "| +10.0% | +10.0% | broke | 10.00% |" in table
     assert "D-Adaptation" not in table
 
