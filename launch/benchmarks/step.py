@@ -89,7 +89,6 @@ METHODS: dict[str, Callable[[Sequence[Tensor]], Optimizer]] = {
     'Mechanic(AdamW), store_delta=False, nonfinite="ignore"': lambda parameters: Mechanic(
         fused(parameters), store_delta=False, nonfinite="ignore"
     ),
-    "Mechanic(AdamW), compile=True": lambda parameters: Mechanic(fused(parameters), compile=True),
     'Mechanic(AdamW), update="snapshot"': lambda parameters: Mechanic(fused(parameters), update="snapshot"),
     'Mechanic(AdamW), variant="multiplicative"': lambda parameters: Mechanic(
         fused(parameters), variant="multiplicative"
@@ -198,7 +197,7 @@ def serve(pipe: Connection, method: str, shapes: Shapes, device_name: str, threa
         if cuda:
             torch.cuda.synchronize()
         pipe.send(time.perf_counter() - start)
-    # Last, for the compiler gives up on what it has once met under such a mode.
+    # Counted after the timed steps, which the mode would slow down.
     tolist = Tensor.tolist
 
     def counted(tensor: Tensor) -> Any:  # several numbers at once, which no operator shows
