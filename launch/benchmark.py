@@ -1,6 +1,7 @@
-"""What manic costs, the step against fused AdamW, on thousands of ranks, checkpoints; and one run against a sweep.
+"""What manic costs: a step, the host's share of it, thousands of ranks, checkpoints; and one run against a sweep.
 
 python launch/benchmark.py step --params 25M
+python launch/benchmark.py host
 python launch/benchmark.py latency --params 25M
 python launch/benchmark.py train --ranks 1 2
 python launch/benchmark.py scale --models 8B 405B
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import checkpoint, scale, step, train, tuning, tuning_report
+from benchmarks import checkpoint, host, scale, step, train, tuning, tuning_report
 from benchmarks.tasks import TASKS
 
 
@@ -35,6 +36,22 @@ def run_step(options: argparse.Namespace) -> None:
         Path(options.json).write_text(json.dumps({**found, "methods": step.as_json(costs)}, indent=1) + "\n")
     if options.plot:
         step.plot(costs, title, options.plot)
+
+
+def run_host(options: argparse.Namespace) -> None:
+    """The subcommand."""
+    methods = [host.REFERENCE, *(name for name in options.methods if name != host.REFERENCE)]
+    costs = host.measure(methods, options.layers, options.ranks, options.repeats)
+    count = host.count(options.layers)
+    print(
+        f"{count} DTensors of few elements, rank 0 of {options.ranks}, CPU, {torch.get_num_threads()} thread(s), torch "
+        f"{torch.__version__}, median of {options.repeats} steps",
+        host.table(costs),
+        sep="\n\n",
+    )
+    if options.json:
+        found = {"tensors": count, "ranks": options.ranks, "torch": torch.__version__}
+        Path(options.json).write_text(json.dumps({**found, "methods": host.as_json(costs)}, indent=1) + "\n")
 
 
 def run_checkpoint(options: argparse.Namespace) -> None:
@@ -94,6 +111,13 @@ def main() -> None:
     add.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add.add_argument("--json", metavar="FILE", help="write the figures there")
     add.add_argument("--plot", metavar="FILE", help="draw the ratios there")
+    add = commands.add_parser("host", help="the host's time of a step over many small DTensors, on simulated ranks")
+    add.set_defaults(run=run_host)
+    add.add_argument("--methods", nargs="+", choices=host.METHODS, default=list(host.METHODS))
+    add.add_argument("--layers", type=int, default=32, help="blocks of a Llama-like model, nine tensors each")
+    add.add_argument("--ranks", type=int, default=64, help="over which the tensors are sharded")
+    add.add_argument("--repeats", type=int, default=30)
+    add.add_argument("--json", metavar="FILE", help="write the figures there")
     add = commands.add_parser("latency", help="how much of an all_reduce's latency a step waits for, on a CPU")
     add.set_defaults(run=run_latency)
     add.add_argument("--params", choices=step.SIZES, default="25M")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import benchmark
-from benchmarks import scale, step, tasks, train, tuning, tuning_report
+from benchmarks import host, scale, step, tasks, train, tuning, tuning_report
 from gpt.optimizers import Lion
 
 TINY = scale.Llama(layers=2, width=256, hidden=512, keys=64, vocabulary=1024)
@@ -50,6 +50,34 @@ def test_a_step_costs_a_rank_the_same_in_any_world(spread: scale.Spread, monkeyp
         assert cost.scratch <= 64 * 2**20
         steps.append(calls[0].counts["operators"])
     assert steps[0] == steps[1]
+
+
+def test_host_writes_a_row_for_every_method(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(parameters: Any) -> Any:
+        raise ValueError("a | b\nmore")
+
+    methods = list(host.METHODS)
+    monkeypatch.setitem(host.METHODS, "broken", broken)
+    found = tmp_path / "found.json"
+    command = ["benchmark.py", "host", "--layers", "1", "--ranks", "8", "--repeats", "2", "--json", str(found)]
+    monkeypatch.setattr(sys, "argv", command)
+    benchmark.main()
+    written = json.loads(found.read_text())
+    rows = written["methods"]
+    assert written["tensors"] == 12
+    assert list(rows) == [*methods, "broken"]
+    assert rows.pop("broken") == {"seconds": None, "error": "ValueError: a | b\nmore", "ratio": None}
+    assert rows[host.REFERENCE]["ratio"] == 1
+    assert all(row["seconds"] > 0 and row["error"] is None for row in rows.values()), rows
+    table = capsys.readouterr().out
+    assert all(f"| {method} | " in table for method in methods)
+    assert "| broken | raises ValueError: a \\| b | |" in table
+
+
+def test_host_has_as_many_tensors_as_a_llama_of_32_layers() -> None:
+    assert host.count(layers=32) == 291
 
 
 def test_a_delayed_all_reduce_is_waited_for_at_the_end() -> None:

@@ -1,0 +1,157 @@
+"""What the Python of a step costs the host: many DTensors of few elements, on one rank of a simulated group."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.optim import AdamW, Optimizer
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from manic import Mechanic
+
+WARM_UP = 5
+REFERENCE = "AdamW, fused"
+# Of the shards on a rank: small enough that the kernels' time is nothing beside the host's.
+_MATRIX, _VECTOR = (2, 4), (2,)
+_IN_BLOCK = [_MATRIX] * 7 + [_VECTOR] * 2
+
+
+def fused(parameters: Sequence[DTensor]) -> Optimizer:
+    return AdamW(parameters, lr=1.0, weight_decay=0.1, fused=True)
+
+
+def _mechanic(**options: Any) -> Callable[[Sequence[DTensor]], Optimizer]:
+    return lambda parameters: Mechanic(fused(parameters), **options)
+
+
+METHODS: dict[str, Callable[[Sequence[DTensor]], Optimizer]] = {
+    REFERENCE: fused,
+    'Mechanic(AdamW), variant="multiplicative"': _mechanic(variant="multiplicative"),
+    'Mechanic(AdamW), variant="multiplicative", nonfinite="ignore"': _mechanic(
+        variant="multiplicative", nonfinite="ignore"
+    ),
+    'Mechanic(AdamW), variant="optax"': _mechanic(variant="optax"),
+    'Mechanic(AdamW), variant="optax", nonfinite="ignore"': _mechanic(variant="optax", nonfinite="ignore"),
+    'Mechanic(AdamW), variant="pytorch"': _mechanic(variant="pytorch"),
+}
+
+
+@dataclass
+class Cost:
+    """Of one method."""
+
+    seconds: float | None = None
+    """Of a step on the host: the median; ``None`` if the method raised."""
+    error: str | None = None
+    """What it raised."""
+
+
+class Run:
+    """One method on parameters of its own, laid out as FSDP2 shards a Llama-like model over a mesh of one dimension.
+
+    Args:
+        method: A name in :data:`METHODS`.
+        mesh: The ranks.
+        layers: Blocks of the model, each of seven matrices and two norms; beside them are embedding, norm and head.
+    """
+
+    def __init__(self, method: str, mesh: DeviceMesh, layers: int) -> None:
+        self._generator = torch.Generator().manual_seed(0)
+        shapes = [_MATRIX, *_IN_BLOCK * layers, _VECTOR, _MATRIX]
+        self._parameters = [
+            nn.Parameter(DTensor.from_local(self._random(shape), mesh, [Shard(0)], run_check=False)) for shape in shapes
+        ]
+        self.seconds: list[float] = []
+        self.error: str | None = None
+        """What the method raised, which is a row of the table, beside the methods that work."""
+        try:
+            self._optimizer = METHODS[method](self._parameters)
+        except Exception as error:
+            self.error = _name(error)
+
+    def step(self) -> None:
+        """Take a step and time it, unless the method has raised before."""
+        if self.error is not None:
+            return
+        for parameter in self._parameters:  # backward makes a new DTensor each time
+            parameter.grad = DTensor.from_local(
+                1e-3 * self._random(parameter.to_local().shape),
+                parameter.device_mesh,
+                parameter.placements,
+                run_check=False,
+            )
+        start = time.perf_counter()
+        try:
+            self._optimizer.step()
+        except Exception as error:
+            self.error = _name(error)
+        self.seconds.append(time.perf_counter() - start)
+
+    def _random(self, shape: Sequence[int]) -> torch.Tensor:
+        return torch.randn(tuple(shape), generator=self._generator)
+
+
+def _name(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def count(layers: int) -> int:
+    """How many parameters a model of so many blocks has."""
+    return len(_IN_BLOCK) * layers + 3
+
+
+def measure(methods: Sequence[str], layers: int, world_size: int, repeats: int) -> dict[str, Cost]:
+    """All methods side by side in this process: they take turns, so that a slow moment of the machine meets all.
+
+    Args:
+        methods: Names in :data:`METHODS`.
+        layers: Blocks of the model.
+        world_size: Ranks that torch's fake backend simulates; this process is rank 0.
+        repeats: Timed steps of each method, after :data:`WARM_UP`.
+    """
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("shard",))
+        runs = {method: Run(method, mesh, layers) for method in methods}
+        for _ in range(WARM_UP + repeats):
+            for run in runs.values():
+                run.step()
+        return {
+            method: Cost(error=run.error) if run.error else Cost(seconds=statistics.median(run.seconds[WARM_UP:]))
+            for method, run in runs.items()
+        }
+    finally:
+        dist.destroy_process_group()
+
+
+def ratio(costs: dict[str, Cost], method: str) -> float | None:
+    """Over the reference, where both have a time."""
+    of_method, of_reference = costs[method].seconds, costs[REFERENCE].seconds
+    return None if of_method is None or of_reference is None else of_method / of_reference
+
+
+def as_json(costs: dict[str, Cost]) -> dict[str, Any]:
+    """With the ratio to the reference."""
+    return {method: {**asdict(cost), "ratio": ratio(costs, method)} for method, cost in costs.items()}
+
+
+def table(costs: dict[str, Cost]) -> str:
+    """As Markdown."""
+    lines = ["| | host time of a step | over fused AdamW |", "| --- | --- | --- |"]
+    for method, cost in costs.items():
+        if cost.seconds is None:
+            first_line = str(cost.error).splitlines()[0].replace("|", "\\|")
+            lines.append(f"| {method} | raises {first_line} | |")
+        else:
+            over = ratio(costs, method)
+            lines.append(f"| {method} | {1e3 * cost.seconds:.2f} ms | {'' if over is None else f'{over:.2f}'} |")
+    return "\n".join(lines)
