@@ -29,7 +29,7 @@ from gpt.optimizers import BASES, SCHEDULES, make_optimizer, make_scheduler, mec
 from gpt.parallel import MODES, TIMEOUT, Parallel, clip_gradients, parallelize
 from gpt.report import Report
 from manic.checkpoint import Checkpointer, on_first_rank
-from manic.tuners.base import VARIANTS
+from manic.tuners.registry import DEFAULT, TUNERS
 
 EVAL_BATCHES = 16
 
@@ -54,7 +54,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--clip", type=float, default=1.0, help="largest gradient norm; 0: no clipping")
     add("--base-optimizer", choices=BASES, default="adamw")
     add("--tuner", choices=("mechanic", "none"), default="mechanic")
-    add("--variant", choices=tuple(VARIANTS), default="multiplicative")
+    add("--variant", choices=tuple(TUNERS), default=DEFAULT)
     add("--nonfinite", choices=("raise", "skip", "ignore"), default="raise", help="what to do with such gradients")
     add("--check-every", type=int, default=0, help="steps after which ranks see whether they drift apart; 0: never")
     add("--parallel", choices=MODES, default="fsdp2")

@@ -72,22 +72,21 @@ def mechanize(
             if log_every == 0:
                 return
 
-            count: int | None = None
+            last = self._state.updates_made
 
-            def forget(optimizer: Optimizer) -> None:
-                nonlocal count
-                count = None
+            def loaded(optimizer: Optimizer) -> None:
+                nonlocal last
+                last = self._state.updates_made
 
             def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-                nonlocal count
-                if not self._started or self._in_a_row:  # a step that made a state for checkpointing, or was left out
-                    return
-                count = int(self._tuner.updates) if count is None else count + 1
-                if count % log_every == 0:
-                    log({"iter_count": count, "s": self.scale.item()})
+                nonlocal last
+                before, last = last, self._state.updates_made
+                # A step that made a state for checkpointing, or was left out, is no update.
+                if last and last != before and last % log_every == 0:
+                    log({"iter_count": last, "s": self.scale.item()})
 
             self.register_step_post_hook(hook)
-            self.register_load_state_dict_post_hook(forget)
+            self.register_load_state_dict_post_hook(loaded)
 
     name = getattr(optimizer_class, "__name__", "")
     Mechanized.__name__ = Mechanized.__qualname__ = f"Mechanized{name}"

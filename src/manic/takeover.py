@@ -13,13 +13,14 @@ from torch import Tensor
 from manic.mechanic import Mechanic
 from manic.optimizer.state import DELTA, X_REF
 from manic.tuners.registry import make_tuner
+from manic.tuners.state import TunerState
 
 __all__ = ["from_mechanic_pytorch"]
 
 _KEY = "_mechanic"
 _SETTINGS = ("s_init", "s_decay", "eps")
-# Its names of r, m, v and s: the order of the rows in Tuner.state.
-_ROWS = ("reward", "max_product", "sum_squared_products", "s")
+# The tuner's fields, and that package's names of them.
+_ROWS = {"r": "reward", "m": "max_product", "v": "sum_squared_products", "s": "s"}
 
 
 def from_mechanic_pytorch(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -47,7 +48,7 @@ def from_mechanic_pytorch(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any]
         The state dict, and the keyword arguments that Mechanic needs to load it and go on alike. The base optimizer's
         state and groups are as they were, to which are added, for each parameter that was moved, ``mechanic_x_ref``
         and, if the run stored it, ``mechanic_delta``, of the parameter's shape and dtype; and in each group
-        ``mechanic``, float64 [8, number of betas], on the CPU. Tensors are shared with ``state_dict``: copy it first
+        ``mechanic``, float64 [9, number of betas], on the CPU. Tensors are shared with ``state_dict``: copy it first
         if the old run shall go on too.
 
     Raises:
@@ -68,9 +69,11 @@ def from_mechanic_pytorch(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any]
     settings: dict[str, Any] = {name: float(kept[name]) for name in _SETTINGS}
     settings["betas"] = tuple(kept["betas"].tolist())
     tuner = make_tuner("pytorch", **settings)
-    for row, name in zip(tuner.state, _ROWS):
-        row.copy_(kept[name])
-    tuner.updates.fill_(kept["iter_count"])
+    state = TunerState(tuner)
+    rows = tuner.rows(state.tensor)
+    for row, name in _ROWS.items():
+        rows[row].copy_(kept[name])
+    state.updates.fill_(kept["iter_count"])
 
     states = {key: value for key, value in state_dict["state"].items() if key != _KEY}
     for index, (x, reference) in zip(indices, references.items()):
@@ -85,7 +88,7 @@ def from_mechanic_pytorch(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any]
         "variant": "pytorch",
         "store_delta": any("delta" in reference for reference in references.values()),
     }
-    groups = [{**group, Mechanic.GROUP_KEY: tuner.state} for group in groups]
+    groups = [{**group, Mechanic.GROUP_KEY: state.tensor} for group in groups]
     return {"state": states, "param_groups": groups}, options
 
 
@@ -104,7 +107,7 @@ def _mechanic_state(state_dict: Mapping[str, Any]) -> Mapping[Any, Any]:
             "Mechanic as it is"
         )
     kept: Mapping[Any, Any] = state_dict["state"][_KEY]
-    missing = [name for name in ("betas", *_SETTINGS, *_ROWS, "iter_count") if name not in kept]
+    missing = [name for name in ("betas", *_SETTINGS, *_ROWS.values(), "iter_count") if name not in kept]
     if missing:
         raise ValueError(
             f"the mechanic-pytorch state lacks {missing}: expected is that of version 0.0.1; pass the state dict as "

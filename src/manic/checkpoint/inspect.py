@@ -26,7 +26,8 @@ from manic.checkpoint.files import Files
 from manic.checkpoint.manifest import MANIFEST, DamagedCheckpointError, Manifest, Verify
 from manic.checkpoint.run_state import split
 from manic.checkpoint.safe_pickle import SafePlanner
-from manic.tuners.base import VARIANTS
+from manic.tuners.registry import TUNERS, name_of
+from manic.tuners.state import HEADER, SCHEMA
 
 __all__ = ["inspect", "main"]
 
@@ -47,8 +48,8 @@ def inspect(path: str | os.PathLike[str], verify: Verify = "full") -> dict[str, 
         What can be written as JSON: ``path``; ``integrity``, with ``verified`` (``"full"``, ``"size"``, ``"off"`` or
         ``"no manifest"``) and ``problems``, a list of texts; ``manifest`` without its files, or ``None``; ``files``,
         their number, and ``bytes``. Of a checkpoint without problems also ``tensors``, by what they are for: number,
-        elements, bytes and dtypes; ``tuners``, with ``scale``, ``updates``, ``variant``, ``betas``, ``r``, ``m``,
-        ``v`` and ``s``; ``groups``, one for each distinct setting of parameters: ``number`` of them, ``lr``,
+        elements, bytes and dtypes; ``tuners``, with ``scale``, ``updates``, ``nonfinite_steps``, ``variant`` and the
+        tuner's ``fields`` by name; ``groups``, one for each distinct setting of parameters: ``number`` of them, ``lr``,
         ``effective_lr`` and so on.
 
     Raises:
@@ -158,18 +159,21 @@ def _groups(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tuner(state: torch.Tensor) -> dict[str, Any]:
-    """The rows of the tuner's tensor that all variants have, see tuner.py."""
-    r, m, v, s, updates, betas, variant, *later = state.tolist()
+    """A saved tuner by the names of its rows, see :mod:`manic.tuners.state`."""
+    rows = state.tolist()
+    if int(rows[0][0]) != SCHEMA:
+        return {"scale": math.nan, "updates": 0, "nonfinite_steps": 0, "variant": "of another version", "fields": {}}
+    header = {name: row[0] for name, row in zip(HEADER, rows)}
+    variant = name_of(int(header["tuner"]))
+    known = TUNERS[variant].fields if variant in TUNERS else ()
+    names = [*known, *(f"row {index}" for index in range(len(HEADER) + len(known), len(rows)))]
+    fields = dict(zip(names, rows[len(HEADER) :]))
     return {
-        "scale": sum(s),
-        "updates": max(0, int(updates[0])),
-        "nonfinite_steps": int(later[0][0]) if later else 0,
-        "variant": dict(enumerate(VARIANTS)).get(int(variant[0]), str(variant[0])),
-        "betas": betas,
-        "r": r,
-        "m": m,
-        "v": v,
-        "s": s,
+        "scale": sum(fields["s"]) if "s" in fields else math.nan,
+        "updates": max(0, int(header["updates"])),
+        "nonfinite_steps": int(header["nonfinite"]),
+        "variant": variant,
+        "fields": fields,
     }
 
 
@@ -190,8 +194,8 @@ def _describe(found: Mapping[str, Any]) -> str:
         line(
             "tuner", f"{index}: scale {tuner['scale']:.6g} after {tuner['updates']} updates, variant {tuner['variant']}"
         )
-        for row in ("betas", "s", "r", "m", "v"):
-            line("", f"{row:<6}" + "  ".join(f"{value:.7g}" for value in tuner[row]))
+        for name, row in tuner["fields"].items():
+            line("", f"{name:<18}" + "  ".join(f"{value:.7g}" for value in row))
     for group in found.get("groups", []):
         values = ", ".join(
             f"{key} {value:.6g}" if isinstance(value, float) else f"{key} {value}"

@@ -18,7 +18,7 @@ from manic.distributed.layout import Layout, local
 from manic.distributed.startup import describe_group, digest, gather, gather_objects
 from manic.step.chunks import pieces
 
-__all__ = ["differences"]
+__all__ = ["raise_if_drifted"]
 
 Held = tuple[Tensor, str, Tensor]
 """A parameter, the name of one of its tensors, and that tensor, of the parameter's shape and placements."""
@@ -28,35 +28,52 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)
 
 
-def differences(
+def raise_if_drifted(
     tuner: Tensor,
+    scale: Tensor,
     groups: Sequence[Mapping[str, Any]],
     held: Sequence[Held],
     layout: Layout,
     device: torch.device,
     name_of: Callable[[Tensor], str],
-) -> str:
-    """Say, alike on every rank, in what ranks differ that should not.
+) -> None:
+    """Raise, alike on every rank, if ranks differ that should not.
 
     Args:
         tuner: The tuner's state, the same on all ranks.
+        scale: S, for the message.
         groups: The param groups, whose settings are the same on all ranks of a pipeline stage.
         held: What is compared of the parameters, in the same order on all ranks of a stage.
         layout: How many ranks hold an element of each.
         device: Where the group's backend takes tensors from.
         name_of: Describes a parameter.
 
-    Returns:
-        The first difference, in words; empty if there is none.
+    Raises:
+        RuntimeError: with the first difference in words.
     """
+    if layout.group is not None and (found := _difference(tuner, scale, groups, held, layout, device, name_of)):
+        raise RuntimeError(
+            f"ranks have drifted apart: {found}. Go back to a checkpoint from before that; nothing in a sound run "
+            "changes parameters or settings on one rank alone"
+        )
+
+
+def _difference(
+    tuner: Tensor,
+    scale: Tensor,
+    groups: Sequence[Mapping[str, Any]],
+    held: Sequence[Held],
+    layout: Layout,
+    device: torch.device,
+    name_of: Callable[[Tensor], str],
+) -> str:
     group = layout.group
-    if group is None:
-        return ""
+    assert group is not None
     settings = "\n".join(describe_group(each) for each in groups)
     row = torch.tensor([digest(str(tuner.tolist())), digest(settings)], device=device)
     rows = torch.stack(gather(row, group))
     if found := _odd_one(rows[:, 0].tolist(), len(rows)):
-        scales = gather_objects(float(tuner[3].sum()), group)
+        scales = gather_objects(float(scale), group)
         rank, other = found
         return f"the tuner of rank {rank} is not that of rank {other}: S is {scales[rank]!r} and {scales[other]!r}"
     if found := _odd_one(rows[:, 1].tolist(), len(rows) // layout.pipeline_stages):

@@ -1,12 +1,12 @@
 """The state of Mechanic between steps: what exists from when on, what a load makes of it, what is a placeholder.
 
-It knows x_ref, Delta and the tuner as tensors that are made, kept and loaded, and nothing of what a step does.
+It keeps x_ref and Delta under each parameter and the tuner in the param groups, and knows nothing of what a step does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -14,210 +14,317 @@ from torch.optim import Optimizer
 
 from manic.distributed.layout import Layout, local
 from manic.distributed.startup import raise_together
-from manic.optimizer.wrapper import OptimizerWrapper, is_creating_state
-from manic.step.capture import strays
+from manic.optimizer.placeholders import Placeholders
+from manic.optimizer.wrapper import describe, is_creating_state
 from manic.step.kernels import working_dtype
-from manic.tuners.base import UPDATES, Tuner
+from manic.step.position import Position, displaced
+from manic.step.rules import Rule
+from manic.tuners.state import TunerState
 
-__all__ = ["DELTA", "X_REF", "MechanicState"]
+__all__ = ["DELTA", "GROUP_KEY", "STATE_KEYS", "X_REF", "MechanicState", "Transaction"]
 
 X_REF = "mechanic_x_ref"
 DELTA = "mechanic_delta"
+STATE_KEYS = (X_REF, DELTA)
+"""The names of our tensors under a parameter."""
+GROUP_KEY = "mechanic"
+"""The name of the tuner in a param group."""
 # The number of updates in a saved tuner whose checkpoint holds no training yet, only the shape of its state.
 _PLACEHOLDER = -1.0
 
 
-class MechanicState(OptimizerWrapper):
+class Transaction:
+    """A step under way: what it has made is kept only if it is committed."""
+
+    def __init__(self) -> None:
+        self.is_committed = False
+
+    def commit(self) -> None:
+        """The step was taken."""
+        self.is_committed = True
+
+
+class MechanicState:
     """x_ref and Delta under each parameter, the tuner in the param groups.
 
     Args:
         optimizers: The base optimizers.
-        tuner: It is moved to the parameters' device.
+        tuner: The tuner's state, which is moved to the parameters' device.
         layout: Tells the device of a rank without parameters.
+        rule: Tells where parameters are.
+        stays_without_gradient: Whether a parameter without a gradient stays where an earlier S has put it.
         store_delta: Whether Delta is kept, in at least float32, or recomputed from x, x_ref and S. ``None``: kept of
             parameters in low precision.
     """
 
-    STATE_KEYS = (X_REF, DELTA)
-    GROUP_KEY = "mechanic"
+    def __init__(
+        self,
+        optimizers: Sequence[Optimizer],
+        tuner: TunerState,
+        layout: Layout,
+        rule: Rule,
+        *,
+        stays_without_gradient: bool,
+        store_delta: bool | None,
+    ) -> None:
+        self._optimizers, self._layout, self._rule = optimizers, layout, rule
+        self._stays_without_gradient, self.store_delta = stays_without_gradient, store_delta
+        self.tuner = tuner
+        self.started = False
+        """Whether the run has begun, so that x_ref is where it started."""
+        self.was_loaded = False
+        """Whether a loaded state is yet to be compared with the parameters."""
+        self.updates_made: int | None = 0
+        """The tuner's count as the host knows it; ``None`` where replays of a CUDA graph were not counted."""
+        self.has_scale = False
+        """Whether the host knows that S is not 0."""
+        self._placeholders = Placeholders(optimizers, STATE_KEYS)
+        tuner.to(self.home_device)
 
-    def __init__(self, optimizers: Sequence[Optimizer], tuner: Tuner, layout: Layout, store_delta: bool | None) -> None:
-        self._tuner, self._layout, self._store_delta = tuner, layout, store_delta
-        # Whether the run has begun, so that x_ref is where it started; and whether a loaded state is yet to be checked.
-        self._started = False
-        self._was_loaded = False
-        self._state_is_placeholder = False
-        # Which bases' state is a placeholder then, see _create_state; those that came with a state keep theirs.
-        self._came_with_state = [bool(base.state) for base in optimizers]
-        self._placeholders = [not came for came in self._came_with_state]
-        self._created: list[dict[Any, Any] | None] = [None for _ in optimizers]
-        super().__init__(optimizers)
-        self._tuner.to(self._home_device())
-        self._share_global_state()
+    @property
+    def home_device(self) -> torch.device:
+        """The device of the first parameter; of the process group's backend where this rank has none."""
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    return local(parameter).device
+        return self._layout.communication_device(torch.device("cpu"))
 
-    def _complete(self, state: dict[str, Any], parameter: Tensor, scale: Tensor) -> None:
-        """Make ``state`` hold x_ref, and Delta where it is stored: new ones, or what a load left of them."""
-        dtype = working_dtype(parameter)
+    @property
+    def position(self) -> Position:
+        """Where parameters are now."""
+        return self._rule.position(self.tuner.scale)
+
+    # What a plan asks for: see manic.step.plan.Displacements.
+
+    def keeps_delta(self, parameter: Tensor) -> bool:
+        """Whether Delta of ``parameter`` is stored."""
+        if self.store_delta is None:
+            return parameter.dtype != working_dtype(parameter)
+        return self.store_delta
+
+    def found(self, optimizer: Optimizer, parameter: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """x_ref and Delta as they are stored; changes nothing."""
+        state = optimizer.state.get(parameter)
+        return (state.get(X_REF), state.get(DELTA)) if state else (None, None)
+
+    def complete(self, optimizer: Optimizer, parameter: Tensor, position: Position) -> None:
+        """Store x_ref, and Delta where it is kept: new ones, or what a load left of them."""
+        state, dtype, keeps_delta = optimizer.state[parameter], working_dtype(parameter), self.keeps_delta(parameter)
         starts_here = X_REF not in state
         if starts_here:
             state[X_REF] = parameter.detach().clone()
         elif state[X_REF].dtype != parameter.dtype:
             state[X_REF] = state[X_REF].to(parameter.dtype)
-        if not self._keeps_delta(parameter) or starts_here:
+        if not keeps_delta or starts_here:
             state.pop(DELTA, None)
-        if self._keeps_delta(parameter) and DELTA not in state:
+        if keeps_delta and DELTA not in state:
             state[DELTA] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
             if not starts_here:  # saved with store_delta=False
-                divisor = scale + self._tuner.position[1]  # as it was recomputed by then
-                if self._tuner.variant.moves_without_gradient:  # x must be x_ref + S * Delta to the last digits
-                    divisor = torch.where(scale > 0, scale, divisor)
-                local(state[DELTA]).copy_((local(parameter).to(dtype) - local(state[X_REF])) / divisor.to(dtype))
-        elif self._keeps_delta(parameter) and state[DELTA].dtype != dtype:
+                x = local(parameter)
+                divisor = position.divisor_for(x)  # as it was recomputed by then
+                if not self._stays_without_gradient:  # x must be x_ref + f * Delta to the last digits
+                    factor = position.factor_for(x)
+                    divisor = torch.where(factor > 0, factor, divisor)
+                local(state[DELTA]).copy_((x.to(dtype) - local(state[X_REF])) / divisor)
+        elif keeps_delta and state[DELTA].dtype != dtype:
             state[DELTA] = state[DELTA].to(dtype)
 
-    def _keeps_delta(self, parameter: Tensor) -> bool:
-        if self._store_delta is None:
-            return parameter.dtype != working_dtype(parameter)
-        return self._store_delta
+    def discard(self, optimizer: Optimizer, parameter: Tensor) -> None:
+        """Store neither any more."""
+        for key in STATE_KEYS:
+            optimizer.state.get(parameter, {}).pop(key, None)
 
-    def _create_state(self, starts: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Let base optimizers without a state create it, and change nothing else.
+    # What a step asks for.
 
-        Theirs then counts a step that was none. It is a placeholder that shows a checkpoint what names and shapes
-        there are, is marked as one in the tuner's state, and is made again at the first real step.
+    @contextmanager
+    def transaction(self, is_first: bool) -> Iterator[Transaction]:
+        """Of a step that is not committed, leave no state that it has made: half of one would be taken for a whole one.
 
         Args:
-            starts: Local parameters and their x_ref, to which they are put back.
+            is_first: The run begins with this step; the next one is the first if it is not committed.
         """
-        with self._own_state_hidden():
-            self._placeholders = [not optimizer.state for optimizer in self.optimizers]
-            for optimizer, placeholder in zip(self.optimizers, self._placeholders):
-                if placeholder:
-                    optimizer.step()
-                    self._state_is_placeholder = True
-        for x, x_ref in starts:
-            x.copy_(x_ref)
-        if self._state_is_placeholder:
-            self._tuner.state[UPDATES].fill_(_PLACEHOLDER)
-        self._created = [
-            self._imprint(optimizer) if placeholder else None
-            for optimizer, placeholder in zip(self.optimizers, self._placeholders)
-        ]
-
-    def _imprint(self, optimizer: Optimizer) -> dict[Any, Any]:
-        """What tells a base's state that a step with zero gradients made from one that has seen training."""
-        return {
-            (parameter, name): local(value).item() if local(value).numel() == 1 else int(local(value).count_nonzero())
-            for parameter, state in optimizer.state.items()
-            for name, value in state.items()
-            if name not in self.STATE_KEYS and isinstance(value, Tensor)
-        }
-
-    def _is_as_created(self, optimizer: Optimizer, created: dict[Any, Any] | None) -> bool:
-        """Whether no checkpoint of the base alone was read into what was created, which leaves the tuner as it was."""
-        # Entries may be gone: FSDP1 loads none of a parameter that this rank holds nothing of.
-        return created is None or self._imprint(optimizer).items() <= created.items()
-
-    def _drop_placeholders(self) -> None:
-        """Forget what was only made to be looked at: a run starts from where its parameters are now."""
-        for optimizer, placeholder in zip(self.optimizers, self._placeholders):
-            if self._state_is_placeholder and placeholder:
-                optimizer.state.clear()
-            for state in optimizer.state.values():
-                for key in self.STATE_KEYS:
-                    state.pop(key, None)
-        if self._state_is_placeholder:
-            self._tuner.reset()
-        self._state_is_placeholder = False
-
-    def _parameters_with_state(self) -> set[int]:
-        return {id(parameter) for optimizer in self.optimizers for parameter in optimizer.state}
+        known = {id(parameter) for optimizer in self._optimizers for parameter in optimizer.state}
+        transaction = Transaction()
+        try:
+            yield transaction
+        finally:
+            if not transaction.is_committed:
+                self._forget(known, is_first)
 
     def _forget(self, known: set[int], is_first: bool) -> None:
-        """Of a step that was not taken, leave no state that it has made: half of one would be taken for a whole one.
-
-        Args:
-            known: Which parameters had a state before, by identity.
-            is_first: The run was to begin with it; the next step is the first then.
-        """
-        self._started = self._started and not is_first
-        for optimizer in self.optimizers:
+        self.started = self.started and not is_first
+        for optimizer in self._optimizers:
             for parameter, state in list(optimizer.state.items()):
                 is_new = id(parameter) not in known
                 if not (is_new or is_first) or not isinstance(state, dict):
                     continue
                 if X_REF in state:  # where the parameter was when the step made it
                     local(parameter).copy_(local(state[X_REF]))
-                for key in self.STATE_KEYS:
+                for key in STATE_KEYS:
                     state.pop(key, None)
                 if is_new:
                     del optimizer.state[parameter]
 
-    def _is_creating_state(self) -> bool:
-        """Whether this step is none, but torch's checkpointing, which wants to see what state there will be."""
-        return not self._has_state() and is_creating_state()
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Show base optimizers no state where only we have any: many initialise theirs where they find none."""
+        own = set(STATE_KEYS)
+        hidden = [
+            (optimizer.state, parameter, optimizer.state.pop(parameter))
+            for optimizer in self._optimizers
+            for parameter, state in list(optimizer.state.items())
+            if isinstance(state, dict) and state.keys() <= own
+        ]
+        try:
+            yield
+        finally:
+            for states, parameter, state in hidden:
+                states.setdefault(parameter, {}).update(state)
 
-    def _check_loaded(self) -> None:
-        """Refuse a loaded state that the parameters do not belong to: the step would put them back where it says."""
-        if self._was_loaded:
-            self._raise_if_astray(
+    def begin(self) -> None:
+        """A run starts from where its parameters are now; what was only made to be looked at is forgotten."""
+        if self._placeholders.exist:
+            self.tuner.reset()
+        self._placeholders.clear()
+        for optimizer in self._optimizers:
+            for state in optimizer.state.values():
+                for key in STATE_KEYS:
+                    state.pop(key, None)
+        self.read_tuner()
+        self.started = True
+
+    @property
+    def stands(self) -> str:
+        """Where the run is, in words. The host waits for the device."""
+        if not self.started:
+            return "begins"
+        return f"goes on after {int(self.tuner.updates)} steps with S={float(self.tuner.scale)!r}"
+
+    def count_update(self, is_counted: bool) -> None:
+        """Know of a step that was taken; a CUDA graph's replays are not counted."""
+        self.updates_made = None if self.updates_made is None or not is_counted else self.updates_made + 1
+
+    def is_multiple_of(self, interval: int) -> bool:
+        """Whether the number of updates may be a multiple of ``interval``."""
+        return self.updates_made is None or self.updates_made % interval == 0
+
+    def read_tuner(self) -> None:
+        """Know what the tuner holds. The host waits for the device."""
+        self.updates_made = max(0, int(self.tuner.updates))
+        self.has_scale = float(self.tuner.scale) > 0.0
+
+    def rebase(self) -> None:
+        """Let x_ref be x, and Delta 0."""
+        for optimizer in self._optimizers:
+            for parameter, state in optimizer.state.items():
+                if X_REF in state:
+                    local(state[X_REF]).copy_(local(parameter))
+                if DELTA in state:
+                    local(state[DELTA]).zero_()
+        self.tuner.rebase()
+        self.was_loaded = False
+
+    def is_creating(self, exists: bool) -> bool:
+        """Whether this step is none, but torch's checkpointing, which wants to see what state there will be."""
+        return not exists and is_creating_state()
+
+    def create(self) -> None:
+        """Let base optimizers without a state create it, and change nothing else.
+
+        It is a placeholder, is marked as one in the tuner's state, and is made again at the first real step.
+        """
+        starts = [
+            (local(parameter), local(optimizer.state[parameter][X_REF]))
+            for optimizer in self._optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if X_REF in optimizer.state.get(parameter, {})
+        ]
+        self._placeholders.create(self.hidden())
+        for x, x_ref in starts:
+            x.copy_(x_ref)
+        if self._placeholders.exist:
+            self.tuner.updates.fill_(_PLACEHOLDER)
+
+    # Loading.
+
+    def compare_loaded(self) -> None:
+        """Refuse a loaded state that the parameters do not belong to: the step would move them to where it says.
+
+        Raises:
+            ValueError: on every rank alike, if one was loaded and they are elsewhere.
+        """
+        if self.was_loaded:
+            self.raise_if_displaced(
                 ValueError,
                 "they are not where the loaded optimizer state says. Load the model from the same checkpoint; read a "
                 "checkpoint of the base optimizer alone before the first step, or by load_state_dict; if the "
                 "parameters were changed on purpose, call rebase() before the step",
             )
-            self._was_loaded = False
+            self.was_loaded = False
 
-    def _raise_if_astray(self, kind: type[Exception], advice: str) -> None:
-        """Raise on every rank if parameters are not x_ref + S * Delta, where the step would put them back."""
-        moved = [
-            (parameter, self.state[parameter])
-            for group in self.param_groups
+    def held(self) -> list[tuple[Tensor, str, Tensor]]:
+        """Of every parameter its value, x_ref and Delta: the parameter, what it is, and the tensor, empty if absent."""
+        absent = torch.empty(0)
+        return [
+            (parameter, name, optimizer.state.get(parameter, {}).get(key, absent) if key else parameter)
+            for optimizer in self._optimizers
+            for group in optimizer.param_groups
             for parameter in group["params"]
-            if parameter.requires_grad and self.state.get(parameter, {}).keys() >= {X_REF, DELTA}
+            for name, key in (("the value", None), ("x_ref", X_REF), ("Delta", DELTA))
+        ]
+
+    def raise_if_displaced(self, kind: type[Exception], advice: str) -> None:
+        """Raise on every rank if parameters are not where x_ref, Delta and S say (not seen where Delta is not stored).
+
+        Args:
+            kind: What to raise.
+            advice: What it may mean, and what to do.
+        """
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        moved = [
+            (parameter, state)
+            for optimizer in self._optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.requires_grad and (state := optimizer.state.get(parameter, {})).keys() >= set(STATE_KEYS)
         ]
         places = [(local(parameter), local(state[X_REF]), local(state[DELTA])) for parameter, state in moved]
-        any_scale = not self._tuner.variant.moves_without_gradient
-        astray = strays(places, self._tuner.position[0], any_scale)
+        found = displaced(places, self.position.factor, self._stays_without_gradient)
         complaint = ""
-        if astray:
-            place = "x_ref + Delta" if self._tuner.variant.multiplies else "x_ref + S * Delta"
+        if found:
             complaint = (
-                f"{len(astray)} of {len(places)} parameters are not {place}, the first being "
-                f"{self.describe(moved[astray[0]][0])}: {advice}"
+                f"{len(found)} of {len(places)} parameters are not {self._rule.place}, the first being "
+                f"{describe(moved[found[0]][0], groups)}: {advice}"
             )
-        device = self._layout.communication_device(self._home_device())
-        raise_together(kind, complaint, self._layout.group, device)
+        raise_together(kind, complaint, self._layout.group, self._layout.communication_device(self.home_device))
 
-    def _has_state(self) -> bool:
-        return self._started or super()._has_state()
+    # What the wrapper asks for: see manic.optimizer.wrapper.OwnState.
 
-    def _global_state(self) -> Tensor:
-        return self._tuner.state
+    @property
+    def tensor(self) -> Tensor:
+        """The tuner's state, which is kept in every param group."""
+        return self.tuner.tensor
 
-    def _check_global_state(self, saved: Tensor) -> None:
-        self._tuner.check(saved)
+    @property
+    def exists(self) -> bool:
+        """Whether the run has begun."""
+        return self.started
 
-    def _load_global_state(self, saved: Tensor | None) -> None:
+    def check(self, saved: Tensor) -> None:
+        """Raise ValueError unless ``saved`` can be loaded."""
+        self.tuner.check(saved)
+
+    def load(self, saved: Tensor | None) -> None:
+        """Copy a loaded one into it; ``None``: the checkpoint is of the base optimizers alone."""
         if saved is None:
-            self._tuner.reset()
-            self._state_is_placeholder = self._started = self._was_loaded = False
+            self.tuner.reset()
         else:
-            self._tuner.load(saved)
-            updates = float(self._tuner.updates)
-            self._state_is_placeholder = updates == _PLACEHOLDER
-            self._started = self._was_loaded = updates > 0
-            if self._state_is_placeholder:
-                self._placeholders = [
-                    not came_with_state and self._is_as_created(optimizer, created)
-                    for optimizer, came_with_state, created in zip(
-                        self.optimizers, self._came_with_state, self._created
-                    )
-                ]
-
-    def _home_device(self) -> torch.device:
-        """The device of the first parameter; of the process group's backend where this rank has none."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                return local(parameter).device
-        return self._layout.communication_device(torch.device("cpu"))
+            self.tuner.load(saved)
+        self.read_tuner()
+        updates = float(self.tuner.updates)
+        self.started = self.was_loaded = updates > 0
+        self._placeholders.exist = False
+        if updates == _PLACEHOLDER:
+            self._placeholders.loaded()

@@ -7,13 +7,41 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["JointState", "OptimizerWrapper", "is_creating_state"]
+__all__ = ["JointState", "OptimizerWrapper", "OwnState", "describe", "is_creating_state"]
+
+
+class OwnState(Protocol):
+    """What a wrapper has of its own for the whole model: one tensor, kept in every param group."""
+
+    @property
+    def tensor(self) -> Tensor:
+        """It."""
+
+    @property
+    def exists(self) -> bool:
+        """Whether every state that a checkpoint needs exists by now, whatever ``state`` holds."""
+
+    def check(self, saved: Tensor) -> None:
+        """Raise ValueError unless ``saved`` can be loaded."""
+
+    def load(self, saved: Tensor | None) -> None:
+        """Copy a loaded one into it; ``None``: the checkpoint is of the base optimizers alone."""
+
+
+def describe(parameter: Tensor, param_groups: Sequence[Mapping[str, Any]]) -> str:
+    """A parameter in words: its place in the groups, its shape, and its name if the groups know it."""
+    for index, group in enumerate(param_groups):
+        for place, each in enumerate(group["params"]):
+            if each is parameter:
+                names = group.get("param_names")
+                name = f" ({names[place]!r})" if names else ""
+                return f"parameter {place} of group {index}{name}, shape {tuple(parameter.shape)}"
+    raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is none of this optimizer's")
 
 
 def is_creating_state() -> bool:
@@ -24,7 +52,7 @@ def is_creating_state() -> bool:
     """
     from torch.distributed.checkpoint import state_dict
 
-    # The function has no public name; tests/test_wrapper.py fails if it is renamed.
+    # The function has no public name; tests/optimizer/test_wrapper.py fails if it is renamed.
     code = getattr(getattr(state_dict, "_init_optim_state", None), "__code__", None)
     frame = sys._getframe(1)
     while frame is not None and frame.f_code is not code:
@@ -89,15 +117,16 @@ class OptimizerWrapper(Optimizer):
 
     Args:
         optimizers: The base optimizers, over disjoint parameters.
+        own: The tensor for the whole model.
     """
 
     STATE_KEYS: tuple[str, ...] = ()
     GROUP_KEY: str = ""
 
-    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+    def __init__(self, optimizers: Sequence[Optimizer], own: OwnState) -> None:
         # Not Optimizer.__init__, which would make groups and a state of its own; __setstate__ makes the rest.
         self.optimizers = list(optimizers)
-        self._shared = False
+        self._own, self._shared = own, False
         super().__setstate__({"defaults": dict(optimizers[0].defaults) if len(optimizers) == 1 else {}})
 
     @property
@@ -117,16 +146,6 @@ class OptimizerWrapper(Optimizer):
         """Keys of ``state`` and param groups that a checkpoint may lack: the wrapper then does without, or starts."""
         return frozenset((*self.STATE_KEYS, self.GROUP_KEY))
 
-    def describe(self, parameter: Tensor) -> str:
-        """A parameter of this optimizer in words: its place, its shape, and its name if the groups know it."""
-        for index, group in enumerate(self.param_groups):
-            for place, each in enumerate(group["params"]):
-                if each is parameter:
-                    names = group.get("param_names")
-                    name = f" ({names[place]!r})" if names else ""
-                    return f"parameter {place} of group {index}{name}, shape {tuple(parameter.shape)}"
-        raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is none of this optimizer's")
-
     def check_param_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Ask whether param groups of a saved state dict can be loaded; changes nothing.
 
@@ -137,39 +156,11 @@ class OptimizerWrapper(Optimizer):
         for group in groups:
             saved = group.get(self.GROUP_KEY)
             if saved is not None and id(saved) not in checked:
-                self._check_global_state(saved)
+                self._own.check(saved)
                 checked.add(id(saved))
 
     def _has_state(self) -> bool:
-        return any(key in state for state in self.state.values() for key in self.STATE_KEYS)
-
-    @contextmanager
-    def _own_state_hidden(self) -> Iterator[None]:
-        """Show base optimizers no state where only the wrapper has any: many initialise theirs where they find none."""
-        own = set(self.STATE_KEYS)
-        hidden = [
-            (optimizer.state, parameter, optimizer.state.pop(parameter))
-            for optimizer in self.optimizers
-            for parameter, state in list(optimizer.state.items())
-            if isinstance(state, dict) and state.keys() <= own
-        ]
-        try:
-            yield
-        finally:
-            for states, parameter, state in hidden:
-                states.setdefault(parameter, {}).update(state)
-
-    def _global_state(self) -> Tensor:
-        """The tensor kept in every param group."""
-        raise NotImplementedError
-
-    def _check_global_state(self, saved: Tensor) -> None:
-        """Raise ValueError unless ``saved`` can be loaded."""
-        raise NotImplementedError
-
-    def _load_global_state(self, saved: Tensor | None) -> None:
-        """Copy a loaded one into it; ``None``: the checkpoint is of the base optimizers alone."""
-        raise NotImplementedError
+        return self._own.exists or any(key in state for state in self.state.values() for key in self.STATE_KEYS)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group to the base optimizer.
@@ -188,18 +179,18 @@ class OptimizerWrapper(Optimizer):
 
     def _share_global_state(self) -> None:
         """Put the wrapper's tensor into groups that lack it, taking over what was loaded behind our back."""
-        live = self._global_state()
+        live = self._own.tensor
         if self._shared and self.param_groups and not any(self.GROUP_KEY in group for group in self.param_groups):
-            self._load_global_state(None)  # a base optimizer was given a state dict of its own
+            self._own.load(None)  # a base optimizer was given a state dict of its own
         for group in self.param_groups:
             found = group.get(self.GROUP_KEY)
             if found is not live and isinstance(found, Tensor):
-                self._load_global_state(found)
+                self._own.load(found)
                 break
         self._put_global_state()
 
     def _put_global_state(self) -> None:
-        live = self._global_state()
+        live = self._own.tensor
         for group in self.param_groups:
             group[self.GROUP_KEY] = live
             self._shared = True
@@ -252,7 +243,7 @@ class OptimizerWrapper(Optimizer):
         for parameter, tensors in own.items():
             self.state[parameter].update(tensors)
 
-        self._load_global_state(next((tensor for tensor in saved if tensor is not None), None))
+        self._own.load(next((tensor for tensor in saved if tensor is not None), None))
         self._put_global_state()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

@@ -16,10 +16,10 @@ __all__ = ["Scratch", "batched", "pieces"]
 
 # Elements worked on at a time. On a CPU the operands of one piece stay in the last cache, so that several operations
 # cost one pass over memory; elsewhere a piece bounds the scratch and is large enough to fill the device.
-_CPU_PIECE = 1 << 20
-_DEVICE_PIECE = 1 << 24
+CPU_PIECE = 1 << 20
+DEVICE_PIECE = 1 << 24
 # Tensors of at most so many elements are copied together to be worked on: calls cost more than copies.
-_SMALL = 1 << 14
+SMALL = 1 << 14
 # Elements of such a copy, at most.
 _BATCH = 1 << 20
 
@@ -42,7 +42,7 @@ def batched(items: Iterable[T], tensor_of: Callable[[T], Tensor], kind_of: Calla
     for item in items:
         tensor = tensor_of(item)
         size = tensor.numel()
-        if size > _SMALL:
+        if size > SMALL:
             batches.append([item])
             continue
         kind = (tensor.device, tensor.dtype, kind_of(item))
@@ -115,4 +115,4 @@ def _unflatten_into(flat: Tensor, tensors: Sequence[Tensor | None]) -> None:
 
 
 def _piece_size(tensor: Tensor) -> int:
-    return _CPU_PIECE if tensor.is_cpu else _DEVICE_PIECE
+    return CPU_PIECE if tensor.is_cpu else DEVICE_PIECE

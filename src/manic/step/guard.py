@@ -1,21 +1,32 @@
-"""Where numbers that are not finite are, once a step's sums have shown that there are some.
+"""What a step does about numbers that are not finite: raise, skip, or ignore; and the account of where they are.
 
-It looks at one rank's iterates and asks the others what they found. It is not on the path of a step that is sound.
+It reads a proposal's numbers on the host, and asks the other ranks what they found only when something is wrong.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from manic.distributed.startup import gather_objects
-from manic.step.capture import Iterate
+from manic.step.shards import Shard
+from manic.tuners.base import Proposal
 
-__all__ = ["NonfiniteError", "account_of_nonfinite"]
+__all__ = ["Guard", "Nonfinite", "NonfiniteError", "Reading", "account_of_nonfinite"]
 
+Nonfinite = Literal["raise", "skip", "ignore"]
+"""What a step does with gradients that are not finite."""
+
+# Squares this small may have lost elements to underflow, where they were summed in float32: an element under 1e-19 has
+# a square that is none, and 1e10 of them would not come to this.
+_SMALLEST_SQUARE = 1e-20
+_MUST_NOT_BE_SMALL = ("grad_square", "x_square")
 # Places named in a message.
 _NAMED = 4
 
@@ -24,13 +35,98 @@ class NonfiniteError(RuntimeError):
     """A step was not taken because gradients or parameters are not finite; the message says where."""
 
 
-def account_of_nonfinite(
-    iterates: Iterable[Iterate], name_of: Callable[[Tensor], str], group: ProcessGroup | None
-) -> str:
+@dataclass(frozen=True)
+class Reading:
+    """A proposal's numbers on the host."""
+
+    sums: dict[str, float]
+    scale: float
+    restarts: bool
+
+    @staticmethod
+    def of(proposal: Proposal) -> Reading:
+        """Read them at once. The host waits for the device."""
+        restart = [] if proposal.restart is None else [proposal.restart.whether]
+        numbers = torch.stack([*proposal.sums.values(), proposal.scale, *restart]).tolist()
+        sums = dict(zip(proposal.sums, numbers))
+        return Reading(sums, numbers[len(sums)], bool(restart) and numbers[-1] > 0)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all sums are."""
+        return all(math.isfinite(value) for value in self.sums.values())
+
+    @property
+    def fits_float32(self) -> bool:
+        """Whether float32 has room for what was multiplied: nothing has too large a square, or too small a one."""
+        squares = [self.sums[name] for name in _MUST_NOT_BE_SMALL if name in self.sums]
+        return self.is_finite and all(square >= _SMALLEST_SQUARE for square in squares)
+
+
+class Guard:
+    """Admits a step, or not, before anything has changed.
+
+    Args:
+        nonfinite: ``"raise"``, ``"skip"`` or ``"ignore"``.
+
+    Raises:
+        ValueError: if it is none of these.
+    """
+
+    def __init__(self, nonfinite: Nonfinite) -> None:
+        if nonfinite not in get_args(Nonfinite):
+            raise ValueError(f"nonfinite must be one of {get_args(Nonfinite)}, got {nonfinite!r}")
+        self.nonfinite = nonfinite
+
+    @property
+    def waits(self) -> bool:
+        """Whether the host waits for the sums before the base optimizers step."""
+        return self.nonfinite != "ignore"
+
+    def refuse_capture(self) -> None:
+        """Raise RuntimeError where a CUDA graph is being captured, and the host would have to wait."""
+        if self.waits:
+            raise RuntimeError(
+                f"a step with nonfinite={self.nonfinite!r} cannot be captured in a CUDA graph: the host waits for its "
+                'sums. Pass nonfinite="ignore"'
+            )
+
+    def admits(
+        self, reading: Reading, updates: Tensor, position_is_finite: Callable[[], bool], account: Callable[[], str]
+    ) -> bool:
+        """Whether to take a step; alike on every rank, since the sums are.
+
+        Args:
+            reading: Its numbers, of exact sums unless they fit float32.
+            updates: The number of steps before it, for the message.
+            position_is_finite: Finds out, on all ranks, whether parameters and Delta are.
+            account: Says, on all ranks, where numbers are that are not finite.
+
+        Returns:
+            False for a step that is to be skipped.
+
+        Raises:
+            NonfiniteError: on every rank alike, if sums are not finite, and it is not to be skipped.
+        """
+        if reading.is_finite:
+            return True
+        number = int(updates) + 1
+        if not math.isfinite(reading.sums.get("lr", 0.0)):
+            raise NonfiniteError(f"step {number} was not taken: a learning rate is {reading.sums['lr']}")
+        if self.nonfinite == "skip" and position_is_finite():
+            return False
+        raise NonfiniteError(
+            f"step {number} was not taken, for its sums are not finite. {account()}. Parameters, "
+            'optimizer and tuner are as before it. nonfinite="skip" leaves out steps with such gradients; parameters '
+            "that are not finite are no step's to mend: go back to a checkpoint"
+        )
+
+
+def account_of_nonfinite(shards: Iterable[Shard], name_of: Callable[[Tensor], str], group: ProcessGroup | None) -> str:
     """Say, alike on every rank, where there is a nan or an infinity.
 
     Args:
-        iterates: The local shards, between steps.
+        shards: The local shards, between steps.
         name_of: Describes a parameter.
         group: The process group, every rank of which must call this; ``None`` for this process alone.
 
@@ -38,9 +134,9 @@ def account_of_nonfinite(
         Ranks, parameters, and how many elements of the gradient, the parameter or Delta are not finite.
     """
     found = [
-        f"{count} of {tensor.numel()} local elements of the {what} of {name_of(iterate.parameter)}"
-        for iterate in iterates
-        for what, tensor in (("gradient", iterate.gradient), ("value", iterate.x), ("displacement", iterate.delta))
+        f"{count} of {tensor.numel()} local elements of the {what} of {name_of(shard.parameter)}"
+        for shard in shards
+        for what, tensor in (("gradient", shard.gradient), ("value", shard.x), ("displacement", shard.delta))
         if tensor is not None and (count := int((~torch.isfinite(tensor)).sum()))
     ]
     accounts = [found] if group is None else gather_objects(found, group)

@@ -1,24 +1,22 @@
-"""The arithmetic on one piece of a parameter: what is summed before the base step, and what is written after it.
+"""The arithmetic on one piece of a parameter: inner products of tensors side by side, and the write of x.
 
-Three times the same: from plain operators; compiled, so that several sums or writes take one look at memory; and in
-float64, for what float32 has no room for. It knows tensors that lie side by side, and nothing of parameters, optimizers
-or ranks.
+It knows tensors of equal shape, and nothing of parameters, optimizers or ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["Kernels", "compiled", "exact", "plain", "working_dtype"]
-
+__all__ = ["add_product", "inner_products", "working_dtype", "write"]
 
 # Elements copied to float64 at a time.
 _EXACT_PIECE = 1 << 20
+
+Pair = tuple[str, str]
+"""The names of two operands."""
 
 
 def working_dtype(tensor: Tensor) -> torch.dtype:
@@ -26,18 +24,30 @@ def working_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-@dataclass(frozen=True)
-class Kernels:
-    """Functions on pieces of equal shape; sums are 0-dim and of the working dtype."""
+def inner_products(pairs: Sequence[Pair], operands: Mapping[str, Tensor], *, exact: bool = False) -> list[Tensor]:
+    """Multiply operands element by element, and add up.
 
-    products: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-    """``(delta, v)`` to <delta, v> and |v|^2."""
-    squares: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-    """``(delta, x)`` to |delta|^2 and |x|^2."""
-    all_products: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
-    """``(delta, g, x)`` to <delta, g>, |g|^2, <delta, x> and |x|^2."""
-    write: Callable[[Tensor, Tensor, Tensor, float | Tensor, Tensor], None]
-    """``(x, x_ref, delta, decay, factor)``: adds ``decay * x`` to delta, and makes x ``x_ref + factor * delta``."""
+    Args:
+        pairs: Which with which.
+        operands: By name, all of one shape.
+        exact: In float64, which has room for the square of any float32, where the device has it. Slower.
+
+    Returns:
+        One inner product for each pair, of the working dtype, or of float64: 0-dim.
+    """
+    flat = {name: operands[name].reshape(-1) for name in dict.fromkeys(name for pair in pairs for name in pair)}
+    if not exact:
+        wide = any(tensor.dtype == torch.float64 for tensor in flat.values())
+        return _dots(pairs, flat, torch.float64 if wide else torch.float32)
+    has_float64 = all(tensor.device.type != "mps" for tensor in flat.values())
+    parts = zip(*(torch.split(tensor, _EXACT_PIECE) for tensor in flat.values()))
+    dots = [_dots(pairs, dict(zip(flat, part)), torch.float64 if has_float64 else torch.float32) for part in parts]
+    return [torch.stack(column).sum() for column in zip(*dots)]
+
+
+def _dots(pairs: Sequence[Pair], operands: Mapping[str, Tensor], dtype: torch.dtype) -> list[Tensor]:
+    wide = {name: tensor.to(dtype) for name, tensor in operands.items()}
+    return [torch.dot(wide[one], wide[other]) for one, other in pairs]
 
 
 def add_product(target: Tensor, x: Tensor, factor: float | Tensor) -> Tensor:
@@ -47,91 +57,10 @@ def add_product(target: Tensor, x: Tensor, factor: float | Tensor) -> Tensor:
     return target.add_(x, alpha=factor) if factor else target
 
 
-def write(x: Tensor, x_ref: Tensor, delta: Tensor, decay: float | Tensor, factor: Tensor) -> None:
-    """See :attr:`Kernels.write`."""
+def write(x: Tensor, x_ref: Tensor, delta: Tensor, factor: Tensor, decay: float | Tensor = 0.0) -> None:
+    """Add ``decay * x`` to ``delta``, and make ``x`` what ``x_ref + factor * delta`` is then."""
     add_product(delta, x, decay)
     if x.dtype == delta.dtype == factor.dtype:
         torch.addcmul(x_ref, delta, factor, out=x)
     else:  # low precision: one rounding, at the end
         x.copy_(torch.addcmul(x_ref.to(factor.dtype), delta.to(factor.dtype), factor))
-
-
-def _products(delta: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = working_dtype(delta)
-    delta, v = _vector(delta, dtype), _vector(v, dtype)
-    return torch.dot(delta, v), torch.dot(v, v)
-
-
-def _squares(delta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = working_dtype(delta)
-    delta, x = _vector(delta, dtype), _vector(x, dtype)
-    return torch.dot(delta, delta), torch.dot(x, x)
-
-
-def _all_products(delta: Tensor, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return *_products(delta, g), *_products(delta, x)
-
-
-def _vector(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    flat = tensor if tensor.ndim == 1 else tensor.reshape(-1)
-    return flat if flat.dtype == dtype else flat.to(dtype)
-
-
-def plain() -> Kernels:
-    """From PyTorch's operators."""
-    return Kernels(_products, _squares, _all_products, write)
-
-
-def exact() -> Kernels:
-    """In float64, which has room for the squares of any float32, where the device has it. Slower."""
-
-    def products(delta: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        dtype = torch.float32 if v.device.type == "mps" else torch.float64
-        parts = zip(torch.split(delta.reshape(-1), _EXACT_PIECE), torch.split(v.reshape(-1), _EXACT_PIECE))
-        products = [_products(part.to(dtype), other) for part, other in parts]
-        first, second = zip(*products)
-        return torch.stack(first).sum(), torch.stack(second).sum()
-
-    def squares(delta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        return products(delta, delta)[1], products(x, x)[1]
-
-    def all_products(delta: Tensor, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return *products(delta, g), *products(delta, x)
-
-    return Kernels(products, squares, all_products, write)
-
-
-@cache
-def compiled() -> Kernels:
-    """By ``torch.compile``: compiled at their first use, once for each dtype and device."""
-
-    def products(delta: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        v = v.to(working_dtype(v))
-        return (delta * v).sum(), v.square().sum()
-
-    def squares(delta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        delta, x = delta.to(working_dtype(delta)), x.to(working_dtype(x))
-        return delta.square().sum(), x.square().sum()
-
-    def all_products(delta: Tensor, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return *products(delta, g), *products(delta, x)
-
-    def decay_and_write(x: Tensor, x_ref: Tensor, delta: Tensor, decay: Tensor, factor: Tensor) -> None:
-        delta.add_(decay * x)
-        x.copy_(x_ref + factor * delta)
-
-    fused = torch.compile(decay_and_write, dynamic=True)
-
-    def write_compiled(x: Tensor, x_ref: Tensor, delta: Tensor, decay: float | Tensor, factor: Tensor) -> None:
-        if not isinstance(decay, Tensor):
-            if not decay or delta is x:
-                return write(x, x_ref, delta, decay, factor)  # one pass already
-            decay = torch.full_like(factor, decay)
-        fused(x, x_ref, delta, decay, factor)
-
-    return Kernels(
-        torch.compile(products, dynamic=True),
-        torch.compile(squares, dynamic=True),
-        torch.compile(all_products, dynamic=True),
-        write_compiled,
-    )

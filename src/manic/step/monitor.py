@@ -1,11 +1,24 @@
-"""A word, once, when the learned scale cannot be right: it has not left its start, or has run away.
+"""What is said to the user of a run: metrics of the last step, and a warning, once, where the scale cannot be right.
 
-It knows numbers on the host, and nothing of where they come from.
+Training never reads it. It is told of steps after they were taken or left out.
 """
 
 from __future__ import annotations
 
-__all__ = ["INTERVAL", "LARGEST_LEARNING_RATE", "PATIENCE", "TOO_MANY", "Watch"]
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manic.tuners.base import Proposal
+from manic.tuners.state import TunerState
+
+__all__ = ["INTERVAL", "LARGEST_LEARNING_RATE", "PATIENCE", "TOO_MANY", "Monitor"]
+
+logger = logging.getLogger("manic")
 
 PATIENCE = 200
 """Steps in which the scale should have left its start."""
@@ -14,62 +27,109 @@ TOO_MANY = 20
 """Steps that are left out one after the other."""
 
 INTERVAL = 1000
-"""Steps after which the host asks for the scale, where it does not hear of it in every step."""
+"""Steps after which the monitor asks for the scale, where the host does not read it in every step."""
 
 LARGEST_LEARNING_RATE = 100.0
 """Effective learning rate, S * lr, above which the scale is taken for a runaway."""
 
 
-class Watch:
-    """Finds words for a scale that is out of the ordinary, each only once; nothing where there is no need."""
+class Monitor:
+    """Watches one run.
 
-    def __init__(self) -> None:
+    Args:
+        tuner: The tuner's state.
+        settings: The tuner's.
+    """
+
+    def __init__(self, tuner: TunerState, settings: Mapping[str, Any]) -> None:
+        self._tuner, self._settings = tuner, settings
+        self._last: Proposal | None = None
         self._said: set[str] = set()
+        self._calls = self._in_a_row = 0
 
-    def stuck(self, scale: float, s_init: float, updates: int) -> str | None:
-        """Of a scale that is still where it began, or has not begun."""
-        if scale == 0.0:
-            return self._once(
-                "stuck",
-                f"Mechanic has no scale after {updates} steps, for the base optimizer has not moved anything: look at "
-                "the learning rate, and at grad_norm in metrics()",
+    def metrics(self, param_groups: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Of the last step, see :meth:`manic.Mechanic.metrics`."""
+        tuner, scale = self._tuner.tensor, self._tuner.scale
+        unknown = torch.full((), math.nan, dtype=tuner.dtype, device=tuner.device)
+        sums = {} if self._last is None else self._last.sums
+        metrics = {
+            "scale": scale,
+            "h": unknown.clone() if self._last is None else self._last.signal.to(tuner, copy=True).reshape(()),
+            "grad_norm": sums.get("grad_square", unknown).to(tuner).sqrt(),
+            "param_norm": sums.get("x_square", unknown).to(tuner).sqrt(),
+            "nonfinite_steps": self._tuner.nonfinite.clone(),
+        }
+        for index, group in enumerate(param_groups):
+            metrics[f"effective_lr/{index}"] = scale * group.get("lr", 1.0)
+        return metrics
+
+    def step_taken(
+        self, proposal: Proposal, scale: float | None, param_groups: Sequence[Mapping[str, Any]], speaks: bool
+    ) -> None:
+        """Watch a step that was taken.
+
+        Args:
+            proposal: Its outcome.
+            scale: S, where the host knows it.
+            param_groups: With their learning rates.
+            speaks: Whether this rank says what all ranks have to say.
+        """
+        self._last = proposal
+        self._calls += 1
+        self._in_a_row = 0
+        if scale is None and (self._calls == PATIENCE or self._calls % INTERVAL == 0):
+            scale = float(proposal.scale)
+        messages = []
+        if scale is not None:
+            lrs = [group.get("lr", 1.0) for group in param_groups]
+            largest = max((float(lr) for lr in lrs if not isinstance(lr, Tensor) or lr.is_cpu), default=0.0)
+            messages.append(self._running(scale, largest))
+        if self._calls == PATIENCE and scale is not None and not self._tuner.has_gained:
+            messages.append(self._stuck(scale))
+        self._say(messages, speaks)
+
+    def step_skipped(self, speaks: bool) -> None:
+        """Watch a step that was left out."""
+        self._calls += 1
+        self._in_a_row += 1
+        if self._in_a_row >= TOO_MANY:
+            text = (
+                f"Mechanic has left out {self._in_a_row} steps in a row, for gradients that are not finite: nothing is "
+                "learned. Look for their cause in the data or the loss, or go back to a checkpoint"
             )
-        return self._once(
-            "stuck",
-            f"Mechanic's scale is {scale:.3g} after {updates} steps: it has not left its start, s_init={s_init:.3g}. "
-            "If the loss falls nonetheless, the base lr may be so large that this scale is enough; pass a smaller one. "
-            "Otherwise look at metrics(): where grad_norm or the lr is 0 there is nothing to learn from, and where h "
-            "stays below eps, a larger lr or s_init helps",
+            self._say([("skipping", text)], speaks)
+
+    def _stuck(self, scale: float) -> tuple[str, str]:
+        updates = int(self._tuner.updates)
+        if scale == 0.0:
+            return "stuck", (
+                f"Mechanic has no scale after {updates} steps, for the base optimizer has not moved anything: look at "
+                "the learning rate, and at grad_norm in metrics()"
+            )
+        return "stuck", (
+            f"Mechanic's scale is {scale:.3g} after {updates} steps: it has not left its start, "
+            f"s_init={self._settings.get('s_init', math.nan):.3g}. If the loss falls nonetheless, the base lr may be "
+            "so large that this scale is enough; pass a smaller one. Otherwise look at metrics(): where grad_norm or the "
+            "lr is 0 there is nothing to learn from, and where h stays below eps, a larger lr or s_init helps"
         )
 
-    def skipping(self, in_a_row: int) -> str | None:
-        """Of steps that are left out one after the other."""
-        if in_a_row < TOO_MANY:
-            return None
-        return self._once(
-            "skipping",
-            f"Mechanic has left out {in_a_row} steps in a row, for gradients that are not finite: nothing is learned. "
-            "Look for their cause in the data or the loss, or go back to a checkpoint",
-        )
-
-    def running(self, scale: float, largest_lr: float, s_max: float | None) -> str | None:
-        """Of a scale that is at its bound, or, where it has none, beyond what any run wants."""
+    def _running(self, scale: float, largest_lr: float) -> tuple[str, str] | None:
+        s_max = self._settings.get("s_max")
         if s_max is not None and scale >= s_max * (1.0 - 1e-12):
-            return self._once(
-                "bounded",
+            return "bounded", (
                 f"Mechanic's scale has reached s_max={s_max:.3g} and is held there. If the loss falls, a larger s_max "
-                "may be better; if it rises, go back to a checkpoint, and look at these steps' data and gradients",
+                "may be better; if it rises, go back to a checkpoint, and look at these steps' data and gradients"
             )
         if s_max is None and scale * largest_lr > LARGEST_LEARNING_RATE:
-            return self._once(
-                "runaway",
+            return "runaway", (
                 f"Mechanic's scale is {scale:.3g}, an effective learning rate of {scale * largest_lr:.3g}. It has "
-                "probably run away: go back to a checkpoint, clip gradients, or pass s_max to bound the scale",
+                "probably run away: go back to a checkpoint, clip gradients, or pass s_max to bound the scale"
             )
         return None
 
-    def _once(self, what: str, message: str) -> str | None:
-        if what in self._said:
-            return None
-        self._said.add(what)
-        return message
+    def _say(self, messages: Sequence[tuple[str, str] | None], speaks: bool) -> None:
+        for message in messages:
+            if message is not None and message[0] not in self._said:
+                self._said.add(message[0])
+                if speaks:
+                    logger.warning(message[1])

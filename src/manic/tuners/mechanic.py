@@ -1,56 +1,147 @@
 """Mechanic's tuner: Algorithm 1, lines 8 to 14, in which each beta's wealth is bet on the next step.
 
-The rules of a tuner are tuner.py's; see there for what it does not know.
+Two implementations were published, which differ in the places that the two classes below say (docs/variants.md). What a
+tuner does not know is in base.py; reference.py has the same rules in plain float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from manic.tuners.base import BETAS, M, R, S, Sums, Tuner, V
+from manic.tuners.base import Learned, Sums, Tuner, checked, checked_betas
 
-__all__ = ["Betting"]
+__all__ = ["MechanicOptax", "MechanicPyTorch"]
+
+BETAS = (0.9, 0.99, 0.999, 0.9999, 0.99999, 0.999999)
+"""The paper's decay factors."""
 
 
-class Betting(Tuner):
-    """The tuner of both published implementations; arguments are those of :class:`manic.tuners.base.Tuner`."""
+class _Mechanic(Tuner):
+    """What both implementations share.
 
-    def reset(self) -> None:
-        """Go back to the start, in place."""
-        super().reset()
-        self.state[M].fill_(self.variant.m_start)
-        if self.variant.s_starts_at_init:
-            start = self.s_init if self.s_max is None else min(self.s_init, self.s_max / len(self.betas))
-            self.state[S].fill_(start)
+    Args:
+        betas: Decay factors, each in (0, 1): a column of the state for each. Default: the paper's six.
+        s_init: Initial scale, positive.
+        s_decay: lambda of the paper, the strength of the pull towards the origin; not negative.
+        eps: Added to denominators; positive.
+        s_max: The largest scale, at least ``s_init``. Default: no bound.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    scales = "displacement"
+    fields = ("r", "m", "v", "s", "betas")
+    fixed = ("betas",)
+
+    def __init__(
+        self,
+        betas: Sequence[float] = BETAS,
+        s_init: float = 1e-6,
+        s_decay: float = 0.01,
+        eps: float = 1e-8,
+        s_max: float | None = None,
+    ) -> None:
+        self.betas = checked_betas(betas)
+        self.s_init = self.smallest_bound = checked("s_init", s_init, 0.0)
+        self.s_decay = checked("s_decay", s_decay, 0.0, strictly=False)
+        self.eps = checked("eps", eps, 0.0)
+        super().__init__(s_max)
 
     @property
-    def position(self) -> tuple[Tensor, float]:
-        """S, and eps."""
-        return self.state[S].sum(), self.eps
+    def settings(self) -> dict[str, Any]:
+        """The arguments it was made with, by name."""
+        mine = {"betas": self.betas, "s_init": self.s_init, "s_decay": self.s_decay, "eps": self.eps}
+        return {**mine, **super().settings}
 
-    def has_gained(self) -> bool:
+    @property
+    def columns(self) -> int:
+        """One for each beta."""
+        return len(self.betas)
+
+    def has_gained(self, state: Mapping[str, Tensor]) -> bool:
         """Whether moving has paid more than the stake of the start, for any beta. The host waits for the device."""
-        return bool((self.state[R] > self.s_init / len(self.betas) * self.state[M]).any())
+        return bool((state["r"] > self._stake(state["m"])).any())
 
-    def _learn(self, sums: Sums) -> tuple[Tensor, Mapping[int, Tensor]]:
-        r, m, v, s, beta = (self.state[row] for row in (R, M, V, S, BETAS))
+    def learn(self, state: Mapping[str, Tensor], sums: Sums) -> Learned:
+        """Lines 8 to 14 of Algorithm 1."""
+        m, v, s, beta = state["m"], state["v"], state["s"], state["betas"]
+        pull = self.s_decay * s.sum() * sums["grad_square"].sqrt() / (sums["x_square"].sqrt() + self.eps)
+        h = sums["delta_grad"] + pull * sums["delta_x"]
 
-        decay = self.s_decay * s.sum() * sums.grad_square.sqrt() / (sums.x_square.sqrt() + self.eps)
-        h = sums.delta_grad + decay * sums.delta_dot
-
-        if self.variant.clips_h:
-            rewarded = torch.clamp(h, min=-m, max=m)
-            m = torch.maximum(beta * m, h.abs() + self.eps)
-        else:
-            rewarded = h
-            m = torch.maximum(beta * m, h.abs())
+        new_m, r = self._reward(h, m, state["r"], s, beta)
         v = beta * beta * v + h * h
-        r = beta * r - rewarded * s
-        if not self.variant.keeps_negative_reward:
-            r = r.clamp(min=0.0)
-        wealth = self.s_init / len(self.betas) * m + r.clamp(min=0.0)
+        wealth = self._stake(new_m) + r.clamp(min=0.0)
         s = wealth / (v.sqrt() + self.eps)
-        return h, {R: r, M: m, V: v, S: self._bounded(s)}
+        return Learned({"r": r, "m": new_m, "v": v, "s": self._bounded(s)}, h)
+
+    @abstractmethod
+    def _reward(self, h: Tensor, m: Tensor, r: Tensor, s: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        """The new m and r."""
+
+    def _stake(self, m: Tensor) -> Tensor:
+        return self.s_init / len(self.betas) * m
+
+
+class MechanicOptax(_Mechanic):
+    """What the paper's experiments ran: ``optax.contrib.mechanize``.
+
+    The reward takes h clamped to [-m, m], and r is stored as it is.
+    """
+
+    name = "optax"
+    sums = ("delta_grad", "grad_square", "delta_x", "x_square")
+
+    def initial(self) -> Mapping[str, float | Sequence[float]]:
+        """Every s is ``s_init``, within ``s_max``."""
+        start = self.s_init if self.s_max is None else min(self.s_init, self.s_max / len(self.betas))
+        return {"s": start, "betas": self.betas}
+
+    def _reward(self, h: Tensor, m: Tensor, r: Tensor, s: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.maximum(beta * m, h.abs() + self.eps), beta * r - torch.clamp(h, min=-m, max=m) * s
+
+
+class MechanicPyTorch(_Mechanic):
+    """The authors' package ``mechanic-pytorch`` 0.0.1.
+
+    s starts at 0 and m at 1e-6; the reward takes h as it is, and r is stored clamped at 0; the lambda term reads x as
+    the base optimizer left it; a parameter without a gradient is left out.
+    """
+
+    name = "pytorch"
+    sums = ("delta_grad", "grad_square")
+    late_sums = ("delta_x", "x_square")
+    moves_without_gradient = False
+
+    def __init__(
+        self,
+        betas: Sequence[float] = BETAS,
+        s_init: float = 1e-8,
+        s_decay: float = 0.01,
+        eps: float = 1e-8,
+        s_max: float | None = None,
+    ) -> None:
+        super().__init__(betas, s_init, s_decay, eps, s_max)
+
+    def initial(self) -> Mapping[str, float | Sequence[float]]:
+        """Every m is 1e-6."""
+        return {"m": 1e-6, "betas": self.betas}
+
+    def learn(self, state: Mapping[str, Tensor], sums: Sums) -> Learned:
+        """Algorithm 1, once the late sums are there; nothing before."""
+        if "delta_x" not in sums:
+            return Learned({}, torch.full_like(sums["delta_grad"], math.nan))
+        return super().learn(state, sums)
+
+    def scale(self, state: Mapping[str, Tensor]) -> Tensor:
+        """S, at least 0: 0-dim, a new tensor."""
+        return super().scale(state).clamp(min=0.0)
+
+    def _reward(self, h: Tensor, m: Tensor, r: Tensor, s: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.maximum(beta * m, h.abs()), (beta * r - h * s).clamp(min=0.0)

@@ -1,24 +1,20 @@
-"""manic's own tuner: the scale is on updates, and is moved by factors.
+"""manic's own tuner: S scales each update, and is multiplied by a factor near 1 in every step.
 
-The rules of a tuner are tuner.py's; see there for what it does not know. docs/variants.md has the formulas, and
-docs/tuning.md how they were found.
+docs/variants.md has the formulas, docs/tuning.md the measurements behind the constants. What a tuner does not know is
+in base.py; reference.py has the same rule in plain float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from manic.tuners.base import BETAS, M, R, S, Sums, Tuner, V
+from manic.tuners.base import Learned, Restart, Sums, Tuner, checked, checked_betas
 
-__all__ = ["LOOK_EVERY", "Fall", "Multiplying"]
-
-# Its own rows: the largest learning rate so far, the largest S times learning rate since x_ref, the number of steps
-# since the learning rate was last larger than ever (1 in that step), whether it has come down since, and a second v.
-LARGEST_LR, PEAK, AGE, CAME_DOWN, V_SIZED = range(8, 13)
+__all__ = ["Multiplicative"]
 
 # The largest change of log S in a step when gradients do not agree from step to step.
 _RATE = 0.1
@@ -32,131 +28,141 @@ _CONSTANT = 40
 _DIFFERS = 1e-9
 # How much a new largest learning rate may let an update grow: a warm-up may begin at next to nothing.
 _SURGE = 4.0
-# How far S may fall below its largest before the way begins anew, and in which steps that is looked at.
-_FALL, LOOK_EVERY = 4.0, 10
-# x goes back then if the learning rate has come down, to no less than this share of its largest, up to this step.
+# How far S may fall below its largest before a restart.
+_FALL = 4.0
+# A restart takes x back as well if the learning rate has come down, to no less than this share of its largest, up to
+# this step.
 _BEGUN, _EARLY = 0.97, 1000
 
 
-class Fall(NamedTuple):
-    """What follows from how far S has fallen; both are 0-dim tensors."""
+class Multiplicative(Tuner):
+    """S is moved by factors, and the base learning rate cancels.
 
-    begins_anew: Tensor
-    """1 where the way should, 0 where not."""
-    kept: Tensor
-    """The share of the way so far, x - x_ref, that x should keep then, in (0, 1]."""
+    Args:
+        betas: The decay factor of the mean squares: one number in (0, 1).
+        s_init: The length of the first step over that of the parameters; positive.
+        s_max: The largest scale, positive. Default: no bound.
 
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
 
-class Multiplying(Tuner):
-    """The tuner of ``"multiplicative"``; arguments are those of :class:`manic.tuners.base.Tuner`."""
+    name = "multiplicative"
+    scales = "updates"
+    sums = ("delta_grad", "grad_square", "delta_square", "x_square", "lr")
+    late_sums = ("update_square",)
+    late_until_scale = True
+    restart_interval = 10
+    # agreement: the mean z. mean_square: that of h, whose weights add up to weight; mean_square_sized: that of h times
+    # |g|. peak: the largest S times learning rate since x_ref. age: the number of steps since the learning rate was
+    # last larger than ever, 1 in that step. came_down: whether it has come down since.
+    fields = (
+        "agreement", "weight", "mean_square", "s", "betas",
+        "largest_lr", "peak", "age", "came_down", "mean_square_sized",
+    )  # fmt: skip
+    fixed = ("betas",)
 
-    @property
-    def position(self) -> tuple[Tensor, float]:
-        """1 and 0: S is in Delta."""
-        return torch.ones_like(self.state[S, 0]), 0.0
-
-    def has_gained(self) -> bool:
-        """Whether there is a scale. The host waits for the device."""
-        return bool(self.state[S].sum() > 0)
-
-    def start(self, update_square: Tensor, x_square: Tensor) -> Tensor:
-        """Set the scale, from the length of the first update that has one.
-
-        Args:
-            update_square: |u|^2; where it is 0, the scale stays unset, which is 0.
-            x_square: |x|^2; where it is 0, as if it were 1.
-
-        Returns:
-            S: 0-dim.
-        """
-        length = torch.where(x_square > 0, x_square.sqrt(), 1.0)
-        scale = torch.where(update_square > 0, self.s_init * length / update_square.sqrt(), 0.0)
-        scale = torch.where(scale.isfinite(), scale, 0.0)
-        if self.s_max is not None:
-            scale = scale.clamp(max=self.s_max)
-        self.state[S].copy_((scale / len(self.betas)).expand(len(self.betas)))
-        return self.scale
+    def __init__(self, betas: Sequence[float] = (0.99,), s_init: float = 1e-4, s_max: float | None = None) -> None:
+        self.betas = checked_betas(betas)
+        if len(self.betas) > 1:
+            raise ValueError(f"variant 'multiplicative' has one beta, got {self.betas}; pass betas=(0.99,) or the like")
+        self.s_init = checked("s_init", s_init, 0.0)
+        super().__init__(s_max)
 
     @property
-    def has_fallen(self) -> Tensor:
-        """Whether :meth:`look_back` would let the way begin anew: 0-dim, 0 or 1. Only in every tenth step it may."""
-        fallen = (_FALL * self._within_reach < self.state[PEAK, 0]) & (self.updates % LOOK_EVERY == 0)
-        return fallen.to(self.state.dtype)
+    def settings(self) -> dict[str, Any]:
+        """The arguments it was made with, by name."""
+        return {"betas": self.betas, "s_init": self.s_init, **super().settings}
 
-    def look_back(self) -> Fall:
-        """Ask, after an update, whether S has fallen so far that the way should begin anew; then forget its largest.
+    def initial(self) -> Mapping[str, float | Sequence[float]]:
+        """S is 0 until there is an update to take it from."""
+        return {"betas": self.betas}
 
-        x may have come too far by a scale that was too large, and be unable to come back by the small one that is
-        learned from that. S is compared at the largest learning rate with what it came to at the one that there was: in
-        a warm-up it falls as that grows. Where the learning rate has just begun to come down, which says that the run
-        is young, the way is made as long as it had been with the S of now. Later too much would be lost.
+    def learn(self, state: Mapping[str, Tensor], sums: Sums) -> Learned:
+        """Move S by the angle between the gradient and the displacement so far.
 
-        No host synchronisation takes place.
-        """
-        begins_anew, within_reach, peak = self.has_fallen, self._within_reach, self.state[PEAK]
-        fallen = begins_anew > 0
-        has_begun = self.sums.lr > _BEGUN * self.state[LARGEST_LR, 0]
-        is_early = (self.state[CAME_DOWN, 0] > 0) & has_begun & (self.updates <= _EARLY)
-        kept = torch.where(fallen & is_early, within_reach / peak[0], 1.0)
-        self.state[PEAK].copy_(torch.where(fallen, within_reach, peak))
-        return Fall(begins_anew, kept)
-
-    def rebased(self) -> None:
-        """Be told that x_ref is now where x is."""
-        self.state[PEAK].fill_(self._within_reach)
-
-    @property
-    def _within_reach(self) -> Tensor:
-        return self.state[S].sum() * self.state[LARGEST_LR, 0]
-
-    def _learn(self, sums: Sums) -> tuple[Tensor, Mapping[int, Tensor]]:
-        """h, and the new rows: r, m and v are other things here.
-
-        ``h`` is the cosine of the way so far, x - x_ref, and the gradient. Below 0 it says that a longer way would have
-        been better. Over its root mean square (v, whose weights add up to m) it says how sure that is; where that
-        agrees from step to step (r), as it does while S is far too small, S moves faster. All of it is weighed by the
-        learning rate over its largest so far: where a schedule lets training settle, S does too. And the longer ago
-        that largest was, the slower S moves: log S by no more in the second half of a run than in its first.
+        ``h`` is the cosine of the displacement x - x_ref and the gradient. Below 0 it says that a larger displacement
+        would have been better. ``z`` is h over its root mean square, which says how sure that is; where z agrees from
+        step to step, as it does while S is far too small, S moves faster. All of it is weighed by the learning rate
+        over its largest so far: where a schedule lets training settle, S settles too. And the longer ago that largest
+        was, the slower S moves: log S by no more in the second half of a run than in its first.
 
         A cosine is deaf to noise: of many small gradients and few large ones the many are heard. That is right while
         the noise will be cooled out by a learning rate that comes down. Where it has not come down for a while, the
         noise stays, and gradients are heard by their size.
         """
-        r, m, v, s, beta, v_sized = (self.state[row] for row in (R, M, V, S, BETAS, V_SIZED))
-        schedule = self._follow(sums.lr)
-        is_constant = (schedule[AGE] > _CONSTANT) & (schedule[CAME_DOWN] == 0)
+        beta, weight = state["betas"], state["weight"]
+        schedule = self._follow(state, sums["lr"])
+        is_constant = (schedule["age"] > _CONSTANT) & (schedule["came_down"] == 0)
 
-        is_known = sums.delta_dot.sqrt() * sums.grad_square.sqrt() > 0
-        sized = torch.where(is_known, sums.delta_grad / sums.delta_dot.sqrt(), 0.0)
-        h = torch.where(is_known, sized / sums.grad_square.sqrt(), 0.0).clamp(-1.0, 1.0)
-        m = torch.where(is_known, beta * m + (1.0 - beta), m)
-        v = torch.where(is_known, beta * v + (1.0 - beta) * h * h, v)
-        v_sized = torch.where(is_known, beta * v_sized + (1.0 - beta) * sized * sized, v_sized)
-        z = _over_root(h, v / m).clamp(-1.0, 1.0)
-        r = torch.where(is_known, _MEMORY * r + (1.0 - _MEMORY) * z, r)  # no single gradient sways that
-        z = torch.where(is_constant, _over_root(sized, v_sized / m).clamp(-1.0, 1.0), z)
+        length, grad_norm = sums["delta_square"].sqrt(), sums["grad_square"].sqrt()
+        is_known = length * grad_norm > 0
+        sized = torch.where(is_known, sums["delta_grad"] / length, 0.0)
+        h = torch.where(is_known, sized / grad_norm, 0.0).clamp(-1.0, 1.0)
+        weight = torch.where(is_known, beta * weight + (1.0 - beta), weight)
+        square, square_sized = (
+            torch.where(is_known, beta * mean + (1.0 - beta) * value * value, mean)
+            for mean, value in ((state["mean_square"], h), (state["mean_square_sized"], sized))
+        )
+        z = _over_root(h, square / weight).clamp(-1.0, 1.0)
+        # No single gradient sways what is remembered of agreement.
+        agreed = torch.where(is_known, _MEMORY * state["agreement"] + (1.0 - _MEMORY) * z, state["agreement"])
+        z = torch.where(is_constant, _over_root(sized, square_sized / weight).clamp(-1.0, 1.0), z)
 
-        sure, agreed = z.mean(), r.mean()
-        weight = torch.where(sums.lr > 0, sums.lr / schedule[LARGEST_LR][0], 0.0)
-        rate = _RATE * (_SETTLED / schedule[AGE][0]).clamp(max=1.0) * weight * (1.0 + _AGREED * agreed * agreed)
-        s = self._bounded(s * self._surge(sums.lr) * torch.exp(-rate * sure))
-        peak = torch.maximum(self.state[PEAK], s.sum() * sums.lr)
-        return h, {R: r, M: m, V: v, S: s, V_SIZED: v_sized, PEAK: peak, **schedule}
+        share = torch.where(sums["lr"] > 0, sums["lr"] / schedule["largest_lr"], 0.0)
+        rate = _RATE * (_SETTLED / schedule["age"]).clamp(max=1.0) * share * (1.0 + _AGREED * agreed * agreed)
+        s = self._bounded(state["s"] * self._surge(state["largest_lr"], sums["lr"]) * torch.exp(-rate * z))
+        peak = torch.maximum(state["peak"], s * sums["lr"])
+        if "update_square" in sums:
+            s = torch.where(s > 0, s, self._first_scale(sums))
+        restart, peak = self._restart(s, peak, schedule, sums["lr"], state["updates"] + 1)
+        rows = {
+            "agreement": agreed, "weight": weight, "mean_square": square, "mean_square_sized": square_sized,
+            "s": s, "peak": peak, **schedule,
+        }  # fmt: skip
+        return Learned(rows, h, restart)
 
-    def _follow(self, lr: Tensor) -> dict[int, Tensor]:
+    def rebased(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """S is compared with what it is now."""
+        return {"peak": state["s"] * state["largest_lr"]}
+
+    def _first_scale(self, sums: Sums) -> Tensor:
+        """S such that the first update that has a length moves x by ``s_init`` of its own; 0 without one."""
+        length = torch.where(sums["x_square"] > 0, sums["x_square"].sqrt(), 1.0)
+        scale = torch.where(sums["update_square"] > 0, self.s_init * length / sums["update_square"].sqrt(), 0.0)
+        scale = torch.where(scale.isfinite(), scale, 0.0)
+        return scale if self.s_max is None else scale.clamp(max=self.s_max)
+
+    def _restart(
+        self, s: Tensor, peak: Tensor, schedule: Mapping[str, Tensor], lr: Tensor, updates: Tensor
+    ) -> tuple[Restart, Tensor]:
+        """A restart where S has fallen far; and the peak, which is forgotten then.
+
+        x may have come too far by a scale that was too large, and be unable to come back by the small one that is
+        learned from that. S is compared at the largest learning rate with what it came to at the one that there was: in
+        a warm-up it falls as that grows. Where the learning rate has just begun to come down, which says that the run
+        is young, x goes back to where the S of now would have taken it. Later too much would be lost.
+        """
+        within_reach = s * schedule["largest_lr"]
+        has_fallen = (_FALL * within_reach < peak) & (updates % self.restart_interval == 0)
+        is_early = (schedule["came_down"] > 0) & (lr > _BEGUN * schedule["largest_lr"]) & (updates <= _EARLY)
+        kept = torch.where(has_fallen & is_early, within_reach / peak, 1.0)
+        return Restart(has_fallen[0].to(s.dtype), kept[0]), torch.where(has_fallen, within_reach, peak)
+
+    def _follow(self, state: Mapping[str, Tensor], lr: Tensor) -> dict[str, Tensor]:
         """The rows that tell where in its schedule the learning rate is."""
-        largest = self.state[LARGEST_LR]
+        largest = state["largest_lr"]
         is_new = lr > (1.0 + _DIFFERS) * largest
-        came_down = torch.where(lr < (1.0 - _DIFFERS) * largest, 1.0, self.state[CAME_DOWN])
+        came_down = torch.where(lr < (1.0 - _DIFFERS) * largest, 1.0, state["came_down"])
         return {
-            LARGEST_LR: torch.maximum(largest, lr),
-            AGE: torch.where(is_new, 0.0, self.state[AGE]) + 1.0,
-            CAME_DOWN: torch.where(is_new, 0.0, came_down),
+            "largest_lr": torch.maximum(largest, lr),
+            "age": torch.where(is_new, 0.0, state["age"]) + 1.0,
+            "came_down": torch.where(is_new, 0.0, came_down),
         }
 
-    def _surge(self, lr: Tensor) -> Tensor:
+    def _surge(self, largest_lr: Tensor, lr: Tensor) -> Tensor:
         """What S is multiplied by where the learning rate is far above all before it; 1 elsewhere."""
-        bound = _SURGE * self.state[LARGEST_LR, 0]
+        bound = _SURGE * largest_lr
         return torch.where((bound > 0) & (lr > bound), bound / lr, 1.0)
 
 

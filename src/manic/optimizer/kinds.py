@@ -1,0 +1,87 @@
+"""What is known of a base optimizer's update: whether it depends on x, and on the learning rate in proportion.
+
+It knows optimizers by their classes and settings, and nothing of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+__all__ = ["UPDATES", "decay_is_decoupled", "is_proportional", "largest_lr", "resolve_update"]
+
+UPDATES = ("snapshot", "decoupled", "coupled")
+"""How the user may say that an optimizer's update is taken."""
+
+# The optimizers whose source was read (torch 2.6 to 2.13): the update is a function of gradients and state alone,
+# apart from the weight decay named here. Adafactor (scales by the parameter's RMS) and ASGD (averages parameters)
+# read the position and are not among them.
+_INDEPENDENT_OF_X: dict[str, Literal["decoupled", "coupled", "by group"]] = {
+    "SGD": "coupled",
+    "Adam": "by group",
+    "AdamW": "decoupled",
+    "NAdam": "by group",
+    "RAdam": "by group",
+    "Adamax": "coupled",
+    "Adagrad": "coupled",
+    "RMSprop": "coupled",
+    "Adadelta": "coupled",
+    "Rprop": "coupled",
+    "Muon": "decoupled",
+}
+
+
+def resolve_update(optimizer: Optimizer, update: str) -> str:
+    """Say on what ``optimizer``'s update depends.
+
+    Args:
+        optimizer: A base optimizer.
+        update: ``"auto"``, or ``"snapshot"``, ``"decoupled"`` or ``"coupled"`` to decide it yourself. ``"auto"`` knows
+            the optimizers of ``torch.optim`` (the classes themselves; a subclass may do anything), and takes a snapshot
+            for all others.
+
+    Returns:
+        ``"snapshot"`` where it depends on x; else what kind its weight decay is of: ``"decoupled"``, ``"coupled"``, or
+        ``"by group"`` where each param group says it.
+
+    Raises:
+        ValueError: if ``update`` is none of these.
+    """
+    if update == "auto":
+        known = getattr(torch.optim, type(optimizer).__name__, None) is type(optimizer)
+        return _INDEPENDENT_OF_X.get(type(optimizer).__name__, "snapshot") if known else "snapshot"
+    if update not in UPDATES:
+        raise ValueError(f"update must be 'auto' or one of {UPDATES}, got {update!r}")
+    return update
+
+
+def decay_is_decoupled(update: str, group: dict[str, Any]) -> bool:
+    """Whether weight decay acts on the parameter; ``update`` is from :func:`resolve_update`."""
+    return bool(group.get("decoupled_weight_decay", False)) if update == "by group" else update == "decoupled"
+
+
+def is_proportional(optimizer: Optimizer) -> bool:
+    """Whether ``optimizer``'s update, weight decay included, is known to be its learning rate times what is none of it.
+
+    Rprop takes its learning rate for its first step only. A step hook may read or set learning rates, and should see
+    the user's.
+    """
+    if resolve_update(optimizer, "auto") == "snapshot" or isinstance(optimizer, torch.optim.Rprop):
+        return False
+    # torch has no public way to ask for an optimizer's hooks; tests/optimizer/test_kinds.py fails if they are renamed.
+    return not (optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+
+
+def largest_lr(param_groups: Iterable[dict[str, Any]]) -> float | Tensor | None:
+    """Over the param groups: a 0-dim tensor where one has it on a device, ``None`` where there are no groups."""
+    lrs = [group.get("lr", 1.0) for group in param_groups]
+    known = [float(lr) for lr in lrs if not isinstance(lr, Tensor) or lr.is_cpu]
+    on_device = [lr.reshape(()) for lr in lrs if isinstance(lr, Tensor) and not lr.is_cpu]
+    if not on_device:
+        return max(known, default=None)
+    largest = torch.stack(on_device).max()
+    return largest.clamp(min=max(known)) if known else largest

@@ -1,0 +1,129 @@
+"""What the base optimizers are handed for the length of their step, and get back after it whatever happens.
+
+Weight decay that a capture makes by hand, learning rates with S in them, Delta in the place of parameters, and no state
+of ours where they have none of theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from manic.step.capture import Capture, DeltaAsStandIn, ScaledLearningRate
+from manic.step.shards import Shard
+
+__all__ = ["base_step"]
+
+
+@contextmanager
+def base_step(captures: Sequence[Capture], scale: float | None) -> Iterator[None]:
+    """Let the base optimizers step inside, and x be written from what they did.
+
+    Whatever is raised inside, before it leaves parameters hold x_ref + f_t * Delta, and gradients and settings are put
+    back. That is x_t, or, where an update has arrived in Delta already, x_t moved by that update at the scale as it
+    was; the base optimizer's momenta have seen it, too.
+
+    Args:
+        captures: Of every shard that the base optimizers may move, after their ``begin``.
+        scale: S, for learning rates that take it in; ``None`` where the host does not know it.
+    """
+    with _without_weight_decay(captures):
+        try:
+            for capture in captures:
+                capture.enter()
+            with _standing_in(captures), _scaled_learning_rates(captures, scale):
+                yield
+        except BaseException:
+            for capture in captures:
+                capture.undo()
+            raise
+
+
+@contextmanager
+def _scaled_learning_rates(captures: Sequence[Capture], scale: float | None) -> Iterator[None]:
+    scaled = _groups(capture for capture in captures if isinstance(capture, ScaledLearningRate))
+    lrs = [(group, group["lr"]) for group in scaled]
+    try:
+        for group, lr in lrs:
+            assert scale is not None, "a capture that needs S was chosen, but the host does not know it"
+            group["lr"] = lr * scale
+        yield
+    finally:
+        for group, lr in lrs:
+            group["lr"] = lr
+
+
+@contextmanager
+def _without_weight_decay(captures: Sequence[Capture]) -> Iterator[None]:
+    """Take over from the base optimizers what they would do with x; the user's gradients are left as they are."""
+    decays: list[tuple[dict[str, Any], Any]] = []
+    gradients: list[tuple[Tensor, Tensor | None]] = []
+    try:
+        for capture in captures:
+            group, first = capture.first.group, capture.first
+            capture.decay, weight_decay = 0.0, group.get("weight_decay", 0.0)
+            if not capture.decays_by_hand or not weight_decay or first.gradient is None:
+                continue
+            if first.decay_is_decoupled:
+                capture.decay = -weight_decay * _without_copy(group["lr"])
+            else:
+                for shard in capture.shards:
+                    gradients.append((shard.parameter, shard.parameter.grad))
+                    shard.parameter.grad = _decayed_gradient(shard, float(weight_decay))
+        for group in _groups(capture for capture in captures if capture.decays_by_hand):
+            if "weight_decay" in group:
+                decays.append((group, group["weight_decay"]))
+                group["weight_decay"] = 0.0
+        yield
+    finally:
+        for group, weight_decay in decays:
+            group["weight_decay"] = weight_decay
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+def _groups(captures: Iterable[Capture]) -> list[dict[str, Any]]:
+    """Their param groups, each once."""
+    return list({id(capture.first.group): capture.first.group for capture in captures}.values())
+
+
+def _without_copy(lr: Any) -> Any:
+    """A number where the host knows it; a learning rate on another device stays there."""
+    return lr if isinstance(lr, Tensor) and not lr.is_cpu else float(lr)
+
+
+def _decayed_gradient(shard: Shard, weight_decay: float) -> Tensor:
+    """The gradient with coupled weight decay in it, of the parameter's kind."""
+    parameter = shard.parameter
+    assert parameter.grad is not None
+    sign = -1.0 if shard.group.get("maximize", False) else 1.0
+    return parameter.grad.add(parameter.detach(), alpha=sign * weight_decay)
+
+
+@contextmanager
+def _standing_in(captures: Sequence[Capture]) -> Iterator[None]:
+    """Hand base optimizers Delta where they know a parameter: in their groups, and as the key of its state."""
+    handed = [capture for capture in captures if isinstance(capture, DeltaAsStandIn)]
+    shards = [shard for capture in handed for shard in capture.shards]
+    swaps = [(each.optimizer.state, each.parameter, each.whole_delta) for each in shards]
+    stand_ins = {id(parameter): delta for _, parameter, delta in swaps}
+    members = [(group, group["params"]) for group in _groups(handed)]
+    try:
+        for states, parameter, delta in swaps:
+            assert delta is not None
+            delta.grad = parameter.grad
+            states[delta] = states.pop(parameter)
+        for group, parameters in members:
+            group["params"] = [stand_ins.get(id(parameter), parameter) for parameter in parameters]
+        yield
+    finally:
+        for group, parameters in members:
+            group["params"] = parameters
+        for states, parameter, delta in swaps:
+            assert delta is not None
+            delta.grad = None
+            if delta in states:
+                states[parameter] = states.pop(delta)

@@ -1,0 +1,195 @@
+"""The list of local shards that a step works on, with a capture for each batch: made once, and kept while it holds.
+
+It knows which parameters there are and how they are held, and does no arithmetic on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from manic.distributed.layout import Layout, local, local_gradient
+from manic.optimizer.kinds import decay_is_decoupled, is_proportional, resolve_update
+from manic.step.capture import Capture
+from manic.step.position import Position
+from manic.step.rules import Means, Rule
+from manic.step.shards import Shard, in_batches
+
+__all__ = ["Displacements", "Plan", "Planner"]
+
+
+class Displacements(Protocol):
+    """What gives a parameter its x_ref and Delta; see :class:`manic.optimizer.state.MechanicState`."""
+
+    def keeps_delta(self, parameter: Tensor) -> bool:
+        """Whether Delta of ``parameter`` is stored."""
+
+    def found(self, optimizer: Optimizer, parameter: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """x_ref and Delta as they are stored; changes nothing."""
+
+    def complete(self, optimizer: Optimizer, parameter: Tensor, position: Position) -> None:
+        """Store x_ref, and Delta where it is kept: new ones, or what a load left of them."""
+
+    def discard(self, optimizer: Optimizer, parameter: Tensor) -> None:
+        """Store neither any more."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step works on."""
+
+    shards: list[Shard]
+    captures: list[Capture]
+    key: list[Any]
+    """What it was made for."""
+
+    @contextmanager
+    def under_way(self, position: Position) -> Iterator[None]:
+        """Hold the gradients and f_t of a step inside, and none after it."""
+        try:
+            for shard in self.shards:
+                shard.gradient = local_gradient(shard.parameter)
+            for capture in self.captures:
+                capture.begin(position)
+            yield
+        finally:
+            for shard in self.shards:
+                shard.gradient, shard.is_new = None, False
+            for capture in self.captures:
+                capture.end()
+
+
+class Planner:
+    """Makes the plan, and makes it again when something that it depends on has changed.
+
+    Args:
+        optimizers: The base optimizers.
+        rule: Chooses captures.
+        layout: Tells how many ranks hold an element.
+        displacements: Gives x_ref and Delta.
+        update: The user's choice, see :func:`manic.optimizer.kinds.resolve_update`.
+        reads_x: Whether sums are taken of x as the base optimizer leaves it, which only a snapshot shows.
+        moves_without_gradient: Whether parameters without a gradient are in the plan.
+        knows_scale: Whether the host knows S before the base optimizers step.
+
+    Raises:
+        ValueError: if ``update`` is unknown.
+    """
+
+    def __init__(
+        self,
+        optimizers: Sequence[Optimizer],
+        rule: Rule,
+        layout: Layout,
+        displacements: Displacements,
+        *,
+        update: str,
+        reads_x: bool,
+        moves_without_gradient: bool,
+        knows_scale: bool,
+    ) -> None:
+        self._optimizers, self._rule, self._layout, self._displacements = optimizers, rule, layout, displacements
+        self._moves_without_gradient, self._knows_scale = moves_without_gradient, knows_scale
+        # Optimizers whose source is known take any tensor for the parameter; another may know its own in other ways.
+        self._is_auto = update == "auto"
+        self.updates = ["snapshot" if reads_x else resolve_update(base, update) for base in optimizers]
+        """How each base optimizer's update is taken, in words."""
+        self._plan: Plan | None = None
+
+    def drop(self) -> None:
+        """Make the next plan anew."""
+        self._plan = None
+
+    @contextmanager
+    def plan(self, position: Position, has_scale: bool) -> Iterator[Plan]:
+        """Hold the plan of a step inside.
+
+        Args:
+            position: Where parameters are.
+            has_scale: Whether the host knows that there is a scale.
+
+        Raises:
+            TypeError: if a gradient is sparse or complex.
+        """
+        if self._plan is None or self._plan.key != self._key(has_scale):
+            self._plan = self._make(position, has_scale)
+        plan = self._plan
+        with plan.under_way(position):
+            yield plan
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_plan": None}  # a copy of the optimizer has parameters of its own
+
+    def _key(self, has_scale: bool) -> list[Any]:
+        """What the plan depends on, by value or identity; the plan holds the objects, so no other has theirs."""
+        key: list[Any] = [has_scale]
+        for optimizer in self._optimizers:
+            key.append(is_proportional(optimizer))
+            for group in optimizer.param_groups:
+                key += (id(group), group.get("decoupled_weight_decay"), group.get("maximize"))
+                for parameter in group["params"]:
+                    x = local(parameter)
+                    x_ref, delta = self._displacements.found(optimizer, parameter)
+                    key.append((
+                        id(parameter), parameter.requires_grad, parameter.grad is None,
+                        x.data_ptr(), x.shape, x.stride(), x.dtype, id(x_ref), id(delta),
+                    ))  # fmt: skip
+        return key
+
+    def _make(self, position: Position, has_scale: bool) -> Plan:
+        shards: list[Shard] = []
+        kinds: dict[int, type[Capture]] = {}
+        for optimizer, update in zip(self._optimizers, self.updates):
+            means = Means(
+                depends_on_x=update == "snapshot",
+                steps_on_any_tensor=self._is_auto,
+                takes_scale=self._is_auto and self._knows_scale and has_scale and is_proportional(optimizer),
+            )
+            for group in optimizer.param_groups:
+                found = [self._shard(optimizer, group, parameter, update, position) for parameter in group["params"]]
+                mine = [shard for shard in found if shard is not None]
+                keeps_delta = [self._displacements.keeps_delta(p) for p in group["params"] if p.requires_grad]
+                for shard, capture in zip(mine, self._rule.captures(mine, means, keeps_delta)):
+                    kinds[id(shard)] = capture
+                shards += mine
+        batches = in_batches(shards, kinds)
+        return Plan(shards, [kinds[id(batch[0])](batch) for batch in batches], self._key(has_scale))
+
+    def _shard(
+        self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor, update: str, position: Position
+    ) -> Shard | None:
+        """The local shard of ``parameter``, or ``None`` if the step leaves it alone."""
+        gradient = local_gradient(parameter)
+        if gradient is None and not parameter.requires_grad:
+            # Frozen: it stays where it is, and starts from there if it is ever trained again.
+            self._displacements.discard(optimizer, parameter)
+            return None
+        if gradient is None and not self._moves_without_gradient:
+            return None
+        before, _ = self._displacements.found(optimizer, parameter)
+        # Without a gradient so far, x is x_ref and Delta is 0. Nothing is stored: base optimizers, and their loaders,
+        # have no state for such a parameter either.
+        has_state = gradient is not None or before is not None
+        if has_state:
+            self._displacements.complete(optimizer, parameter, position)
+        x_ref, delta = self._displacements.found(optimizer, parameter) if has_state else (parameter, None)
+        assert x_ref is not None
+        return Shard(
+            x=local(parameter),
+            x_ref=local(x_ref),
+            delta=None if delta is None else local(delta),
+            gradient=gradient,
+            replicas=self._layout.replicas(parameter),
+            optimizer=optimizer,
+            group=group,
+            decay_is_decoupled=decay_is_decoupled(update, group),
+            parameter=parameter,
+            whole_delta=delta,
+            is_new=before is None,
+            has_state=has_state,
+        )

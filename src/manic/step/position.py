@@ -1,0 +1,105 @@
+"""Where a parameter is: x = x_ref + f * Delta, with Delta recomputed from x, or x verified against it.
+
+It knows the factor f as it is given, S or 1, and no tuner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from manic.step.chunks import Scratch, pieces
+from manic.step.kernels import working_dtype
+
+__all__ = ["Position", "displaced"]
+
+
+class Position:
+    """f_t, on every device that asks for it.
+
+    Args:
+        factor: f_t, 0-dim.
+        eps: Added to it where Delta is recomputed.
+    """
+
+    def __init__(self, factor: Tensor, eps: float) -> None:
+        self.factor, self.eps = factor, eps
+        self._factors = {factor.device: factor}
+
+    def factor_for(self, x: Tensor) -> Tensor:
+        """f_t on the device of ``x``, in its working dtype: 0-dim."""
+        return self._on(x.device).to(working_dtype(x))
+
+    def divisor_for(self, x: Tensor) -> Tensor:
+        """f_t + eps, which recomputed displacements are divided by: 0-dim."""
+        return (self._on(x.device) + self.eps).to(working_dtype(x))
+
+    def delta_from(self, x: Tensor, x_ref: Tensor, scratch: Scratch) -> Tensor:
+        """Recompute Delta_t from pieces of x_t and x_ref: in ``scratch``, of their shape, in the working dtype."""
+        delta = scratch.like(x, working_dtype(x))
+        if x.dtype == delta.dtype:
+            torch.sub(x, x_ref, out=delta)
+        else:
+            delta.copy_(x).sub_(x_ref)
+        return delta.div_(self.divisor_for(x))
+
+    def _on(self, device: torch.device) -> Tensor:
+        if device not in self._factors:
+            self._factors[device] = self.factor.to(device)
+        return self._factors[device]
+
+
+def displaced(places: Sequence[tuple[Tensor, Tensor, Tensor]], factor: Tensor, any_factor: bool) -> list[int]:
+    """Find parameters that are not at x_ref + f * Delta: something else has written them.
+
+    The host waits for the device.
+
+    Args:
+        places: x, x_ref and Delta of each parameter, as local tensors, between steps.
+        factor: f_t, 0-dim.
+        any_factor: Whether x = x_ref + c * Delta is right for any c, as for tuners that leave a parameter without a
+            gradient where an earlier S has put it.
+
+    Returns:
+        Indices into ``places``.
+    """
+    if not places:
+        return []
+    found = torch.stack([_is_elsewhere(*place, factor.to(place[0].device), any_factor).cpu() for place in places])
+    return found.nonzero().flatten().tolist()
+
+
+def _is_elsewhere(x: Tensor, x_ref: Tensor, delta: Tensor, factor: Tensor, any_factor: bool) -> Tensor:
+    whole, dtype = x, working_dtype(x)
+    factor = factor.to(dtype)
+    if any_factor:
+        along, square = torch.zeros_like(factor), torch.zeros_like(factor)
+        for x, x_ref_, delta_ in pieces([whole], [x_ref], [delta]):
+            along += ((x.to(dtype) - x_ref_) * delta_).sum()
+            square += delta_.square().sum()
+        factor = along / (square + torch.finfo(dtype).tiny)
+    error, size = torch.zeros_like(factor), torch.zeros_like(factor)
+    # A checkpoint in low precision may have been loaded into wider parameters: then x is that exact, and no more.
+    coarse = {
+        kind: torch.ones_like(factor, dtype=torch.bool) for kind in (torch.bfloat16, torch.float16, torch.float32)
+    }
+    for x, x_ref_, delta_ in pieces([whole], [x_ref], [delta]):
+        displacement = factor * delta_
+        error += (x.to(dtype) - (x_ref_.to(dtype) + displacement)).square().sum()
+        size += x.to(dtype).square().sum() + displacement.square().sum()
+        for kind, fits in coarse.items():
+            fits &= (x.to(kind).to(x.dtype) == x).all()
+    relative = torch.full_like(factor, torch.finfo(whole.dtype).eps)
+    absolute = torch.full_like(factor, _smallest(whole.dtype))
+    for kind, fits in coarse.items():
+        relative = torch.where(fits, relative.clamp(min=torch.finfo(kind).eps), relative)
+        absolute = torch.where(fits, absolute.clamp(min=_smallest(kind)), absolute)
+    # Written so that a nan is no reason: what is not finite is another matter.
+    return error > (4 * relative).square() * size + (4 * absolute).square() * whole.numel()
+
+
+def _smallest(dtype: torch.dtype) -> float:
+    """The distance of numbers near 0, which are not rounded relative to their size."""
+    return torch.finfo(dtype).tiny * torch.finfo(dtype).eps

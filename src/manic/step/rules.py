@@ -1,0 +1,184 @@
+"""How S enters x: as the factor on Delta, or as the weight of each update; and which captures serve for that.
+
+A rule knows S as a tensor that it is given, and neither the sums that it was learned from nor the tuner.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from manic.step.capture import (
+    Capture,
+    Change,
+    DeltaAsStandIn,
+    DeltaInStorage,
+    NoUpdate,
+    ScaledLearningRate,
+    Snapshot,
+    UpdateInStorage,
+)
+from manic.step.chunks import pieces
+from manic.step.kernels import working_dtype
+from manic.step.position import Position
+from manic.step.shards import Shard
+
+__all__ = ["Means", "Rule", "ScaleDisplacement", "ScaleUpdates", "rule_for"]
+
+
+@dataclass(frozen=True)
+class Means:
+    """What can be done with a base optimizer's update."""
+
+    depends_on_x: bool
+    """Nothing but a snapshot tells it, as far as is known."""
+    steps_on_any_tensor: bool
+    """It takes Delta for the parameter."""
+    takes_scale: bool
+    """It is proportional to the learning rate, which may be another during the step, and the host knows S."""
+
+
+class Rule(ABC):
+    """x_{t+1} from x_ref, Delta, the update and S.
+
+    Args:
+        eps: Added to S where Delta is recomputed.
+    """
+
+    stores_delta: bool | None
+    """Whether Delta is stored by default; ``None``: only of parameters in low precision."""
+    place: str
+    """Where parameters are between steps, in words."""
+
+    def __init__(self, eps: float) -> None:
+        self.eps = eps
+
+    @abstractmethod
+    def position(self, scale: Tensor) -> Position:
+        """Where parameters are between steps, at S_t."""
+
+    @abstractmethod
+    def change(self, scale: Tensor) -> Change:
+        """What is done with the update, at S_{t+1}."""
+
+    @abstractmethod
+    def captures(self, group: Sequence[Shard], means: Means, keeps_delta: Sequence[bool]) -> list[type[Capture]]:
+        """Choose how updates are taken.
+
+        Args:
+            group: The shards of one param group.
+            means: What the base optimizer allows.
+            keeps_delta: Whether Delta is stored, of each trainable parameter of the whole group.
+
+        Returns:
+            A capture for each shard.
+        """
+
+    def restart(self, captures: Sequence[Capture], whether: Tensor, kept: Tensor) -> None:
+        """Move x_ref to x, where ``whether`` is 1; see :class:`manic.tuners.base.Restart`."""
+        raise AssertionError(f"{type(self).__name__} has no restart")
+
+
+class ScaleDisplacement(Rule):
+    """x = x_ref + S * Delta, where Delta is the sum of the updates."""
+
+    stores_delta = True
+    place = "x_ref + S * Delta"
+
+    def position(self, scale: Tensor) -> Position:
+        """S_t is the factor."""
+        return Position(scale, self.eps)
+
+    def change(self, scale: Tensor) -> Change:
+        """Delta += u, and S_{t+1} is the factor."""
+        return Change(scale, None)
+
+    def captures(self, group: Sequence[Shard], means: Means, keeps_delta: Sequence[bool]) -> list[type[Capture]]:
+        """Delta itself where it can be, else the storage of x; a snapshot where there is no other way."""
+
+        def capture_of(shard: Shard) -> type[Capture]:
+            if not shard.has_state:
+                return NoUpdate
+            if means.depends_on_x:
+                return Snapshot
+            if shard.delta is None:
+                return DeltaInStorage
+            if means.steps_on_any_tensor and shard.delta.dtype == shard.x.dtype:
+                return DeltaAsStandIn
+            return UpdateInStorage
+
+        return [capture_of(shard) for shard in group]
+
+
+class ScaleUpdates(Rule):
+    """x += S * u; so Delta, where it is stored, is x - x_ref with what x lost to rounding."""
+
+    stores_delta = None
+    place = "x_ref + Delta"
+
+    def position(self, scale: Tensor) -> Position:
+        """The factor is 1: S is in Delta."""
+        return Position(torch.ones_like(scale), 0.0)
+
+    def change(self, scale: Tensor) -> Change:
+        """Delta += S_{t+1} * u, and the factor is 1."""
+        return Change(torch.ones_like(scale), scale)
+
+    def captures(self, group: Sequence[Shard], means: Means, keeps_delta: Sequence[bool]) -> list[type[Capture]]:
+        """The learning rate where Delta is nowhere stored.
+
+        Where it is stored of some of a group, all take a snapshot: the group has one weight decay.
+        """
+        if means.takes_scale and not any(keeps_delta):
+            capture: type[Capture] = ScaledLearningRate
+        else:
+            capture = UpdateInStorage if all(keeps_delta) and not means.depends_on_x else Snapshot
+        return [capture if shard.has_state else NoUpdate for shard in group]
+
+    def restart(self, captures: Sequence[Capture], whether: Tensor, kept: Tensor) -> None:
+        """Move x to ``kept`` of the way from x_ref, x_ref to x, and let Delta be what x was rounded by.
+
+        All of that where ``whether`` is 1, and nothing where it is 0; the host need not know which. If this is
+        interrupted, x stays where it is by then, back or not, and x_ref moves to it.
+        """
+        shards = [shard for capture in captures for shard in capture.shards if shard.has_state]
+        try:
+            for shard in shards:
+                _restart(shard, whether, kept)
+        except BaseException:
+            for shard in shards:
+                _restart_where_it_is(shard, whether)
+            raise
+
+
+def rule_for(scales: Literal["displacement", "updates"], eps: float) -> Rule:
+    """The rule of a tuner that declares what S multiplies."""
+    return {"displacement": ScaleDisplacement, "updates": ScaleUpdates}[scales](eps)
+
+
+def _restart(shard: Shard, whether: Tensor, kept: Tensor) -> None:
+    dtype = working_dtype(shard.x)
+    whether, kept = whether.to(shard.x.device, dtype), kept.to(shard.x.device, dtype)
+    goes_back = (whether > 0) & (kept < 1)
+    for x, x_ref, delta in pieces([shard.x], [shard.x_ref], [shard.delta]):
+        start = x_ref.to(dtype)
+        displacement = x - start if delta is None else delta
+        place = torch.where(goes_back, start + kept * displacement, x)
+        whole = place if delta is None else torch.where(goes_back, place, start + displacement)
+        x.copy_(place)
+        if delta is not None:
+            delta.lerp_(whole - x, whether)
+        x_ref.lerp_(x, whether.to(x.dtype))
+
+
+def _restart_where_it_is(shard: Shard, whether: Tensor) -> None:
+    weight = whether.to(shard.x.device, working_dtype(shard.x))
+    for x, x_ref, delta in pieces([shard.x], [shard.x_ref], [shard.delta]):
+        if delta is not None:
+            delta.lerp_(torch.zeros_like(delta), weight)
+        x_ref.lerp_(x, weight.to(x.dtype))
