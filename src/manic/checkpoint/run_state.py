@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
-    _get_fqns,  # the name that torch gives a parameter, without wrappers' prefixes; tests/test_run_state.py
+    _get_fqns,  # the name that torch gives a parameter, without wrappers' prefixes; tests/checkpoint/test_run_state.py
     get_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,

@@ -13,8 +13,8 @@ from typing import Any, cast
 
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
-from torch.distributed.checkpoint._traverse import set_element  # as torch's planner does it; tests/test_unpickling.py
-from torch.distributed.checkpoint.filesystem import _StorageInfo  # in every .metadata; tests/test_unpickling.py
+from torch.distributed.checkpoint._traverse import set_element  # as torch's planner does it; test_safe_pickle.py
+from torch.distributed.checkpoint.filesystem import _StorageInfo  # in every .metadata; test_safe_pickle.py
 from torch.distributed.checkpoint.metadata import (
     _MEM_FORMAT_ENCODING,  # in every .metadata, too
     BytesStorageMetadata,

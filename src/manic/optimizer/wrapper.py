@@ -24,7 +24,7 @@ def is_creating_state() -> bool:
     """
     from torch.distributed.checkpoint import state_dict
 
-    # The function has no public name; tests/test_wrapper.py fails if it is renamed.
+    # The function has no public name; tests/optimizer/test_wrapper.py fails if it is renamed.
     code = getattr(getattr(state_dict, "_init_optim_state", None), "__code__", None)
     frame = sys._getframe(1)
     while frame is not None and frame.f_code is not code:
