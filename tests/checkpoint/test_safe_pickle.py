@@ -166,9 +166,9 @@ def checkpointer(directory: Path, model: nn.Module | None = None, mark: Any = 0,
 
 
 @pytest.mark.parametrize(("state", "name"), [
-    (Position(), "test_unpickling.Position"), (frozenset({1}), "builtins.frozenset"),
+    (Position(), "test_safe_pickle.Position"), (frozenset({1}), "builtins.frozenset"),
     (collections.deque([1]), "collections.deque"), (np.float64(1), "numpy._core.multiarray.scalar"),
-    (print, "builtins.print"), ([{"a": (1, Position())}], "test_unpickling.Position"),
+    (print, "builtins.print"), ([{"a": (1, Position())}], "test_safe_pickle.Position"),
 ], ids=lambda value: str(value)[:20])  # fmt: skip
 def test_what_could_not_be_loaded_is_not_saved(state: Any, name: str, tmp_path: Path) -> None:
     expected = rf"objects\.loader\S* holds .*{name}.*torch\.serialization\.add_safe_globals"
@@ -210,7 +210,7 @@ def test_a_class_that_is_admitted_is_saved_and_loaded_and_else_refused_before_an
     weight = model.weight.detach().clone()
     _forget()
     name = {"model": r"model\._extra_state", "optimizer": r"optimizer\.state\.\w+\.mark"}.get(where, r"objects\.loader")
-    with pytest.raises(ValueError, match=rf"step_00000001 is not loaded: .*{name}.* holds test_unpickling\.Position"):
+    with pytest.raises(ValueError, match=rf"step_00000001 is not loaded: .*{name}.* holds test_safe_pickle\.Position"):
         other.load()
     assert torch.equal(model.weight, weight)
     assert Position(3) not in (model.extra, loader.state)

@@ -167,7 +167,7 @@ def save_twice(layout: str, directory: str) -> None:
     pytest.param("fsdp1-hybrid", 4, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_all_that_torch_puts_into_an_index_is_admitted(layout: str, world_size: int, tmp_path: Path) -> None:
-    """Fails when torch changes what an index consists of, or a name that unpickling.py knows."""
+    """Fails when torch changes what an index consists of, or a name that safe_pickle.py knows."""
     run(save_twice, world_size, layout, str(tmp_path))
     found = sorted(tmp_path.glob("*/.metadata"))
     assert len(found) == (1 if layout == "zero1" else 2)
@@ -188,7 +188,7 @@ def test_what_one_rank_cannot_save_again_no_rank_saves() -> None:
     started = Run("fsdp2", "sgd", box[0])
     started.counter.step = 1 if dist.get_rank() == 0 else Counter  # type: ignore[assignment]
     for save in (started.checkpointer.save, started.checkpointer.async_save):
-        with pytest.raises(ValueError, match=r"objects\.counter holds runs\.Counter"):
+        with pytest.raises(ValueError, match=r"objects\.counter holds support\.runs\.Counter"):
             save(1)
     assert list(Path(box[0]).iterdir()) == []
     started.counter.step = 1

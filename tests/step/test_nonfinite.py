@@ -1,4 +1,4 @@
-"""Gradients that are not finite: what each mode promises, on one process. On ranks: distributed/test_faults.py."""
+"""Gradients that are not finite: what each mode promises, on one process. On ranks: test_faults.py."""
 
 from __future__ import annotations
 
