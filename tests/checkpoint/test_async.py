@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import json
 import logging
 import os
@@ -313,17 +311,18 @@ def test_an_object_that_fails_on_one_rank_is_every_ranks_error(tmp_path: Path) -
 
 def save_where_others_do_not_look(directory: str) -> list[int]:
     started = Run("fsdp2", "adamw", f"{directory}/{dist.get_rank()}")
-    if dist.get_rank() == 1:  # its files land elsewhere, as on a node's own disk
-        started.checkpointer._write = functools.partial(_write_elsewhere, started.checkpointer, directory)
-    with pytest.raises(OSError, match=r"__1_0\.distcp is missing.*same directory"):
-        started.checkpointer.save(1)
+    real, elsewhere = LocalFileSystem.open, Path(directory, "1", "elsewhere")
+
+    def open_elsewhere(files: LocalFileSystem, path: str, *args: Any, **kwargs: Any) -> Any:
+        return real(files, str(elsewhere / Path(path).name), *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:  # its files land elsewhere, as on a node's own disk
+            elsewhere.mkdir(parents=True)
+            patch.setattr(LocalFileSystem, "open", open_elsewhere)
+        with pytest.raises(OSError, match=r"__1_0\.distcp is missing.*same directory"):
+            started.checkpointer.save(1)
     return started.checkpointer.steps()
-
-
-def _write_elsewhere(checkpointer: Checkpointer, directory: str, save: Any) -> Any:
-    folder = Path(directory, "1", "elsewhere")
-    folder.mkdir(parents=True)
-    return Checkpointer._write(checkpointer, dataclasses.replace(save, folder=str(folder)))
 
 
 def test_a_directory_that_ranks_do_not_share_is_found_at_the_first_save(tmp_path: Path) -> None:

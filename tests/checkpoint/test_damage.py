@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import itertools
+import json
 import logging
 import os
 import random
@@ -18,7 +19,7 @@ import torch
 
 from manic.checkpoint import DamagedCheckpointError
 from manic.checkpoint.files import Files
-from manic.checkpoint.manifest import MANIFEST
+from manic.checkpoint.manifest import MANIFEST, render
 from manic.testing import run
 from support.runs import Run, assert_identical
 
@@ -217,12 +218,10 @@ def test_a_listing_that_fails_after_a_save_costs_no_checkpoint(monkeypatch: pyte
 
 
 def test_a_newer_format_is_refused_by_name(copies: Path) -> None:
-    from manic.checkpoint import manifest
-
     path = folder(copies, 6) / MANIFEST
-    content = manifest.json.loads(path.read_text())
+    content = json.loads(path.read_text())
     content.pop("sha256")
-    path.write_bytes(manifest._render({**content, "format": 2, "what is new": 1}))
+    path.write_bytes(render({**content, "format": 2, "what is new": 1}))
     with pytest.raises(ValueError, match=r"format 2.*install a newer one"):
         at(copies).checkpointer.load()
 

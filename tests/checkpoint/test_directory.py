@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -116,12 +117,18 @@ def test_a_leftover_that_cannot_be_removed_ends_nothing(url: str, monkeypatch: p
     killed = Directory(url)
     Files(killed.begin(2)).write("content", b"half")
     directory = Directory(url)
+    fs, _ = fsspec.core.url_to_fs(url)
+    remove, failed = fs.rm, []
 
-    def fail(name: str) -> None:
-        raise PermissionError(name)
+    def fail(path: str, *args: Any, **kwargs: Any) -> None:
+        if "step_00000002" in path:
+            failed.append(path)
+            raise PermissionError(path)
+        remove(path, *args, **kwargs)
 
-    monkeypatch.setattr(directory, "_clear", fail)
+    monkeypatch.setattr(fs, "rm", fail)
     save(directory, 3)
+    assert failed
     assert directory.steps() == Directory(url).steps() == [3]
 
 
@@ -129,15 +136,16 @@ def test_while_it_is_removed_it_is_no_step(url: str, monkeypatch: pytest.MonkeyP
     directory = Directory(url)
     save(directory, 1)
     save(directory, 2)
+    fs, root = fsspec.core.url_to_fs(url)
 
-    def die(name: str) -> None:
+    def die(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(directory, "_clear", die)
-    with pytest.raises(KeyboardInterrupt):
-        directory.retire([2])
+    with monkeypatch.context() as patch:
+        patch.setattr(fs, "rm", die)
+        with pytest.raises(KeyboardInterrupt):
+            directory.retire([2])
     after = Directory(url)
     assert after.steps() == [2]
     save(after, 3)
-    fs, root = fsspec.core.url_to_fs(url)
     assert sorted(Path(path).name for path in fs.ls(root, detail=False)) == ["step_00000002", "step_00000003"]

@@ -44,7 +44,7 @@ def save(directory: str) -> tuple[float, float]:
         options = StateDictOptions(flatten_optimizer_state_dict=flat)
         state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=options)))
         dcp.save(state, checkpoint_id=f"{directory}/{'flat' if flat else 'nested'}")
-    return optimizer.scale.item(), optimizer._tuner.state[1, 0].item()
+    return optimizer.scale.item(), optimizer.param_groups[0]["mechanic"][1, 0].item()
 
 
 @functools.cache

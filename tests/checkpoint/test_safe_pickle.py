@@ -31,6 +31,7 @@ from torch.optim import lr_scheduler
 from manic.checkpoint import Checkpointer
 from manic.checkpoint.files import Files
 from manic.checkpoint.safe_pickle import check_loadable, read_metadata
+from support.forgery import put, saved, seal
 
 PREFIX = b"\x80\x04ctorch.distributed.checkpoint.metadata\n"
 MEM_FORMATS = torch_metadata._MEM_FORMAT_ENCODING
@@ -158,11 +159,15 @@ class Marking(torch.optim.SGD):
             self.state[parameter]["mark"] = self.mark
 
 
-def checkpointer(directory: Path, model: nn.Module | None = None, mark: Any = 0, **objects: Any) -> Checkpointer:
-    model = model or nn.Linear(2, 2)
+def marking(model: nn.Module, mark: Any) -> Marking:
     optimizer = Marking(model.parameters(), lr=1.0)
     optimizer.mark = mark
-    return Checkpointer(directory, model, optimizer, objects=objects)
+    return optimizer
+
+
+def checkpointer(directory: Path, model: nn.Module | None = None, mark: Any = 0, **objects: Any) -> Checkpointer:
+    model = model or nn.Linear(2, 2)
+    return Checkpointer(directory, model, marking(model, mark), objects=objects)
 
 
 @pytest.mark.parametrize(("state", "name"), [
@@ -199,14 +204,15 @@ def _forget() -> None:
 def test_a_class_that_is_admitted_is_saved_and_loaded_and_else_refused_before_anything_changes(
     where: str, admitted: None, tmp_path: Path
 ) -> None:
-    def make(state: Any, average: float) -> tuple[Checkpointer, nn.Module, Loader]:
+    def make(state: Any, average: float) -> tuple[Checkpointer, Net, Loader, Marking]:
         model = Net(state if where == "model" else 0)
         both = {"average": torch.full((2,), average), "at": state}
         loader = Loader({"object": state, "beside tensors": both}.get(where, 0))
-        return checkpointer(tmp_path, model, state if where == "optimizer" else 0, loader=loader), model, loader
+        optimizer = marking(model, state if where == "optimizer" else 0)
+        return Checkpointer(tmp_path, model, optimizer, objects={"loader": loader}), model, loader, optimizer
 
     make(Position(3), 1.0)[0].save(1)
-    other, model, loader = make(Position(0), 0.0)
+    other, model, loader, optimizer = make(Position(0), 0.0)
     weight = model.weight.detach().clone()
     _forget()
     name = {"model": r"model\._extra_state", "optimizer": r"optimizer\.state\.\w+\.mark"}.get(where, r"objects\.loader")
@@ -220,7 +226,6 @@ def test_a_class_that_is_admitted_is_saved_and_loaded_and_else_refused_before_an
     torch.serialization.add_safe_globals([Position])
     other.load()
     assert not torch.equal(model.weight, weight)
-    (optimizer,) = other._run.optimizers
     marks = [state["mark"] for state in optimizer.state.values()]
     loaded = {"model": model.extra, "optimizer": marks[0]}.get(where, loader.state)
     assert (loaded["at"] if where == "beside tensors" else loaded) == Position(3)
@@ -278,17 +283,13 @@ def test_the_random_state_is_plain_data(tmp_path: Path) -> None:
 
 
 def test_a_random_state_with_an_array_in_it_is_read_when_arrays_are_admitted(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     """As it was saved by earlier versions."""
-    from manic.checkpoint import checkpointer as checkpoint
-    from manic.checkpoint import run_state
-
-    monkeypatch.setattr(checkpoint, "check_loadable", lambda entries: None)
     one = checkpointer(tmp_path)
-    with monkeypatch.context() as earlier:
-        earlier.setattr(run_state, "_random_state", lambda: {"numpy": np.random.get_state()})
-        one.save(1)
+    folder = Path(str(one.save(1)))
+    put(folder, "random.0.numpy", saved(np.random.get_state()))
+    seal(folder)
     expected = np.random.rand()
     with pytest.raises(ValueError, match=r"random\.0\.numpy holds .*numpy\.ndarray"):
         one.load()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import logging
 import pickle
 import re
@@ -18,10 +16,11 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
-from manic.checkpoint import DamagedCheckpointError, manifest
-from manic.checkpoint.safe_pickle import _ADMITTED, read_metadata
+from manic.checkpoint import DamagedCheckpointError
+from manic.checkpoint.safe_pickle import ADMITTED, read_metadata
 from manic.inspect import inspect
 from manic.testing import ranks, run
+from support.forgery import put, saved, seal
 from support.runs import Counter, Run, assert_identical
 
 OPEN = r"_?io\.open"
@@ -35,36 +34,6 @@ class Bomb:
 
     def __reduce__(self) -> Any:
         return open, (self.path, "w")
-
-
-def seal(folder: Path) -> None:
-    """Make the manifest say that the files are what was written."""
-    path = folder / manifest.MANIFEST
-    content = json.loads(path.read_bytes())
-    content.pop("sha256")
-    for name in content["files"]:
-        whole = (folder / name).read_bytes()
-        content["files"][name] = {"bytes": len(whole), "sha256": hashlib.sha256(whole).hexdigest()}
-    path.write_bytes(manifest._render(content))
-
-
-def saved(thing: Any) -> bytes:
-    stream = io.BytesIO()
-    torch.save(thing, stream)
-    return stream.getvalue()
-
-
-def put(folder: Path, key: str, content: bytes) -> None:
-    """Exchange one entry of a checkpoint."""
-    metadata = pickle.loads((folder / ".metadata").read_bytes())
-    found = [index for index in metadata.storage_data if index.fqn == key]
-    assert found, key
-    for index in found:
-        where = metadata.storage_data[index]
-        with (folder / where.relative_path).open("ab") as stream:
-            where.offset, where.length = stream.tell(), len(content)
-            stream.write(content)
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
 def forge(folder: Path, where: str, path: Path) -> None:
@@ -175,7 +144,7 @@ def test_all_that_torch_puts_into_an_index_is_admitted(layout: str, world_size: 
         recorder = Recorder(io.BytesIO(file.read_bytes()))
         metadata = recorder.load()
         assert len(recorder.names) > 10
-        assert recorder.names <= _ADMITTED.keys()
+        assert recorder.names <= ADMITTED.keys()
         assert read_metadata(file.read_bytes()) == metadata
 
 
