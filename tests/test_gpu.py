@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import problem
 
 from manic import Mechanic
+from support.oracle import problem
 
 pytestmark = [
     pytest.mark.gpu,
@@ -156,7 +156,7 @@ def torchrun(*arguments: str) -> str:
 
 
 def test_fsdp2_over_nccl_equals_one_gpu() -> None:
-    assert "equal" in torchrun(str(HERE / "distributed" / "nccl_worker.py"))
+    assert "equal" in torchrun(str(HERE / "support" / "nccl_worker.py"))
 
 
 @pytest.mark.parametrize("parallel", ["fsdp2", "ddp", "fsdp1"])

@@ -5,12 +5,10 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from oracle import problem
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
 
@@ -18,28 +16,8 @@ from manic import Mechanic, is_mechanized, mechanize
 from manic.step import capture as displacement
 from manic.step import chunks as passes
 from manic.step import kernels
-
-Loss = Callable[[int], Tensor]
-
-
-def adamw(parameters: Any, **options: Any) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameters, **{"lr": 1.0, "weight_decay": 0.1, **options})
-
-
-def train(optimizer: torch.optim.Optimizer, loss: Loss, steps: int, start: int = 0) -> None:
-    for step in range(start, start + steps):
-        optimizer.zero_grad()
-        loss(step).backward()
-        optimizer.step()
-
-
-def tensors(parameters: list[Tensor]) -> list[Tensor]:
-    return [p.detach().clone() for p in parameters]
-
-
-def assert_identical(first: list[Tensor], second: list[Tensor]) -> None:
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a, b)
+from support.oracle import problem
+from support.training import adamw, assert_identical, tensors, train
 
 
 class TestStep:

@@ -8,21 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from manic import Mechanic
-from problems import BASES, PROBLEMS, STEPS, data, learning_rate, start
+from support.golden.problems import BASES, PROBLEMS, STEPS, data, learning_rate, start
+from support.golden.torch_losses import loss
 
-OPTAX = json.loads(Path(__file__).with_name("golden").joinpath("optax.json").read_text())
-
-
-def loss(problem: str, p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-    if problem == "network":
-        return ((torch.tanh(x @ p["w1"] + p["b1"]) @ p["w2"] - y) ** 2).mean()
-    out = x @ p["w"] + p["b"]
-    if problem == "logistic":
-        return torch.log1p(torch.exp(-torch.where(y > 0, 1.0, -1.0).to(x) * out)).mean()
-    return ((out - y) ** 2).mean()
+OPTAX = json.loads((Path(__file__).parent / "support" / "golden" / "optax.json").read_text())
 
 
 def base_class(base: str) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_parity import loss
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from manic import Mechanic
 from manic.takeover import from_mechanic_pytorch
-from problems import PROBLEMS, data, start
+from support.golden.problems import PROBLEMS, data, start
+from support.golden.torch_losses import loss
 
 peer = pytest.importorskip("mechanic_pytorch")
 

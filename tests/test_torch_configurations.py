@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import oracle_of, problem
 from torch import Tensor
 from torch.optim import Optimizer
 
 from manic import Mechanic
+from support.oracle import oracle_of, problem
 
 STEPS = 10
 S_INIT = 1.0

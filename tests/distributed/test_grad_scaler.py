@@ -19,9 +19,9 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor, Replicate, distribute_module
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from layouts import BATCH, Setup, batch, make_net, setup, train
 from manic import Mechanic
 from manic.testing import ranks, run
+from support.layouts import BATCH, Setup, batch, make_net, setup, train
 
 STEPS = 5
 OVERFLOWS = (0, 3)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from layouts import Trained, make_net, train
 from manic.testing import run
+from support.layouts import Trained, make_net, train
 
 STEPS = 20
 S_INIT = 1e-3

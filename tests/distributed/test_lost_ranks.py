@@ -14,25 +14,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from gpt.parallel import make_mesh
-from lost_ranks import FAULTS, MARGIN, TIMEOUT, Trial, trial
 from manic.testing import ranks
-
-LAYOUTS = [
-    *((layout, world_size) for layout in ("single", "ddp", "fsdp2", "fsdp1-orig", "zero1") for world_size in (2, 4)),
-    ("hsdp", 4), ("tp+fsdp2", 4),
-]  # fmt: skip
-MATRIX = [(fault, *layout, lost) for fault in FAULTS for layout in LAYOUTS for lost in ("first", "last")]
-# Every fault and every layout once, as far as that takes a second or is the point of the test.
-SHORT = [
-    ("killed before its first step", "fsdp2", 2, "last"),
-    ("killed before its backward", "ddp", 2, "last"),
-    ("killed while others are in the all_reduce", "tp+fsdp2", 4, "first"),
-    ("killed after it joined the all_reduce", "fsdp1-orig", 2, "last"),
-    ("stopped before its backward", "hsdp", 4, "last"),
-    ("stopped while others are in the all_reduce", "fsdp2", 2, "first"),
-    ("exits before its step", "single", 2, "first"),
-    ("raises before its step", "zero1", 2, "last"),
-]
+from support.lost_rank_cases import MATRIX, SHORT
+from support.lost_ranks import FAULTS, MARGIN, TIMEOUT, Trial, trial
 
 
 def assert_noticed_and_undone(result: Trial, fault: str, closeness: float = 0.0) -> None:

@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import Oracle
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from manic import Mechanic
 from manic.testing import run
+from support.oracle import Oracle
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from manic.checkpoint.files import FileRecord, Files, record_of
 
-__all__ = ["MANIFEST", "DamagedCheckpointError", "Manifest", "Verify"]
+__all__ = ["MANIFEST", "DamagedCheckpointError", "Manifest", "Verify", "render"]
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -59,7 +59,7 @@ class Manifest:
 
     def write(self, files: Files) -> None:
         """Write it beside the files."""
-        files.write(MANIFEST, _render({"format": _FORMAT, **asdict(self)}))
+        files.write(MANIFEST, render({"format": _FORMAT, **asdict(self)}))
 
     @classmethod
     def read(cls, files: Files) -> Manifest:
@@ -84,7 +84,7 @@ class Manifest:
             digest = content.pop("sha256")
         except (ValueError, KeyError, AttributeError, TypeError):
             raise damaged from None
-        if text != _render(content) or digest != _digest(content):
+        if text != render(content) or digest != _digest(content):
             raise damaged
         written_as = content.pop("format")
         if written_as > _FORMAT:
@@ -119,5 +119,6 @@ def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _render(content: dict[str, Any]) -> bytes:
+def render(content: dict[str, Any]) -> bytes:
+    """What manifest.json holds: ``content``, sealed with its digest."""
     return (json.dumps({**content, "sha256": _digest(content)}, indent=1) + "\n").encode()

@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
-    _get_fqns,  # the name that torch gives a parameter, without wrappers' prefixes; tests/test_run_state.py
+    _get_fqns,  # the name that torch gives a parameter, without wrappers' prefixes; tests/checkpoint/test_run_state.py
     get_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 from manic.distributed.collectives import from_every_rank, on_every_rank, rank
 from manic.mechanic import Mechanic
 
-__all__ = ["RunState", "split"]
+__all__ = ["RunState", "parameter_names", "split"]
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class RunState:
         state = on_every_rank(self.collect, group)
         for optimizer in self.optimizers:
             if isinstance(optimizer, ZeroRedundancyOptimizer):
-                _ask_for_groups(optimizer, self._names(), state["optimizer"])
+                _ask_for_groups(optimizer, parameter_names(self.model), state["optimizer"])
         own_keys = frozenset[str]().union(*(getattr(inner, "own_keys", ()) for inner in self._inner()))
         # A pipeline's ranks have different parts of the model.
         names: set[str] = set().union(*from_every_rank(set(_keys(state["model"], "model")), group))
@@ -169,13 +169,9 @@ class RunState:
             inner.append(each)
         return inner
 
-    def _names(self) -> dict[int, str]:
-        """The name in a checkpoint of each parameter, by identity."""
-        return {id(p): min(_get_fqns(self.model, name)) for name, p in self.model.named_parameters()}
-
     def _trainable(self, inner: Optimizer) -> set[str]:
         """The names of an optimizer's parameters that are trained."""
-        names = self._names()
+        names = parameter_names(self.model)
         return {names[id(p)] for group in inner.param_groups for p in group["params"] if p.requires_grad}
 
     def _groups(self, inner: Optimizer) -> dict[str, int]:
@@ -206,11 +202,16 @@ class RunState:
     def _load_optimizers(self, flat: Mapping[str, Any]) -> None:
         for optimizer in self.optimizers:
             if isinstance(optimizer, ZeroRedundancyOptimizer):
-                _load_zero(optimizer, self._names(), flat)
+                _load_zero(optimizer, parameter_names(self.model), flat)
             else:
                 # Not strict: whatever has a state here was asked for and found, and SGD without momentum has none.
                 options = StateDictOptions(strict=False)
                 set_optimizer_state_dict(self.model, optimizer, _nested(flat, self._groups(optimizer)), options=options)
+
+
+def parameter_names(model: nn.Module) -> dict[int, str]:
+    """The name in a checkpoint of each parameter, by identity."""
+    return {id(p): min(_get_fqns(model, name)) for name, p in model.named_parameters()}
 
 
 def _placement(parameter: torch.Tensor) -> str | None:

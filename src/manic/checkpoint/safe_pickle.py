@@ -13,8 +13,8 @@ from typing import Any, cast
 
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
-from torch.distributed.checkpoint._traverse import set_element  # as torch's planner does it; tests/test_unpickling.py
-from torch.distributed.checkpoint.filesystem import _StorageInfo  # in every .metadata; tests/test_unpickling.py
+from torch.distributed.checkpoint._traverse import set_element  # as torch's planner does it; test_safe_pickle.py
+from torch.distributed.checkpoint.filesystem import _StorageInfo  # in every .metadata; test_safe_pickle.py
 from torch.distributed.checkpoint.metadata import (
     _MEM_FORMAT_ENCODING,  # in every .metadata, too
     BytesStorageMetadata,
@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-__all__ = ["Reader", "RefusedError", "SafePlanner", "check_loadable", "read_metadata"]
+__all__ = ["ADMITTED", "Reader", "RefusedError", "SafePlanner", "check_loadable", "read_metadata"]
 
 _WAY_OUT = (
     "Only tensors and plain Python data are loaded. If you trust whoever wrote it, name the classes to "
@@ -226,7 +226,7 @@ _METADATA = "torch.distributed.checkpoint.metadata"
 _OLDER = "torch.distributed._shard.sharded_tensor.metadata"  # where older versions of torch have them
 _LAYOUTS = {str(each): each for each in vars(torch).values() if isinstance(each, torch.layout)}
 
-_ADMITTED: dict[tuple[str, str], Any] = {
+ADMITTED: dict[tuple[str, str], Any] = {
     (_METADATA, "BytesStorageMetadata"): _stand_in(BytesStorageMetadata),
     (_METADATA, "ChunkStorageMetadata"): _stand_in(ChunkStorageMetadata),
     (_METADATA, "Metadata"): _stand_in(Metadata),
@@ -248,14 +248,15 @@ _ADMITTED: dict[tuple[str, str], Any] = {
         for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
     },
 }
+"""What an index may ask for, by module and name, and what it gets."""
 
 
 class _Unpickler(pickle.Unpickler):
     """Knows what an index consists of, and nothing else; none of it runs code, or can be changed."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ADMITTED:
+        if (module, name) not in ADMITTED:
             raise pickle.UnpicklingError(
                 f".metadata asks for {module}.{name}, which no index that DCP writes has in it; it was not looked up"
             )
-        return _ADMITTED[module, name]
+        return ADMITTED[module, name]

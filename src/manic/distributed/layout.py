@@ -20,7 +20,7 @@ Plain = Literal["replicated", "sharded"]
 """What plain tensors are to the ranks of the group: the same on each (DDP), or other parts on each (ZeRO)."""
 
 # FSDP1's mark on its flat parameters and on the original parameters that are views of them. It has no public form;
-# FSDP1 itself tells its parameters by it, and tests/test_layout.py fails if it goes.
+# FSDP1 itself tells its parameters by it, and tests/distributed/test_layout.py fails if it goes.
 _FSDP1_MARK = "_fsdp_flattened"
 
 

@@ -1,0 +1,151 @@
+"""A checkpoint's folder appears whole or not at all, on a local disk and behind a URL that knows no renaming."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from manic.checkpoint.directory import Directory
+from manic.checkpoint.files import Files
+from support.bucket import Bucket  # registers bucket://
+
+
+@pytest.fixture(params=["local", "bucket", "memory"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    prefix = {"local": "", "bucket": f"{Bucket.protocol}://", "memory": "memory://"}[request.param]
+    yield f"{prefix}{tmp_path}/run"
+    if request.param == "memory":
+        fsspec.filesystem("memory").store.clear()
+
+
+def save(directory: Directory, step: int) -> None:
+    Files(directory.begin(step)).write("content", b"%d" % step)
+    directory.publish(step)
+
+
+def test_a_step_is_there_when_it_is_published(url: str) -> None:
+    directory = Directory(url)
+    assert directory.steps() == []
+    folder = directory.begin(12)
+    Files(folder).write("content", b"12")
+    assert directory.steps() == Directory(url).steps() == []
+    directory.publish(12)
+    assert directory.steps() == Directory(url).steps() == [12]
+    assert Files(directory.path(12)).read("content") == b"12"
+
+
+def test_what_is_there_is_not_written_over(url: str) -> None:
+    directory = Directory(url)
+    save(directory, 1)
+    with pytest.raises(FileExistsError, match="never written over"):
+        directory.begin(1)
+    assert Files(directory.path(1)).read("content") == b"1"
+
+
+def test_what_a_killed_save_left_is_no_step_and_goes_at_the_next_save(url: str) -> None:
+    killed = Directory(url)
+    save(killed, 1)
+    for step in (2, 3):
+        Files(killed.begin(step)).write("content", b"half")
+    directory = Directory(url)
+    assert directory.steps() == [1]
+    save(directory, 3)
+    assert directory.steps() == [1, 3]
+    assert Files(directory.path(3)).read("content") == b"3"
+    fs, root = fsspec.core.url_to_fs(url)
+    assert sorted(Path(path).name for path in fs.ls(root, detail=False)) == ["step_00000001", "step_00000003"]
+
+
+def test_an_abandoned_save_leaves_nothing(url: str) -> None:
+    directory = Directory(url)
+    save(directory, 1)
+    Files(directory.begin(2)).write("content", b"half")
+    directory.abandon(2)
+    directory.abandon(7)  # of which there is nothing
+    fs, root = fsspec.core.url_to_fs(url)
+    assert [Path(path).name for path in fs.ls(root, detail=False)] == ["step_00000001"]
+
+
+def test_what_is_complete_cannot_be_abandoned(url: str) -> None:
+    directory = Directory(url)
+    save(directory, 1)
+    directory.abandon(1)
+    assert directory.steps() == [1]
+    assert Files(directory.path(1)).read("content") == b"1"
+
+
+def test_only_what_is_to_be_kept_is_kept(url: str) -> None:
+    directory = Directory(url)
+    for step in range(1, 6):
+        save(directory, step)
+    directory.retire([2, 5])
+    assert directory.steps() == [2, 5]
+
+
+def test_what_is_set_aside_is_no_step_but_still_there(url: str) -> None:
+    directory = Directory(url)
+    save(directory, 1)
+    aside = directory.set_aside(1)
+    assert directory.steps() == []
+    fs, _ = fsspec.core.url_to_fs(url)
+    assert fs.cat(f"{aside}/content") == b"1"
+    save(directory, 1)
+    assert directory.steps() == [1]
+
+
+def test_other_names_are_no_steps(tmp_path: Path) -> None:
+    for name in ("step_", "step_x", "step_1", "steps_1", "step_00000004.tmp", "notes"):
+        (tmp_path / name).mkdir()
+    assert Directory(tmp_path).steps() == []
+    assert Directory(tmp_path / "not" / "there").steps() == []
+
+
+def test_a_relative_path_stays_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    directory = Directory("run")
+    monkeypatch.chdir("/")
+    save(directory, 1)
+    assert (tmp_path / "run" / "step_00000001").is_dir()
+    assert Files(directory.path(1)).read("content") == b"1"
+
+
+def test_a_leftover_that_cannot_be_removed_ends_nothing(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = Directory(url)
+    Files(killed.begin(2)).write("content", b"half")
+    directory = Directory(url)
+    fs, _ = fsspec.core.url_to_fs(url)
+    remove, failed = fs.rm, []
+
+    def fail(path: str, *args: Any, **kwargs: Any) -> None:
+        if "step_00000002" in path:
+            failed.append(path)
+            raise PermissionError(path)
+        remove(path, *args, **kwargs)
+
+    monkeypatch.setattr(fs, "rm", fail)
+    save(directory, 3)
+    assert failed
+    assert directory.steps() == Directory(url).steps() == [3]
+
+
+def test_while_it_is_removed_it_is_no_step(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = Directory(url)
+    save(directory, 1)
+    save(directory, 2)
+    fs, root = fsspec.core.url_to_fs(url)
+
+    def die(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fs, "rm", die)
+        with pytest.raises(KeyboardInterrupt):
+            directory.retire([2])
+    after = Directory(url)
+    assert after.steps() == [2]
+    save(after, 3)
+    assert sorted(Path(path).name for path in fs.ls(root, detail=False)) == ["step_00000002", "step_00000003"]

@@ -1,0 +1,115 @@
+"""Ranks that are killed, mid-step and mid-save, cost the steps since the last checkpoint and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from manic.testing import run
+from support.jobs import LAUNCH, SMALL, children_of, job, kill_all, records, wait_until
+
+
+def ranks_of(agent: subprocess.Popen[bytes]) -> list[int]:
+    """The processes that torchrun started and that still live."""
+    found = []
+    for pid in children_of(agent.pid):
+        with contextlib.suppress(OSError):
+            if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
+
+
+def is_saving(directory: Path, since: int = 0) -> bool:
+    """Whether a checkpoint is unfinished that was begun after ``since``, in nanoseconds of the clock."""
+    with contextlib.suppress(FileNotFoundError):
+        return any(path.stat().st_mtime_ns > since for path in directory.glob(".incomplete_*"))
+    return False
+
+
+def wait_for_a_new_life(agent: subprocess.Popen[bytes], before: list[int], file: Path) -> int:
+    """Until two new ranks have taken a step; when they were there, by the clock."""
+    wait_until(lambda: len(ranks_of(agent)) == 2 and not set(ranks_of(agent)) & set(before), agent)
+    began = time.time_ns()
+    wait_until(lambda: file.exists() and file.stat().st_mtime_ns > began and len(records(file)) > 0, agent)
+    return began
+
+
+def has_reached(file: Path, step: int) -> bool:
+    return max(records(file), default=0) >= step
+
+
+def kill_again_and_again(tmp_path: Path, kills: int, seed: int, *arguments: str) -> tuple[list[int], int]:
+    """Let torchrun train, and kill one rank after the other; half of the time, while a checkpoint is being written.
+
+    Returns:
+        The newest checkpoint at each kill, and how many kills left one unfinished.
+    """
+    rng = random.Random(seed)
+    file, checkpoints = tmp_path / "killed.jsonl", tmp_path / "run"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "--max-restarts", str(kills), str(LAUNCH / "train.py"), *SMALL, *arguments,
+        "--checkpoint-dir", str(checkpoints), "--metrics", str(file),
+    ]  # fmt: skip
+    reached, unfinished = [], 0
+    # As in launch/*.sh: a store for each life, so that none reads the addresses of the last one.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    with (tmp_path / "output.txt").open("w") as output:
+        agent = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+        try:
+            before: list[int] = []
+            for _ in range(kills):
+                began = wait_for_a_new_life(agent, before, file)
+                target = max(records(file)) + rng.randint(0, 20)
+                wait_until(functools.partial(has_reached, file, target), agent)
+                time.sleep(rng.uniform(0.0, 0.05))
+                if rng.random() < 0.5:
+                    wait_until(functools.partial(is_saving, checkpoints, began), agent)
+                before = ranks_of(agent)
+                os.kill(rng.choice(before), signal.SIGKILL)
+                unfinished += is_saving(checkpoints, began)
+                reached.append(max(step_numbers(checkpoints), default=0))
+            assert agent.wait(timeout=600) == 0, (tmp_path / "output.txt").read_text()[-4000:]
+        finally:
+            kill_all(agent)
+    return reached, unfinished
+
+
+def step_numbers(directory: Path) -> list[int]:
+    names = os.listdir(directory) if directory.is_dir() else []
+    return [int(name.removeprefix("step_")) for name in names if name.startswith("step_")]
+
+
+def assert_as_if_undisturbed(tmp_path: Path, kills: int, seed: int, *arguments: str) -> None:
+    arguments = ("--steps", str(25 * kills), "--checkpoint-every", "3", *arguments)
+    run(job, 2, *arguments, "--metrics", str(tmp_path / "whole.jsonl"), timeout=280)
+    whole = records(tmp_path / "whole.jsonl")
+    reached, unfinished = kill_again_and_again(tmp_path, kills, seed, *arguments)
+    print(f"{kills} kills, {unfinished} of them while saving; newest checkpoint at each: {reached}")
+    assert records(tmp_path / "killed.jsonl") == whole
+    assert reached == sorted(reached), "a checkpoint was lost"
+    assert unfinished, "no kill hit a save"
+    # The main job would go back behind a damaged checkpoint, and end alike.
+    assert not list((tmp_path / "run").glob(".damaged_*"))
+    assert "going back" not in (tmp_path / "output.txt").read_text()
+    assert not is_saving(tmp_path / "run")
+
+
+def test_a_run_that_is_killed_ends_bit_for_bit_as_if_it_had_not_been(tmp_path: Path) -> None:
+    assert_as_if_undisturbed(tmp_path, 2, 1, "--async-save")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize("how", [["--async-save"], []], ids=["async", "sync"])
+def test_a_run_that_is_killed_thirty_times(how: list[str], tmp_path: Path) -> None:
+    assert_as_if_undisturbed(tmp_path, 30, 7 + len(how), *how)

@@ -1,0 +1,206 @@
+"""Ranks that drift apart are found out, with the first rank and parameter; ranks that don't are left in peace."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from manic import Mechanic
+from manic.distributed.layout import local
+from manic.testing import ranks, run
+from support.fault_cases import LAYOUTS
+from support.layouts import Setup, setup
+from support.snapshots import differing, everyone, everything, take_steps
+
+# Layouts in which some elements are on several ranks, and the ranks that hold those of a parameter there.
+COPIES = {
+    ("ddp", 2): [0, 1], ("ddp", 3): [0, 1, 2], ("hsdp", 4): [0, 2], ("tp", 2): [0, 1], ("tp+fsdp2", 4): [0, 1],
+    ("fsdp1-hybrid", 4): [0, 2],
+}  # fmt: skip
+
+
+def shared_parameter(layout: str, mechanic: Mechanic) -> Tensor:
+    """A parameter of which there are copies."""
+    parameters = mechanic.param_groups[0]["params"]
+    for number, parameter in enumerate(parameters):
+        is_matrix_of_tp = layout in ("tp", "tp+fsdp2") and number < 3  # up.weight, up.bias and down.weight are split
+        if parameter.requires_grad and not is_matrix_of_tp and local(parameter.detach()).numel():
+            return parameter
+    raise AssertionError("none")
+
+
+def check_layout(layout: str) -> None:
+    prepared = setup(layout, "adamw", torch.float64, s_init=1e-3)
+    prepared.mechanic.check_consistency()  # before the first step, too
+    take_steps(prepared, 0, 3)
+    before = everything(prepared)
+    prepared.mechanic.check_consistency()
+    assert differing(before, everything(prepared)) == []
+    take_steps(prepared, 3, 2)
+    prepared.mechanic.check_consistency()
+
+
+@pytest.mark.parametrize(("layout", "world_size"), LAYOUTS)
+def test_a_sound_run_is_consistent(layout: str, world_size: int) -> None:
+    run(check_layout, world_size, layout)
+
+
+def drift(layout: str, holders: list[int], what: str) -> None:
+    rank = dist.get_rank()
+    prepared: Setup = setup(layout, "adamw", torch.float64, s_init=1e-3)
+    take_steps(prepared, 0, 3)
+    mechanic = prepared.mechanic
+    parameter = shared_parameter(layout, mechanic)
+    odd = holders[-1]
+    if rank == odd:
+        with torch.no_grad():
+            tensor = {
+                "the value": parameter, "x_ref": mechanic.state[parameter]["mechanic_x_ref"],
+                "Delta": mechanic.state[parameter]["mechanic_delta"],
+            }[what]  # fmt: skip
+            flat = local(tensor.detach()).view(-1)
+            flat[-1] = torch.nextafter(flat[-1], torch.tensor(9.0, dtype=flat.dtype))  # one bit
+    with pytest.raises(RuntimeError, match="ranks have drifted apart") as caught:
+        mechanic.check_consistency()
+    message = str(caught.value)
+    assert len(set(everyone(message))) == 1
+    pattern = rf"{what} of parameter \d+ of group 0, shape .* on rank (\d) is not what rank (\d) holds"
+    found = re.search(pattern, message)
+    assert found, message
+    if len(holders) > 2:
+        assert int(found[1]) == odd
+    else:  # with two copies, nobody can tell which is wrong
+        assert {int(found[1]), int(found[2])} == set(holders), message
+
+
+@pytest.mark.parametrize("what", ["the value", "x_ref", "Delta"])
+@pytest.mark.parametrize(("layout", "world_size"), COPIES)
+def test_one_bit_on_one_rank_is_found(layout: str, world_size: int, what: str) -> None:
+    run(drift, world_size, layout, COPIES[layout, world_size], what)
+
+
+def two_parameters() -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(3, 4).requires_grad_(), torch.randn(5).requires_grad_()]
+
+
+def step_on_ones(optimizer: Any) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+
+@ranks(3)
+@pytest.mark.parametrize("what", ["tuner", "lr"])
+def test_a_tuner_or_a_setting_that_differs_is_found(what: str) -> None:
+    optimizer = Mechanic(torch.optim.SGD(two_parameters(), lr=1.0))
+    step_on_ones(optimizer)
+    if dist.get_rank() == 1:
+        if what == "tuner":
+            optimizer._tuner.state[3] *= 1 + 1e-15
+        else:
+            optimizer.param_groups[0]["lr"] = 0.5
+    words = "the tuner of rank 1 is not that of rank 0: S is" if what == "tuner" else "the settings of rank 1 are not"
+    with pytest.raises(RuntimeError, match=words):
+        optimizer.check_consistency()
+
+
+@ranks(2)
+def test_every_so_many_steps_if_asked() -> None:
+    optimizer = Mechanic(torch.optim.SGD(two_parameters(), lr=1.0), check_every=3)
+    step_on_ones(optimizer)
+    with torch.no_grad():
+        optimizer.state[optimizer.param_groups[0]["params"][1]]["mechanic_x_ref"][4] += float(dist.get_rank())
+    step_on_ones(optimizer)
+    step_on_ones(optimizer)
+    with pytest.raises(RuntimeError, match="of parameter 1 of group 0, shape \\(5,\\) on rank"):
+        step_on_ones(optimizer)
+
+
+@ranks(2)
+@pytest.mark.parametrize("variant", ["optax", "pytorch"])
+def test_ranks_of_which_one_has_failed_a_step_meet_at_the_next_check(variant: str) -> None:
+    """The steps of both count, so that none checks while another steps."""
+    base = torch.optim.SGD(two_parameters(), lr=1.0)
+    optimizer = Mechanic(base, check_every=2, variant=variant, s_init=0.1)
+    step_on_ones(optimizer)
+    step = base.step
+
+    def step_and_fail() -> None:
+        step()
+        raise OSError("out of luck")
+
+    if dist.get_rank() == 1:
+        base.step = step_and_fail  # type: ignore[method-assign]
+        with pytest.MonkeyPatch.context() as patch:
+            if variant == "pytorch":  # the other rank waits for this one's second sums, after the base step
+                patch.setattr(base, "step", step)
+                patch.setattr("manic.mechanic.write_back", step_and_fail_instead)
+            with pytest.raises(OSError, match="out of luck"):
+                step_on_ones(optimizer)
+        base.step = step  # type: ignore[method-assign]
+    else:
+        step_on_ones(optimizer)
+    with pytest.raises(RuntimeError, match="ranks have drifted apart: the tuner of rank"):
+        step_on_ones(optimizer)
+
+
+def step_and_fail_instead(*_: Any) -> None:
+    raise OSError("out of luck")
+
+
+@ranks(2)
+def test_a_check_changes_nothing() -> None:
+    """Neither for parameters that are frozen for a while, nor for ones that were just added."""
+    results = []
+    for checks in (False, True):
+        parameters = two_parameters()
+        optimizer = Mechanic(torch.optim.SGD(parameters, lr=1.0), s_init=0.1)
+        for step in range(6):
+            parameters[1].requires_grad_(step not in (2, 3))
+            if step == 4:
+                added = torch.ones(2, requires_grad=True)
+                optimizer.add_param_group({"params": [added]})
+            if checks:
+                optimizer.check_consistency()
+            if step == 4:
+                with torch.no_grad():
+                    added.fill_(0.5)  # weights that are loaded late
+            for p in (*parameters, *([added] if step >= 4 else [])):
+                p.grad = p.detach() + 1.0 if p.requires_grad else None
+            optimizer.step()
+        results.append((optimizer.scale, *(p.detach().clone() for p in (*parameters, added))))
+    for a, b in zip(*results):
+        assert torch.equal(a, b)
+
+
+@ranks(2)
+def test_an_edit_on_all_ranks_is_told_from_drift() -> None:
+    optimizer = Mechanic(torch.optim.SGD(two_parameters(), lr=1.0), s_init=0.1)
+    step_on_ones(optimizer)
+    parameter = optimizer.param_groups[0]["params"][1]
+    with torch.no_grad():
+        parameter.clamp_(-0.1, 0.1)
+    with pytest.raises(
+        RuntimeError, match=r"1 of 2 parameters are not x_ref .* parameter 1 of group 0.*call rebase\(\)"
+    ):
+        optimizer.check_consistency()
+    optimizer.rebase()
+    optimizer.check_consistency()
+
+
+@ranks(2)
+def test_drift_goes_by_the_ranks_of_the_group_alone() -> None:
+    """Two models side by side, each in a group of its own, are not compared with each other."""
+    groups = [dist.new_group([rank]) for rank in range(2)]
+    rank = dist.get_rank()
+    model = nn.Linear(2 + rank, 2)
+    optimizer = Mechanic(torch.optim.SGD(model.parameters(), lr=1.0 + rank), process_group=groups[rank])
+    step_on_ones(optimizer)
+    optimizer.check_consistency()

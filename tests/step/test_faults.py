@@ -1,0 +1,144 @@
+"""Every fault in every layout and on every rank: all ranks act alike, and nothing of the step is left behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from manic.distributed.layout import local
+from manic.testing import run
+from support.fault_cases import ERRORS, GRADIENTS, LAYOUTS, NO_PIPELINE, Gradient, quick_first
+from support.layouts import Setup, setup
+from support.snapshots import backward, differing, everyone, everything, take_steps
+
+BEFORE, AFTER = 3, 3
+"""Steps before and after the one in which the fault is."""
+
+
+def poison(prepared: Setup, value: float) -> bool:
+    """Put ``value`` into one of this rank's gradients; False if it has none."""
+    for group in prepared.mechanic.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None and local(parameter.grad).numel():
+                local(parameter.grad.detach()).view(-1)[-1] = value
+                return True
+    return False
+
+
+def gradient_fault(layout: str, rank: int, fault: Gradient) -> None:
+    """On each rank: the step with the bad gradient never happened."""
+    options = {**dict(fault.options), "nonfinite": fault.nonfinite, "s_init": 1e-3}
+    undisturbed = setup(layout, fault.base, torch.float64, **options)
+    take_steps(undisturbed, 0, BEFORE)
+    take_steps(undisturbed, BEFORE + 1, AFTER)
+    expected = everything(undisturbed)
+
+    prepared = setup(layout, fault.base, torch.float64, **options)
+    take_steps(prepared, 0, BEFORE)
+    backward(prepared, BEFORE)
+    here = dist.get_rank() if dist.is_initialized() else 0
+    poisoned = poison(prepared, fault.value) if here == rank else False
+    assert any(everyone(poisoned)), "no rank has a gradient to spoil"
+    before = everything(prepared)
+    message = ""
+    try:
+        prepared.optimizer.step()
+    except RuntimeError as error:
+        message = str(error)
+    after = everything(prepared)
+    assert len(set(everyone(message))) == 1, "ranks say different things"
+    if fault.nonfinite == "raise":
+        assert f"step {BEFORE + 1} was not taken" in message, message
+        assert f"rank {rank}: 1 of " in message, message
+        assert differing(before, after) == []
+    else:
+        assert message == ""
+        assert prepared.mechanic.metrics()["nonfinite_steps"] == 1
+        after["tuner"][7] = 0
+        assert differing(before, after) == []
+    take_steps(prepared, BEFORE + 1, AFTER)
+    found = everything(prepared)
+    found["tuner"][7] = 0
+    assert differing(expected, found) == [], "the steps after it are not those of a run without it"
+
+
+def error_fault(layout: str, rank: int, where: str) -> None:
+    """On one rank, an exception in mid-step: there, parameters hold an iterate, and all that was set is put back."""
+    here = dist.get_rank() if dist.is_initialized() else 0
+    prepared = setup(layout, "adamw", torch.float64, s_init=1e-3)
+    take_steps(prepared, 0, BEFORE)
+    backward(prepared, BEFORE)
+    before = everything(prepared)
+    mechanic = prepared.mechanic
+    if here == rank:
+        with pytest.MonkeyPatch.context() as patch:
+            inject(mechanic, where, patch)
+            with pytest.raises(OSError, match="out of luck"):
+                mechanic.step()  # not ZeRO's, whose broadcasts need all ranks
+        after = everything(prepared)
+        changed = differing(before, after)
+        own = [name for name in changed if not name.startswith(("exp_avg", "step"))]
+        if where == "before the base optimizer's step":
+            assert changed == []
+        else:  # AdamW has stepped, on Delta: x is moved by that, at the scale as it was
+            assert all(name.startswith(("mechanic_delta", "parameter")) for name in own), own
+            assert own, "the base optimizer has done nothing: the test shows nothing"
+            assert_at_the_old_scale(mechanic, before)
+    else:
+        mechanic.step()
+        assert torch.isfinite(mechanic.scale)
+
+
+@torch.no_grad()
+def assert_at_the_old_scale(mechanic: Any, before: dict[str, Any]) -> None:
+    scale = before["tuner"][3].sum()
+    for group in mechanic.param_groups:
+        for parameter in group["params"]:
+            state = mechanic.state.get(parameter, {})
+            if "mechanic_delta" in state:
+                right = local(state["mechanic_x_ref"]) + scale * local(state["mechanic_delta"])
+                torch.testing.assert_close(local(parameter), right, rtol=1e-14, atol=1e-14)
+
+
+def inject(mechanic: Any, where: str, patch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("out of luck")
+
+    base = mechanic.optimizers[0]
+    if where == "before the base optimizer's step":
+        patch.setattr(base, "step", fail)
+    elif where == "after it":
+        step = base.step
+
+        def step_and_fail(*_: Any) -> None:
+            step()
+            fail()
+
+        patch.setattr(base, "step", step_and_fail)
+    elif where == "in the tuner":
+        patch.setattr(mechanic._tuner, "update", fail)
+    elif where == "while parameters are written":
+        patch.setattr("manic.mechanic.write_back", fail)  # called with what the tuner has made of the sums
+    else:
+        raise AssertionError(where)
+
+
+def on_each_rank(case: str, layout: str, fault: Any) -> int:
+    """Called on every rank: the fault on one rank after the other."""
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    for rank in range(world_size):
+        {"gradient": gradient_fault, "error": error_fault}[case](layout, rank, fault)
+    return world_size
+
+
+@pytest.mark.parametrize(("layout", "world_size", "fault"), quick_first(LAYOUTS, GRADIENTS), ids=str)
+def test_a_gradient_that_is_not_finite(layout: str, world_size: int, fault: Gradient) -> None:
+    assert run(on_each_rank, world_size, "gradient", layout, fault) == [world_size] * world_size
+
+
+@pytest.mark.parametrize(("layout", "world_size", "where"), quick_first(NO_PIPELINE, list(ERRORS)), ids=str)
+def test_an_error_in_the_middle_of_a_step(layout: str, world_size: int, where: str) -> None:
+    assert run(on_each_rank, world_size, "error", layout, where) == [world_size] * world_size

@@ -1,0 +1,163 @@
+"""A step that fails at any of its operators leaves parameters, tuner and settings as they were."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from manic import Mechanic
+from manic.step import chunks as passes
+from support.failing import FailsAt
+
+BASES = {
+    "AdamW": lambda ps: torch.optim.AdamW(ps, lr=1.0, weight_decay=0.1, foreach=False),
+    "AdamW, foreach": lambda ps: torch.optim.AdamW(ps, lr=1.0, weight_decay=0.1, foreach=True),
+    "AdamW, fused": lambda ps: torch.optim.AdamW(ps, lr=1.0, weight_decay=0.1, fused=True),
+    "SGD, coupled decay": lambda ps: torch.optim.SGD(ps, lr=1.0, momentum=0.9, weight_decay=0.1, foreach=False),
+}
+OPTIONS = [
+    {}, {"nonfinite": "ignore"}, {"update": "snapshot"}, {"store_delta": False},
+    {"store_delta": False, "nonfinite": "ignore"}, {"variant": "pytorch"}, {"update": "decoupled"},
+    {"variant": "multiplicative"},
+]  # fmt: skip
+CASES = [
+    pytest.param(
+        base, options, dtype,
+        marks=pytest.mark.slow if "foreach" in base or (dtype, base) == (torch.bfloat16, "AdamW, fused") else (),
+    )
+    for base in BASES
+    for options in OPTIONS
+    for dtype in (torch.float64, torch.bfloat16)
+    if dtype == torch.float64 or "store_delta" not in options
+    if base != "SGD, coupled decay" or "update" not in options
+]  # fmt: skip
+
+
+def make(base: str, options: dict[str, Any], dtype: torch.dtype, steps: int = 3) -> tuple[list[Tensor], Mechanic]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3,), (), (6, 5), (40,)]  # of which the last is worked on in pieces
+    parameters = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    optimizer = Mechanic(BASES[base](parameters), s_init=1e-2, **options)
+    for step in range(steps):
+        set_gradients(parameters, step)
+        optimizer.step()
+    return parameters, optimizer
+
+
+def set_gradients(parameters: list[Tensor], step: int) -> None:
+    generator = torch.Generator().manual_seed(10 + step)
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+
+@pytest.mark.parametrize(("base", "options", "dtype"), CASES, ids=str)
+def test_whichever_operator_fails(
+    base: str, options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passes, "_SMALL", 10)  # the first two together, the others each alone
+    monkeypatch.setattr(passes, "_CPU_PIECE", 30)
+    parameters, optimizer = make(base, options, dtype)
+    set_gradients(parameters, 3)
+    begins: list[int] = []
+    base_step = optimizer.optimizers[0].step
+    with FailsAt(None) as whole, monkeypatch.context() as patch:
+        patch.setattr(optimizer.optimizers[0], "step", lambda: (begins.append(whole.count), base_step()))
+        optimizer.step()
+    assert whole.count > 30
+    moved_to = [p.detach().clone() for p in parameters]
+
+    rounding = 1e-12 if dtype == torch.float64 else 2**-7
+    stored = options.get("store_delta", options.get("variant") != "multiplicative" or dtype == torch.bfloat16)
+    for at in range(1, whole.count + 1):
+        parameters, optimizer = make(base, options, dtype)
+        before = [p.detach().clone() for p in parameters]
+        tuner = optimizer._tuner.state.clone()
+        names = {p: set(optimizer.state[p]) for p in parameters}
+        set_gradients(parameters, 3)
+        gradients = [p.grad for p in parameters]
+        with pytest.raises(MemoryError), FailsAt(at) as mode:
+            optimizer.step()
+        where = f"operator {at} of {whole.count}, {mode.failed_in}"
+
+        assert torch.equal(optimizer._tuner.state, tuner), where
+        assert torch.is_grad_enabled()
+        assert optimizer.param_groups[0]["weight_decay"] == 0.1, where
+        assert all(p is q for p, q in zip(optimizer.param_groups[0]["params"], parameters)), where
+        assert [p.grad for p in parameters] == gradients or all(p.grad is g for p, g in zip(parameters, gradients))
+        assert {p: set(optimizer.state[p]) for p in parameters} == names, where
+        for p, x, after in zip(parameters, before, moved_to):
+            if at <= begins[0] and stored:
+                assert torch.equal(p.detach(), x), where
+            # Where an update has arrived in Delta, x is moved by it, at the scale as it was.
+            bound = 2.0 * float((after - x).abs().max()) + 1e-9
+            if options.get("variant") == "multiplicative":  # of the base's own step, decay may have come alone
+                bound += 0.2 * float(optimizer.scale * x.abs().max())
+            torch.testing.assert_close(p.detach(), x, rtol=rounding, atol=bound, msg=where)
+        if stored:
+            optimizer.check_consistency()  # and Delta is the one of where the parameters are
+        set_gradients(parameters, 3)
+        optimizer.step()
+        optimizer.check_consistency()
+        if at <= begins[0] and stored:
+            assert_equal(parameters, moved_to, where)
+
+
+@pytest.mark.parametrize(("base", "options"), [
+    ("AdamW", {}), ("AdamW, fused", {"nonfinite": "ignore"}), ("SGD, coupled decay", {"store_delta": False}),
+    ("AdamW", {"update": "snapshot"}), ("AdamW", {"variant": "pytorch"}), ("AdamW", {"variant": "multiplicative"}),
+], ids=str)  # fmt: skip
+def test_a_first_step_that_fails_at_any_operator_leaves_no_trace(
+    base: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passes, "_SMALL", 10)
+    undisturbed, optimizer = make(base, options, torch.float64, steps=0)
+    set_gradients(undisturbed, 0)
+    with FailsAt(None) as whole:
+        optimizer.step()
+    for step in (1, 2):
+        set_gradients(undisturbed, step)
+        optimizer.step()
+    for at in range(1, whole.count + 1):
+        parameters, optimizer = make(base, options, torch.float64, steps=0)
+        before = [p.detach().clone() for p in parameters]
+        set_gradients(parameters, 0)
+        with pytest.raises(MemoryError), FailsAt(at) as mode:
+            optimizer.step()
+        where = f"operator {at} of {whole.count}, {mode.failed_in}"
+        assert len(optimizer.state) == 0, where
+        assert_equal(parameters, before, where)
+        for step in range(3):
+            set_gradients(parameters, step)
+            optimizer.step()
+        assert_equal(parameters, undisturbed, where)
+
+
+def assert_equal(parameters: list[Tensor], others: list[Tensor], where: str) -> None:
+    for p, q in zip(parameters, others):
+        assert torch.equal(p.detach(), q.detach()), where
+
+
+def test_an_error_in_the_closure_or_in_a_hook_before_a_step_changes_nothing() -> None:
+    parameters, optimizer = make("AdamW", {}, torch.float64)
+    before, tuner = [p.detach().clone() for p in parameters], optimizer._tuner.state.clone()
+
+    def fail(*_: Any) -> None:
+        raise MemoryError("out of luck")
+
+    with pytest.raises(MemoryError):
+        optimizer.step(fail)
+    handle = optimizer.register_step_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        optimizer.step()
+    handle.remove()
+    handle = optimizer.optimizers[0].register_step_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        optimizer.step()
+    handle.remove()
+    assert torch.equal(optimizer._tuner.state, tuner)
+    assert torch.is_grad_enabled()
+    for p, x in zip(parameters, before):
+        assert torch.equal(p.detach(), x)

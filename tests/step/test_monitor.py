@@ -1,0 +1,100 @@
+"""A scale that is stuck, at its bound, or running away is spoken of, once."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+from manic import Mechanic
+from manic.step.monitor import INTERVAL, PATIENCE
+from support.oracle import problem
+
+
+class Listener(logging.Handler):
+    """Notes what manic says through logging."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+        logging.getLogger("manic").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+def run(steps: int, zero: bool = False, **options: Any) -> tuple[Mechanic, list[str]]:
+    """Train on the little problem, or on gradients of 0, and collect what is said."""
+    parameters, loss = problem()
+    lr = options.pop("lr", 1.0)
+    optimizer = Mechanic(torch.optim.AdamW(parameters, lr=lr), **options)
+    heard = Listener()
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss(step).backward()
+        if zero:
+            for parameter in parameters:
+                parameter.grad.zero_()  # type: ignore[union-attr]
+        optimizer.step()
+    return optimizer, heard.messages
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"nonfinite": "ignore"}, {"variant": "pytorch"}, {"nonfinite": "skip"}], ids=str
+)
+def test_a_scale_that_has_not_left_its_start(options: dict[str, Any]) -> None:
+    assert run(PATIENCE - 1, zero=True, **options)[1] == []
+    _, said = run(2 * PATIENCE, zero=True, **options)
+    assert len(said) == 1
+    assert f"after {PATIENCE} steps: it has not left its start" in said[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"nonfinite": "ignore"}, {"variant": "pytorch"}], ids=str)
+@pytest.mark.parametrize("lr", [1e-4, 1.0, 1e3])
+def test_a_run_that_learns_is_not_spoken_of(lr: float, options: dict[str, Any]) -> None:
+    optimizer, said = run(PATIENCE + 10, lr=lr, **options)
+    assert said == []
+    assert optimizer.scale > 0
+
+
+def test_a_start_that_was_right_is_not_taken_for_stuck() -> None:
+    learned = run(PATIENCE)[0].scale.item()
+    assert run(PATIENCE + 10, s_init=learned)[1] == []
+
+
+def test_a_scale_that_runs_away() -> None:
+    parameter = torch.ones(10, requires_grad=True)
+    optimizer = Mechanic(torch.optim.SGD([parameter], lr=1.0), s_decay=0.0)
+    heard = Listener()
+    for _ in range(200):  # downhill without end
+        parameter.grad = torch.ones(10)
+        optimizer.step()
+    assert ["probably run away" in message for message in heard.messages] == [True]
+
+
+@pytest.mark.parametrize("options", [{}, {"variant": "pytorch"}, {"store_delta": False}], ids=str)
+def test_s_max_holds_the_scale_and_says_so_once(options: dict[str, Any]) -> None:
+    free, said = run(100, **options)
+    assert said == []
+    bound = free.scale.item() / 3
+    optimizer, said = run(100, s_max=bound, **options)
+    assert optimizer.scale.item() <= bound * (1 + 1e-12)
+    assert len(said) == 1
+    assert "held there" in said[0]
+    assert run(100, s_max=100.0, **options)[0].scale == free.scale
+
+
+def test_where_the_host_does_not_hear_of_the_scale_it_asks_now_and_then() -> None:
+    parameter = torch.ones(10, requires_grad=True)
+    optimizer = Mechanic(torch.optim.SGD([parameter], lr=1.0), s_decay=0.0, nonfinite="ignore")
+    heard, said_after = Listener(), []
+    for step in range(2 * INTERVAL):
+        parameter.grad = torch.ones(10)
+        optimizer.step()
+        if heard.messages:
+            said_after.append(step + 1)
+            heard.messages.clear()
+    assert len(said_after) == 1
+    assert said_after[0] in (PATIENCE, INTERVAL)

@@ -1,0 +1,1 @@
+"""Problems that optax was run on, and what came of it."""

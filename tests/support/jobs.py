@@ -1,0 +1,55 @@
+"""The main job, small: run on ranks, started by torchrun, waited for, killed, and its records read."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from report import read_records
+
+from train import parse, train
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+SMALL = (
+    "--layers 2 --width 32 --heads 4 --seq-len 32 --batch-size 8 --device cpu --log-every 1 --eval-every 0 "
+    f"--data {Path(__file__).parent / 'golden'} "
+    "--variant optax --lr 300"  # from a scale of 6e-6: parameters move in few steps
+).split()
+
+
+def job(*arguments: str) -> None:
+    train(parse([*SMALL, *arguments]), torch.device("cpu"))
+
+
+def records(file: Path) -> dict[int, dict[str, Any]]:
+    """What does not depend on the clock, by step."""
+    kept = ("loss", "scale", "lr", "h", "grad_norm", "param_norm")
+    return {r["step"]: {k: r[k] for k in kept if k in r} for r in read_records(file) if "loss" in r}
+
+
+def wait_until(condition: Any, process: subprocess.Popen[bytes], timeout: float = 120.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, "the job ended by itself"
+        assert time.monotonic() < deadline, "the job does not get going"
+        time.sleep(0.02)
+
+
+def children_of(pid: int) -> list[int]:
+    with contextlib.suppress(OSError):
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+def kill_all(process: subprocess.Popen[bytes]) -> None:
+    """Kill torchrun and its ranks, which have sessions of their own and outlive it."""
+    for pid in (*children_of(process.pid), process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
