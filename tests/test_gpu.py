@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from manic import Mechanic
-from support.oracle import problem
+from support.problems import problem
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,7 +20,6 @@ pytestmark = [
 HERE = Path(__file__).parent
 OPTIONS = [
     {},
-    {"compile": True},
     {"store_delta": False},
     {"variant": "pytorch"},
     {"variant": "multiplicative"},
@@ -33,7 +32,9 @@ NO_WAIT = {"nonfinite": "ignore"}
 def train(device: str, dtype: torch.dtype, steps: int = 30, **options: Any) -> tuple[Mechanic, list[torch.Tensor]]:
     cpu_parameters, _ = problem(dtype)
     parameters = [p.detach().to(device).requires_grad_() for p in cpu_parameters]
-    optimizer = Mechanic(torch.optim.AdamW(parameters, lr=1.0, weight_decay=0.1), s_init=1e-3, **options)
+    optimizer = Mechanic(
+        torch.optim.AdamW(parameters, lr=1.0, weight_decay=0.1), s_init=1e-3, **{"variant": "optax", **options}
+    )
     for step in range(steps):
         set_gradients(parameters, step)
         optimizer.step()
@@ -86,7 +87,7 @@ def test_a_captured_step_replays_to_the_same_numbers(options: dict[str, Any]) ->
         parameters = [p.detach().float().cuda().requires_grad_() for p in problem()[0]]
         lr = torch.tensor(1.0, device="cuda")
         base = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.1, capturable=True)
-        optimizer = Mechanic(base, s_init=1e-3, **options, **NO_WAIT)
+        optimizer = Mechanic(base, s_init=1e-3, **{"variant": "optax", **options, **NO_WAIT})
         for p in parameters:
             p.grad = torch.zeros_like(p)
         take_step = optimizer.step
@@ -137,7 +138,7 @@ def test_a_model_that_is_moved_after_the_optimizer_was_built() -> None:
                 p.fill_(0.5)
         if not moved:
             model.cuda()
-        optimizer = Mechanic(torch.optim.AdamW(model.parameters(), lr=1.0), s_init=1e-3)
+        optimizer = Mechanic(torch.optim.AdamW(model.parameters(), lr=1.0), s_init=1e-3, variant="optax")
         model.cuda()
         for step in range(10):
             set_gradients(list(model.parameters()), step)

@@ -16,6 +16,7 @@ from manic import Mechanic
 from manic.takeover import from_mechanic_pytorch
 from support.golden.problems import PROBLEMS, data, start
 from support.golden.torch_losses import loss
+from support.tuners import rows_of, state_of
 
 peer = pytest.importorskip("mechanic_pytorch")
 
@@ -98,7 +99,7 @@ def assert_goes_on_alike(new: Run, old: Run, tolerance: float = 1e-10, steps: in
         assert new.scale == pytest.approx(old.scale, rel=tolerance, abs=0.0)
         for name, expected in old.parameters.items():
             torch.testing.assert_close(new.parameters[name], expected, rtol=tolerance, atol=tolerance)
-    assert new.optimizer._tuner.updates == old.optimizer.state["_mechanic"]["iter_count"]
+    assert rows_of(state_of(new.optimizer), "pytorch")["updates"][0] == old.optimizer.state["_mechanic"]["iter_count"]
 
 
 @pytest.mark.parametrize("store_delta", [False, True])

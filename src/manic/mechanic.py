@@ -165,7 +165,7 @@ class Mechanic(OptimizerWrapper):
                     proposal = tuner.refine(state.tensor, proposal, late.wait())
                 for capture in plan.captures:
                     capture.write(self._rule.change(proposal.scale))
-            state.tuner.commit(proposal)
+                state.commit(proposal)
             transaction.commit()
         self._finish(plan, proposal, reading)
         return loss
@@ -237,8 +237,6 @@ class Mechanic(OptimizerWrapper):
         """Restart where the tuner proposes it, and let the monitor know of a step that was taken."""
         is_capturing = self._is_capturing
         self._state.count_update(is_counted=not is_capturing)
-        if self._tuner.late_until_scale and not self._state.has_scale:
-            self._state.has_scale = bool(proposal.scale > 0)
         if proposal.restart is not None:
             # Where the host does not know, the parameters are gone through whenever there may be a restart.
             may = self._state.is_multiple_of(self._tuner.restart_interval)

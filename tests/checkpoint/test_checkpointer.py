@@ -105,7 +105,7 @@ def refuse_and_accept(directory: str) -> None:
     model = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
 
     def make(base: Any = torch.optim.AdamW, **options: Any) -> tuple[Checkpointer, Mechanic]:
-        optimizer = Mechanic(base(model.parameters(), lr=1.0), **options)
+        optimizer = Mechanic(base(model.parameters(), lr=1.0), **{"variant": "optax", **options})
         return Checkpointer(directory, model, optimizer), optimizer
 
     def train(optimizer: torch.optim.Optimizer, used: str) -> None:

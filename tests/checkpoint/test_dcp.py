@@ -55,14 +55,14 @@ def from_named_parameters(model: nn.Module) -> Optimizer:
     weights = [(name, parameter) for name, parameter in model.named_parameters() if name.endswith("weight")]
     biases = [(name, parameter) for name, parameter in model.named_parameters() if name.endswith("bias")]
     groups = [{"params": weights, "weight_decay": 0.1}, {"params": biases, "weight_decay": 0.0}]
-    return Mechanic(AdamW(groups, lr=1.0), s_init=1e-3)
+    return Mechanic(AdamW(groups, lr=1.0), s_init=1e-3, variant="optax")
 
 
 def of_two_bases(model: nn.Module) -> Optimizer:
     # By layer: an optimizer over a part of what FSDP1 flattened together cannot be saved.
     first = [parameter for name, parameter in model.named_parameters() if "up." in name]
     others = [parameter for name, parameter in model.named_parameters() if "up." not in name]
-    return Mechanic([SGD(first, lr=1.0), AdamW(others, lr=1.0)], s_init=1e-3)
+    return Mechanic([SGD(first, lr=1.0), AdamW(others, lr=1.0)], s_init=1e-3, variant="optax")
 
 
 class Run:
@@ -434,7 +434,7 @@ def look_at_one_element() -> None:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.fill_(0.5)
-        optimizer = Mechanic(AdamW(model.parameters(), lr=1.0), s_init=1e-3)
+        optimizer = Mechanic(AdamW(model.parameters(), lr=1.0), s_init=1e-3, variant="optax")
         if looks:
             set_optimizer_state_dict(model, optimizer, get_optimizer_state_dict(model, optimizer))
         for _ in range(3):
@@ -455,7 +455,7 @@ def become_mechanic(layout: str, saving: str, loading: str, into: str, directory
     expected.train(4)
     saved = expected.save(saving, directory)
     state = copy.deepcopy(expected.optimizer.state_dict()["state"])
-    expected.optimizer = Mechanic(expected.optimizer, s_init=1e-3)
+    expected.optimizer = Mechanic(expected.optimizer, s_init=1e-3, variant="optax")
     start = expected.result()
     expected.train(4)
 
@@ -464,7 +464,7 @@ def become_mechanic(layout: str, saving: str, loading: str, into: str, directory
     if into == "the base":
         moved.optimizer = mechanic.optimizers[0]
     moved.load(loading, saved)
-    moved.optimizer = mechanic if isinstance(mechanic, Mechanic) else Mechanic(mechanic, s_init=1e-3)
+    moved.optimizer = mechanic if isinstance(mechanic, Mechanic) else Mechanic(mechanic, s_init=1e-3, variant="optax")
     assert_identical(moved.result(), start)
     moved.train(1)
     for index, parameter in enumerate(p for group in moved.optimizer.param_groups for p in group["params"]):

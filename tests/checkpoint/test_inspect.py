@@ -30,7 +30,7 @@ def save(directory: str) -> tuple[float, float]:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)).bfloat16()
     fully_shard(model)
     groups = [{"params": model[0].parameters(), "weight_decay": 0.3}, {"params": model[1].parameters(), "lr": 0.5}]
-    optimizer = Mechanic(torch.optim.AdamW(groups, lr=2.0), s_init=1e-3)
+    optimizer = Mechanic(torch.optim.AdamW(groups, lr=2.0), s_init=1e-3, variant="optax")
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     checkpointer = Checkpointer(f"{directory}/run", model, optimizer)
     for step in range(1, 5):

@@ -107,7 +107,7 @@ def test_into_and_out_of_the_plain_base_optimizer(plain_first: bool, tmp_path: P
     def make(plain: bool) -> tuple[nn.Linear, Any]:
         model = nn.Linear(2, 2)
         base = torch.optim.AdamW(model.parameters(), lr=0.01)
-        return model, base if plain else Mechanic(base)
+        return model, base if plain else Mechanic(base, variant="optax")
 
     model, optimizer = make(plain_first)
     train(optimizer, model, 5)
@@ -129,7 +129,7 @@ def test_into_and_out_of_the_plain_base_optimizer(plain_first: bool, tmp_path: P
 def test_a_refused_load_leaves_an_objects_tensors_as_they_were(tmp_path: Path) -> None:
     def make(**options: Any) -> tuple[nn.Module, nn.Module, Checkpointer]:
         model, average = nn.Linear(2, 2), nn.Linear(2, 2)
-        optimizer = Mechanic(torch.optim.AdamW(model.parameters()), **options)
+        optimizer = Mechanic(torch.optim.AdamW(model.parameters()), **{"variant": "optax", **options})
         return model, average, Checkpointer(tmp_path, model, optimizer, objects={"average": average})
 
     make()[2].save(1)
@@ -205,7 +205,7 @@ def test_a_step_may_be_any_integer(tmp_path: Path) -> None:
 def trained(steps: int, lr: Any = 1.0) -> tuple[nn.Linear, Mechanic]:
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
-    optimizer = Mechanic(torch.optim.SGD(model.parameters(), lr=lr))
+    optimizer = Mechanic(torch.optim.SGD(model.parameters(), lr=lr), variant="optax")
     take_steps(model, optimizer, steps)
     return model, optimizer
 
@@ -246,7 +246,7 @@ def test_a_tuner_with_other_betas_is_refused_for_what_it_is(tmp_path: Path) -> N
     model, optimizer = trained(2)
     Checkpointer(tmp_path, model, optimizer).save(2)
     other = nn.Linear(3, 2)
-    few = Mechanic(torch.optim.SGD(other.parameters(), lr=1.0), betas=(0.9, 0.99))
+    few = Mechanic(torch.optim.SGD(other.parameters(), lr=1.0), betas=(0.9, 0.99), variant="optax")
     with pytest.raises(ValueError, match="the saved tuner has other betas"):
         Checkpointer(tmp_path, other, few).load()
 
@@ -262,7 +262,7 @@ def test_a_run_whose_first_step_was_not_taken_is_saved_and_goes_on(mode: str, tm
     def make() -> tuple[nn.Linear, Mechanic]:
         torch.manual_seed(0)
         model = nn.Linear(3, 2)
-        return model, Mechanic(torch.optim.AdamW(model.parameters(), lr=1.0), nonfinite=mode)  # type: ignore[arg-type]
+        return model, Mechanic(torch.optim.AdamW(model.parameters(), lr=1.0), nonfinite=mode, variant="optax")  # type: ignore[arg-type]
 
     model, optimizer = make()
     bad_step(model, optimizer)

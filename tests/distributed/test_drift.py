@@ -16,6 +16,7 @@ from manic.testing import ranks, run
 from support.fault_cases import LAYOUTS
 from support.layouts import Setup, setup
 from support.snapshots import differing, everyone, everything, take_steps
+from support.tuners import rows_of, state_of
 
 # Layouts in which some elements are on several ranks, and the ranks that hold those of a parameter there.
 COPIES = {
@@ -99,11 +100,11 @@ def step_on_ones(optimizer: Any) -> None:
 @ranks(3)
 @pytest.mark.parametrize("what", ["tuner", "lr"])
 def test_a_tuner_or_a_setting_that_differs_is_found(what: str) -> None:
-    optimizer = Mechanic(torch.optim.SGD(two_parameters(), lr=1.0))
+    optimizer = Mechanic(torch.optim.SGD(two_parameters(), lr=1.0), variant="optax")
     step_on_ones(optimizer)
     if dist.get_rank() == 1:
         if what == "tuner":
-            optimizer._tuner.state[3] *= 1 + 1e-15
+            rows_of(state_of(optimizer))["s"] *= 1 + 1e-15
         else:
             optimizer.param_groups[0]["lr"] = 0.5
     words = "the tuner of rank 1 is not that of rank 0: S is" if what == "tuner" else "the settings of rank 1 are not"
@@ -113,7 +114,7 @@ def test_a_tuner_or_a_setting_that_differs_is_found(what: str) -> None:
 
 @ranks(2)
 def test_every_so_many_steps_if_asked() -> None:
-    optimizer = Mechanic(torch.optim.SGD(two_parameters(), lr=1.0), check_every=3)
+    optimizer = Mechanic(torch.optim.SGD(two_parameters(), lr=1.0), check_every=3, variant="optax")
     step_on_ones(optimizer)
     with torch.no_grad():
         optimizer.state[optimizer.param_groups[0]["params"][1]]["mechanic_x_ref"][4] += float(dist.get_rank())
@@ -161,7 +162,7 @@ def test_a_check_changes_nothing() -> None:
     results = []
     for checks in (False, True):
         parameters = two_parameters()
-        optimizer = Mechanic(torch.optim.SGD(parameters, lr=1.0), s_init=0.1)
+        optimizer = Mechanic(torch.optim.SGD(parameters, lr=1.0), s_init=0.1, variant="optax")
         for step in range(6):
             parameters[1].requires_grad_(step not in (2, 3))
             if step == 4:
@@ -182,7 +183,7 @@ def test_a_check_changes_nothing() -> None:
 
 @ranks(2)
 def test_an_edit_on_all_ranks_is_told_from_drift() -> None:
-    optimizer = Mechanic(torch.optim.SGD(two_parameters(), lr=1.0), s_init=0.1)
+    optimizer = Mechanic(torch.optim.SGD(two_parameters(), lr=1.0), s_init=0.1, variant="optax")
     step_on_ones(optimizer)
     parameter = optimizer.param_groups[0]["params"][1]
     with torch.no_grad():
@@ -201,6 +202,8 @@ def test_drift_goes_by_the_ranks_of_the_group_alone() -> None:
     groups = [dist.new_group([rank]) for rank in range(2)]
     rank = dist.get_rank()
     model = nn.Linear(2 + rank, 2)
-    optimizer = Mechanic(torch.optim.SGD(model.parameters(), lr=1.0 + rank), process_group=groups[rank])
+    optimizer = Mechanic(
+        torch.optim.SGD(model.parameters(), lr=1.0 + rank), process_group=groups[rank], variant="optax"
+    )
     step_on_ones(optimizer)
     optimizer.check_consistency()

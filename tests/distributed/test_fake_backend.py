@@ -54,7 +54,7 @@ def test_fsdp2(variant: str, nonfinite: str) -> None:
 def test_fsdp1_shards_count_once() -> None:
     """All ranks would answer with this one's values, as if each held the same shard."""
     model = FullyShardedDataParallel(make_model(), device_id=torch.device("cpu"), use_orig_params=True)
-    optimizer = Mechanic(AdamW(model.parameters(), lr=1.0))
+    optimizer = Mechanic(AdamW(model.parameters(), lr=1.0), variant="optax")
     take_steps(model, optimizer)
     assert optimizer._layout.fsdp1_replicas == 1
 
@@ -62,15 +62,15 @@ def test_fsdp1_shards_count_once() -> None:
 def test_pipeline_stages() -> None:
     """All stages would answer with this one's parameters."""
     model = make_model()
-    take_steps(model, Mechanic(AdamW(model.parameters(), lr=1.0), pipeline_stages=2))
+    take_steps(model, Mechanic(AdamW(model.parameters(), lr=1.0), pipeline_stages=2, variant="optax"))
 
 
 def test_what_one_rank_can_see_alone_is_still_checked() -> None:
     embedding = nn.Embedding(5, 3, sparse=True)
-    optimizer = Mechanic(AdamW(embedding.parameters(), lr=1.0))
+    optimizer = Mechanic(AdamW(embedding.parameters(), lr=1.0), variant="optax")
     embedding(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(TypeError, match="has a sparse gradient"):
         optimizer.step()
-    optimizer = Mechanic(AdamW(nn.Linear(3, 3).parameters(), lr=1.0), pipeline_stages=3)
+    optimizer = Mechanic(AdamW(nn.Linear(3, 3).parameters(), lr=1.0), pipeline_stages=3, variant="optax")
     with pytest.raises(ValueError, match="does not divide"):
         optimizer.step()

@@ -191,7 +191,7 @@ def test_tensor_parallel_with_every_parameter_on_the_mesh() -> None:
     parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
     for child in (model.norm, model.head, model.frozen):
         distribute_module(child, mesh, input_fn=_to_mesh, output_fn=_from_mesh)
-    mechanic = Mechanic(torch.optim.AdamW(model.parameters(), lr=1.0), s_init=S_INIT)
+    mechanic = Mechanic(torch.optim.AdamW(model.parameters(), lr=1.0), s_init=S_INIT, variant="optax")
     setup_ = Setup(model, mechanic, mechanic, 0, 1, dict)
     scaler = make_scaler("sharded")
     for step in range(3):
@@ -226,7 +226,7 @@ def find_the_factor(layout: str) -> tuple[list[bool], float, float, list[float]]
         fully_shard(model, mp_policy=policy)
     else:
         model = nn.parallel.DistributedDataParallel(model)
-    mechanic = Mechanic(torch.optim.AdamW(model.parameters(), lr=1.0), s_init=S_INIT)
+    mechanic = Mechanic(torch.optim.AdamW(model.parameters(), lr=1.0), s_init=S_INIT, variant="optax")
     scaler = make_scaler("sharded", init_scale=2.0**26)
     taken: list[int] = []
     mechanic.register_step_post_hook(lambda *_: taken.append(step))

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from manic.distributed.layout import Layout, is_fsdp1, local, local_gradient
-from manic.step.capture import resolve_update
+from manic.optimizer.kinds import resolve_update
 
 
 def test_alone_every_element_is_held_once() -> None:

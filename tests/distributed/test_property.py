@@ -1,4 +1,4 @@
-"""Whatever the shapes, placements, dtypes, learning rates and gradients: the float64 oracle's scale and parameters."""
+"""Whatever the shapes, placements, dtypes, learning rates and gradients: what the reference has."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from manic import Mechanic
 from manic.testing import run
-from support.oracle import Oracle
+from manic.tuners.mechanic_reference import MechanicReference
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,11 @@ def train(case: Case) -> tuple[float, int, list[Tensor]]:
 
     parameters = [nn.Parameter(place(x, name)) for x, name in zip(draw_tensors(case, 0), case.placements)]
     optimizer = Mechanic(
-        make_base(case.base, parameters, case.lr), s_init=case.s_init, store_delta=case.store_delta, nonfinite="skip"
+        make_base(case.base, parameters, case.lr),
+        s_init=case.s_init,
+        store_delta=case.store_delta,
+        nonfinite="skip",
+        variant="optax",
     )
     for step in range(STEPS):
         for parameter, gradient, name in zip(parameters, gradients(case, step), case.placements):
@@ -117,7 +121,7 @@ def train(case: Case) -> tuple[float, int, list[Tensor]]:
 
 def expect(case: Case) -> tuple[float, int, list[Tensor]]:
     parameters = [x.double().requires_grad_() for x in draw_tensors(case, 0)]
-    oracle = Oracle(parameters, make_base(case.base, parameters, case.lr), "optax", case.s_init)
+    reference = MechanicReference(parameters, make_base(case.base, parameters, case.lr), "optax", case.s_init)
     skipped = 0
     for step in range(STEPS):
         if is_bad(case, step):
@@ -125,8 +129,8 @@ def expect(case: Case) -> tuple[float, int, list[Tensor]]:
             continue
         for parameter, gradient in zip(parameters, gradients(case, step)):
             parameter.grad = None if gradient is None else gradient.double()
-        oracle.step()
-    return oracle.scale, skipped, [p.detach() for p in parameters]
+        reference.step()
+    return reference.scale, skipped, [p.detach() for p in parameters]
 
 
 def check(case: Case) -> None:
@@ -149,12 +153,12 @@ def check(case: Case) -> None:
 
 @settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
 @given(case=cases())
-def test_like_the_oracle(case: Case) -> None:
+def test_like_the_reference(case: Case) -> None:
     check(case)
 
 
 @pytest.mark.slow
 @settings(deadline=None, max_examples=1500, suppress_health_check=list(HealthCheck))
 @given(case=cases())
-def test_like_the_oracle_at_length(case: Case) -> None:
+def test_like_the_reference_at_length(case: Case) -> None:
     check(case)

@@ -49,7 +49,8 @@ def test_different_parameters(difference: str) -> None:
             "frozen": lambda: [mine[0], mine[1].requires_grad_(False)],
         }[difference]()
     assert_all_ranks_raise(
-        Mechanic(torch.optim.SGD(mine, lr=1.0)), "different param groups or parameters: rank . has .*; rank 1 has"
+        Mechanic(torch.optim.SGD(mine, lr=1.0), variant="optax"),
+        "different param groups or parameters: rank . has .*; rank 1 has",
     )
 
 
@@ -60,7 +61,9 @@ def test_different_parameters(difference: str) -> None:
 ], ids=str)  # fmt: skip
 def test_different_settings(option: dict[str, Any]) -> None:
     options = option if dist.get_rank() == 1 else {}
-    assert_all_ranks_raise(Mechanic(torch.optim.SGD(parameters((3,)), lr=1.0), **options), "different settings")
+    assert_all_ranks_raise(
+        Mechanic(torch.optim.SGD(parameters((3,)), lr=1.0), **{"variant": "optax", **options}), "different settings"
+    )
 
 
 @ranks(3)
@@ -75,7 +78,7 @@ def test_different_hyperparameters(difference: dict[str, Any] | str, plain: str)
     if odd and difference == "groups":
         groups = [{"params": [first]}, {"params": [second]}]
     options = {"lr": 1.0, **(difference if odd and isinstance(difference, dict) else {})}
-    optimizer = Mechanic(torch.optim.AdamW(groups, **options), plain=plain)
+    optimizer = Mechanic(torch.optim.AdamW(groups, **options), plain=plain, variant="optax")
     assert_all_ranks_raise(optimizer, "different param groups or parameters: rank 0 has .*; rank 2 has")
 
 
@@ -87,7 +90,7 @@ def test_another_base_optimizer() -> None:
         if cls is torch.optim.Adam
         else (cls(parameters((3,)), lr=1.0, weight_decay=0.1))
     )
-    assert_all_ranks_raise(Mechanic(base), "different settings")
+    assert_all_ranks_raise(Mechanic(base, variant="optax"), "different settings")
 
 
 @ranks(2)
@@ -96,12 +99,12 @@ def test_ranks_that_loaded_different_checkpoints(other: int) -> None:
     """Or of which one found none: on a disk that is not shared, say."""
     alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
     (source,) = parameters((3,))
-    donor = Mechanic(torch.optim.SGD([source], lr=1.0), process_group=alone, s_init=0.1)
+    donor = Mechanic(torch.optim.SGD([source], lr=1.0), process_group=alone, s_init=0.1, variant="optax")
     for _ in range(4 if dist.get_rank() == 0 else other):
         source.grad = torch.ones(3)
         donor.step()
     target = source.detach().clone().requires_grad_()
-    optimizer = Mechanic(torch.optim.SGD([target], lr=1.0), s_init=0.1)
+    optimizer = Mechanic(torch.optim.SGD([target], lr=1.0), s_init=0.1, variant="optax")
     if dist.get_rank() == 0 or other:
         optimizer.load_state_dict(donor.state_dict())
     assert_all_ranks_raise(optimizer, "different settings: rank 1 has .*; rank 0 has .* goes on after 4 steps with")
@@ -111,13 +114,15 @@ def test_ranks_that_loaded_different_checkpoints(other: int) -> None:
 def test_plain_parts_that_were_not_declared() -> None:
     mine = [p * (1 + dist.get_rank()) for p in parameters((3, 4))]  # equal shapes, other values
     held = [p.detach().requires_grad_() for p in mine]
-    assert_all_ranks_raise(Mechanic(torch.optim.SGD(held, lr=1.0)), 'is no replica.*plain="sharded"')
+    assert_all_ranks_raise(Mechanic(torch.optim.SGD(held, lr=1.0), variant="optax"), 'is no replica.*plain="sharded"')
 
 
 @ranks(2)
 def test_zero_without_the_declaration() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2))
-    optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=mechanize(torch.optim.SGD), lr=1.0)
+    optimizer = ZeroRedundancyOptimizer(
+        model.parameters(), optimizer_class=mechanize(torch.optim.SGD, variant="optax"), lr=1.0
+    )
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     with pytest.raises(ValueError, match='pass plain="sharded"'):
@@ -128,17 +133,17 @@ def test_zero_without_the_declaration() -> None:
 def test_zero_inside_of_mechanic_is_turned_round() -> None:
     optimizer = ZeroRedundancyOptimizer(parameters((3,), (4,)), optimizer_class=torch.optim.SGD, lr=1.0)
     with pytest.raises(TypeError, match="goes inside of ZeroRedundancyOptimizer"):
-        Mechanic(optimizer)
+        Mechanic(optimizer, variant="optax")
 
 
 @ranks(4)
 def test_a_pipeline_that_was_not_declared_and_one_declared_wrong() -> None:
     stage = dist.get_rank() // 2
     mine = parameters((3, 4 + stage))
-    assert_all_ranks_raise(Mechanic(torch.optim.SGD(mine, lr=1.0)), "pass pipeline_stages")
-    optimizer = Mechanic(torch.optim.SGD(parameters((3, 4 + stage)), lr=1.0), pipeline_stages=3)
+    assert_all_ranks_raise(Mechanic(torch.optim.SGD(mine, lr=1.0), variant="optax"), "pass pipeline_stages")
+    optimizer = Mechanic(torch.optim.SGD(parameters((3, 4 + stage)), lr=1.0), pipeline_stages=3, variant="optax")
     assert_all_ranks_raise(optimizer, "does not divide")
-    fine = Mechanic(torch.optim.SGD(parameters((3, 4 + stage)), lr=1.0), pipeline_stages=2)
+    fine = Mechanic(torch.optim.SGD(parameters((3, 4 + stage)), lr=1.0), pipeline_stages=2, variant="optax")
     fine.step()
 
 
@@ -149,7 +154,7 @@ def test_a_group_that_does_not_hold_the_model_whole() -> None:
     model = nn.Linear(8, 8)
     fully_shard(model, mesh=mesh)
     mine = halves[dist.get_rank() // 2]
-    optimizer = Mechanic(torch.optim.SGD(model.parameters(), lr=1.0), process_group=mine)
+    optimizer = Mechanic(torch.optim.SGD(model.parameters(), lr=1.0), process_group=mine, variant="optax")
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     with pytest.raises(ValueError, match="do not hold a parameter of shape"):
@@ -165,7 +170,7 @@ def test_a_group_that_holds_one_replica_of_several_is_enough() -> None:
     fully_shard(model, mesh=mesh)
     results = []
     for group in (None, mesh["shard"].get_group()):
-        optimizer = Mechanic(torch.optim.SGD(model.parameters(), lr=0.0), process_group=group)
+        optimizer = Mechanic(torch.optim.SGD(model.parameters(), lr=0.0), process_group=group, variant="optax")
         for p in model.parameters():
             p.grad = p.detach().clone()
         optimizer.step()
@@ -182,16 +187,16 @@ def test_fsdp1_whose_values_tell_nothing() -> None:
             p.zero_()
     wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
     wrapped(torch.randn(2, 4)).sum().backward()
-    optimizer = Mechanic(torch.optim.SGD(wrapped.parameters(), lr=1.0))
+    optimizer = Mechanic(torch.optim.SGD(wrapped.parameters(), lr=1.0), variant="optax")
     with pytest.raises(ValueError, match="cannot tell from the values"):
         optimizer.step()
-    declared = Mechanic(torch.optim.SGD(wrapped.parameters(), lr=1.0), plain="sharded")
+    declared = Mechanic(torch.optim.SGD(wrapped.parameters(), lr=1.0), plain="sharded", variant="optax")
     declared.step()
 
 
 @ranks(2)
 def test_parameters_that_are_added_are_compared_as_well() -> None:
-    optimizer = Mechanic(torch.optim.SGD(parameters((3,)), lr=1.0))
+    optimizer = Mechanic(torch.optim.SGD(parameters((3,)), lr=1.0), variant="optax")
     optimizer.step()
     optimizer.add_param_group({"params": parameters((2, 2))})
     optimizer.step()
@@ -202,7 +207,7 @@ def test_parameters_that_are_added_are_compared_as_well() -> None:
 @ranks(2)
 def test_a_group_added_to_zero_is_compared_by_ranks_that_own_none_of_it() -> None:
     model = nn.Linear(8, 8)
-    cls = mechanize(torch.optim.SGD, plain="sharded")
+    cls = mechanize(torch.optim.SGD, plain="sharded", variant="optax")
     optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=cls, lr=1.0)
     extra = nn.Parameter(torch.ones(3))
     for step in range(3):
@@ -218,16 +223,16 @@ def test_a_rank_outside_of_the_group_is_told_so() -> None:
     group = dist.new_group([0])
     if dist.get_rank() == 1:
         with pytest.raises(ValueError, match="not in process_group"):
-            Mechanic(torch.optim.SGD(parameters((3,)), lr=1.0), process_group=group)
+            Mechanic(torch.optim.SGD(parameters((3,)), lr=1.0), process_group=group, variant="optax")
     else:
-        Mechanic(torch.optim.SGD(parameters((3,)), lr=1.0), process_group=group)
+        Mechanic(torch.optim.SGD(parameters((3,)), lr=1.0), process_group=group, variant="optax")
 
 
 @ranks(2)
 def test_an_unusable_gradient_on_one_rank_is_every_ranks_error() -> None:
     torch.manual_seed(0)
     embedding = nn.Embedding(5, 3, sparse=dist.get_rank() == 1)
-    optimizer = Mechanic(torch.optim.SGD(embedding.parameters(), lr=1.0))
+    optimizer = Mechanic(torch.optim.SGD(embedding.parameters(), lr=1.0), variant="optax")
     embedding(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(TypeError, match=r"rank 1: .* has a sparse gradient"):
         optimizer.step()
@@ -236,7 +241,7 @@ def test_an_unusable_gradient_on_one_rank_is_every_ranks_error() -> None:
 
 @ranks(4)
 def test_stages_that_hold_the_same_are_no_stages() -> None:
-    optimizer = Mechanic(torch.optim.SGD(parameters((3, 4)), lr=1.0), pipeline_stages=2)
+    optimizer = Mechanic(torch.optim.SGD(parameters((3, 4)), lr=1.0), pipeline_stages=2, variant="optax")
     assert_all_ranks_raise(optimizer, "stages must hold different parameters")
 
 
@@ -247,6 +252,6 @@ def test_a_partial_gradient_is_summed_before_it_counts() -> None:
     mesh = init_device_mesh("cpu", (2,))
     parameter = nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Replicate()]))
     parameter.grad = DTensor.from_local(torch.full((3,), 1.0 + dist.get_rank()), mesh, [Partial()])
-    optimizer = Mechanic(torch.optim.SGD([parameter], lr=1.0))
+    optimizer = Mechanic(torch.optim.SGD([parameter], lr=1.0), variant="optax")
     optimizer.step()
     assert optimizer.metrics()["grad_norm"].item() == pytest.approx(3.0 * 3**0.5)

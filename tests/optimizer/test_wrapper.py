@@ -14,8 +14,9 @@ from torch.distributed.checkpoint import state_dict as dcp_state_dict
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from manic import Mechanic
-from support.oracle import problem
+from support.problems import problem
 from support.training import adamw, assert_identical, tensors, train
+from support.tuners import rows_of, state_of
 
 BASES = {
     "adamw": lambda ps: adamw(ps),
@@ -39,7 +40,7 @@ class Model(nn.Module):
 
 def make(base: str, **options: Any) -> tuple[Model, Mechanic]:
     model = Model()
-    return model, Mechanic(BASES[base]([model.a, model.b]), s_init=1e-3, **options)
+    return model, Mechanic(BASES[base]([model.a, model.b]), s_init=1e-3, **{"variant": "optax", **options})
 
 
 def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
@@ -98,7 +99,7 @@ def test_a_warm_up_from_zero_is_a_step_like_any_other() -> None:
     optimizer.param_groups[0]["lr"] = 0.0
     train(optimizer, model.loss, 1)
     assert optimizer.state[model.a]["step"] == 1
-    assert optimizer._tuner.updates == 1
+    assert rows_of(state_of(optimizer))["updates"][0] == 1
 
 
 def test_a_plain_adamw_checkpoint_keeps_its_moments_and_starts_the_tuner() -> None:
@@ -142,33 +143,30 @@ def test_parameters_that_start_at_zero_are_where_the_state_says(
     """Their displacement is all that they are: it has the rounding of small numbers, or of a Delta made anew."""
     generator = torch.Generator().manual_seed(0)
     x = torch.zeros(50, dtype=dtype, requires_grad=True)
-    optimizer = Mechanic(torch.optim.SGD([x], lr=1e-3), store_delta=store_delta)
+    optimizer = Mechanic(torch.optim.SGD([x], lr=1e-3), store_delta=store_delta, variant="optax")
     gradients = [torch.randn(50, generator=generator).to(dtype) for _ in range(steps)]
     for gradient in gradients:
         x.grad = gradient
         optimizer.step()
         optimizer.check_consistency()
     y = x.detach().clone().requires_grad_()
-    resumed = Mechanic(torch.optim.SGD([y], lr=1e-3))
+    resumed = Mechanic(torch.optim.SGD([y], lr=1e-3), variant="optax")
     resumed.load_state_dict(optimizer.state_dict())
     y.grad = gradients[0]
     resumed.step()
 
 
-def test_a_tuner_that_was_saved_without_its_last_row_is_loaded() -> None:
-    """As it was before steps that are not finite were counted."""
+@pytest.mark.parametrize("rows", [7, 8])
+def test_a_tuner_that_was_saved_before_its_rows_had_names_is_refused(rows: int) -> None:
+    """Its rows were r, m, v, s, the number of updates, the betas, the variant and, later, the steps left out."""
     model, optimizer = make("adamw")
     train(optimizer, model.loss, 5)
-    saved = copy.deepcopy(optimizer.state_dict())
+    saved, before = copy.deepcopy(optimizer.state_dict()), state_of(optimizer).clone()
     for group in saved["param_groups"]:
-        group["mechanic"] = group["mechanic"][:7]
-    other, resumed = make("adamw")
-    other.load_state_dict(model.state_dict())
-    resumed.load_state_dict(saved)
-    train(resumed, other.loss, 3, start=5)
-    train(optimizer, model.loss, 3, start=5)
-    assert resumed.scale == optimizer.scale
-    assert resumed._tuner.state.shape == optimizer._tuner.state.shape
+        group["mechanic"] = torch.rand(rows, 6, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"does not have schema 1: another version of manic saved it. Load it with"):
+        optimizer.load_state_dict(saved)
+    assert torch.equal(state_of(optimizer), before)
 
 
 @pytest.mark.parametrize(("change", "variant"), [
@@ -230,7 +228,7 @@ def test_a_mechanic_checkpoint_loads_into_plain_adamw() -> None:
 
 def test_bfloat16_keeps_a_float32_delta_through_a_load() -> None:
     parameter = torch.randn(8, 8).bfloat16().requires_grad_()
-    optimizer = Mechanic(torch.optim.SGD([parameter], lr=1.0))
+    optimizer = Mechanic(torch.optim.SGD([parameter], lr=1.0), variant="optax")
     for _ in range(3):
         parameter.grad = torch.randn(8, 8).bfloat16()
         optimizer.step()
@@ -246,15 +244,15 @@ def test_a_state_dict_that_does_not_fit_is_refused_before_anything_changes() -> 
     train(optimizer, model.loss, 3)
     small = torch.ones(2, requires_grad=True)
     for parameters, message in (([small], "parameters"), ([small, small.detach().requires_grad_()], "has shape")):
-        other = Mechanic(adamw(parameters))
+        other = Mechanic(adamw(parameters), variant="optax")
         scale = other.scale
         with pytest.raises(ValueError, match=message):
             other.load_state_dict(optimizer.state_dict())
         assert other.scale == scale
     with pytest.raises(ValueError, match="parameter groups"):
-        Mechanic(adamw([{"params": [small]}, {"params": [small.clone().detach().requires_grad_()]}])).load_state_dict(
-            optimizer.state_dict()
-        )
+        Mechanic(
+            adamw([{"params": [small]}, {"params": [small.clone().detach().requires_grad_()]}]), variant="optax"
+        ).load_state_dict(optimizer.state_dict())
 
 
 @pytest.mark.parametrize("saved_with", [True, False])
@@ -286,7 +284,7 @@ def test_a_warm_base_keeps_its_moments_when_it_is_wrapped() -> None:
     model = Model()
     base = adamw([model.a, model.b], lr=1e-3)
     train(base, model.loss, 3)
-    optimizer = Mechanic(base)
+    optimizer = Mechanic(base, variant="optax")
     get_optimizer_state_dict(model, optimizer)
     train(optimizer, model.loss, 1, start=3)
     assert optimizer.state[model.a]["step"] == 4
@@ -314,7 +312,7 @@ def test_a_checkpoint_of_another_precision_loads() -> None:
     train(optimizer, model.loss, 3)
     for dtype in (torch.float64, torch.bfloat16, torch.float16, torch.float32):
         other = Model().to(dtype)
-        resumed = Mechanic(BASES["sgd"]([other.a, other.b]), s_init=1e-3)
+        resumed = Mechanic(BASES["sgd"]([other.a, other.b]), s_init=1e-3, variant="optax")
         other.load_state_dict(model.state_dict())
         resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         for p in (other.a, other.b):
@@ -360,7 +358,7 @@ def test_moments_that_were_loaded_survive_a_look_at_the_state_beside_a_base_with
         states.update(dict.fromkeys([index] if saved["state"] else [], saved["state"].get(0)))
         groups.append({**saved["param_groups"][0], "params": [index]})
     other = Model()
-    joint = Mechanic(bases(other))
+    joint = Mechanic(bases(other), variant="optax")
     joint.load_state_dict({"state": states, "param_groups": groups})
     get_optimizer_state_dict(other, joint)
     train(joint, other.loss, 1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from manic import Mechanic
-from manic.step import chunks as passes
+from manic.step import chunks
 from manic.step.chunks import batched, pieces
 
 SHAPES: list[tuple[int, ...]] = [
@@ -51,7 +51,7 @@ def test_kinds_and_dtypes_stay_apart_and_batches_are_bounded() -> None:
     batches = batched(items, tensor_of=lambda item: item[0], kind_of=lambda item: item[1])
     for batch in batches:
         assert len({(tensor.dtype, kind) for tensor, kind in batch}) == 1
-        assert len(batch) == 1 or sum(tensor.numel() for tensor, _ in batch) <= passes._BATCH
+        assert len(batch) == 1 or sum(tensor.numel() for tensor, _ in batch) <= chunks._BATCH
     assert sum(map(len, batches)) == len(items)
     assert len(batches) < 300
 
@@ -76,14 +76,16 @@ def test_together_or_each_alone_gives_the_same_numbers(
     """Small parameters, worked on together, do what they do one by one, and pieces what whole tensors do."""
     runs = []
     for small, piece in ((1 << 14, 1 << 20), (-1, 1 << 40), (100, 1000)):
-        monkeypatch.setattr(passes, "_SMALL", small)
-        monkeypatch.setattr(passes, "_CPU_PIECE", piece)
+        monkeypatch.setattr(chunks, "SMALL", small)
+        monkeypatch.setattr(chunks, "CPU_PIECE", piece)
         shapes = [(3,), (), (4, 5), (40, 50), (0,), (128, 64), (7,)]
         generator = torch.Generator().manual_seed(0)
         parameters = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
         parameters.append(torch.randn(6, 9, generator=generator).to(dtype).t().requires_grad_())
         groups = [{"params": parameters[:4]}, {"params": parameters[4:], "weight_decay": 0.0, "lr": 0.5}]
-        optimizer = Mechanic(torch.optim.AdamW(groups, lr=1.0, weight_decay=0.1), s_init=1e-3, **options)
+        optimizer = Mechanic(
+            torch.optim.AdamW(groups, lr=1.0, weight_decay=0.1), s_init=1e-3, **{"variant": "optax", **options}
+        )
         for step in range(6):
             for index, parameter in enumerate(parameters):
                 gradient = torch.randn(parameter.shape, generator=generator).to(dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from manic import Mechanic
-from support.oracle import problem
+from support.problems import problem
 
 Edit = Callable[[list[Tensor]], None]
 
@@ -48,7 +48,7 @@ def train(optimizer: Mechanic, loss: Any, steps: range) -> None:
 def edited(edit: Edit, **options: Any) -> tuple[list[Tensor], Any, Mechanic, list[Tensor]]:
     """Train, edit, and return where the edit has put the parameters."""
     parameters, loss = problem()
-    optimizer = Mechanic(torch.optim.AdamW(parameters, lr=1.0), s_init=1e-3, **options)
+    optimizer = Mechanic(torch.optim.AdamW(parameters, lr=1.0), s_init=1e-3, **{"variant": "optax", **options})
     train(optimizer, loss, range(8))
     before = [p.detach().clone() for p in parameters]
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_without_a_stored_delta_it_is_kept(edit: Edit) -> None:
 def test_an_edit_and_an_error_in_the_same_step_do_not_spoil_the_scale(options: dict[str, Any]) -> None:
     parameters, loss = problem()
     base = torch.optim.AdamW(parameters, lr=1.0)
-    optimizer = Mechanic(base, **options)
+    optimizer = Mechanic(base, **{"variant": "optax", **options})
     train(optimizer, loss, range(3))
     with torch.no_grad():
         clip(parameters)
@@ -129,7 +129,7 @@ def test_an_average_that_is_swapped_in_and_out_again_leaves_no_trace(options: di
     runs = []
     for swaps in (False, True):
         parameters, loss = problem()
-        optimizer = Mechanic(torch.optim.AdamW(parameters, lr=1.0), s_init=1e-3, **options)
+        optimizer = Mechanic(torch.optim.AdamW(parameters, lr=1.0), s_init=1e-3, **{"variant": "optax", **options})
         for step in range(12):
             train(optimizer, loss, range(step, step + 1))
             if swaps:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from manic import Mechanic
-from manic.step import chunks as passes
+from manic.step import chunks
 from support.failing import FailsAt
+from support.tuners import state_of
 
 BASES = {
     "AdamW": lambda ps: torch.optim.AdamW(ps, lr=1.0, weight_decay=0.1, foreach=False),
@@ -40,7 +41,7 @@ def make(base: str, options: dict[str, Any], dtype: torch.dtype, steps: int = 3)
     generator = torch.Generator().manual_seed(0)
     shapes = [(3,), (), (6, 5), (40,)]  # of which the last is worked on in pieces
     parameters = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
-    optimizer = Mechanic(BASES[base](parameters), s_init=1e-2, **options)
+    optimizer = Mechanic(BASES[base](parameters), s_init=1e-2, **{"variant": "optax", **options})
     for step in range(steps):
         set_gradients(parameters, step)
         optimizer.step()
@@ -57,8 +58,8 @@ def set_gradients(parameters: list[Tensor], step: int) -> None:
 def test_whichever_operator_fails(
     base: str, options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(passes, "_SMALL", 10)  # the first two together, the others each alone
-    monkeypatch.setattr(passes, "_CPU_PIECE", 30)
+    monkeypatch.setattr(chunks, "SMALL", 10)  # the first two together, the others each alone
+    monkeypatch.setattr(chunks, "CPU_PIECE", 30)
     parameters, optimizer = make(base, options, dtype)
     set_gradients(parameters, 3)
     begins: list[int] = []
@@ -74,7 +75,7 @@ def test_whichever_operator_fails(
     for at in range(1, whole.count + 1):
         parameters, optimizer = make(base, options, dtype)
         before = [p.detach().clone() for p in parameters]
-        tuner = optimizer._tuner.state.clone()
+        tuner = state_of(optimizer).clone()
         names = {p: set(optimizer.state[p]) for p in parameters}
         set_gradients(parameters, 3)
         gradients = [p.grad for p in parameters]
@@ -82,7 +83,7 @@ def test_whichever_operator_fails(
             optimizer.step()
         where = f"operator {at} of {whole.count}, {mode.failed_in}"
 
-        assert torch.equal(optimizer._tuner.state, tuner), where
+        assert torch.equal(state_of(optimizer), tuner), where
         assert torch.is_grad_enabled()
         assert optimizer.param_groups[0]["weight_decay"] == 0.1, where
         assert all(p is q for p, q in zip(optimizer.param_groups[0]["params"], parameters)), where
@@ -112,7 +113,7 @@ def test_whichever_operator_fails(
 def test_a_first_step_that_fails_at_any_operator_leaves_no_trace(
     base: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(passes, "_SMALL", 10)
+    monkeypatch.setattr(chunks, "SMALL", 10)
     undisturbed, optimizer = make(base, options, torch.float64, steps=0)
     set_gradients(undisturbed, 0)
     with FailsAt(None) as whole:
@@ -142,7 +143,7 @@ def assert_equal(parameters: list[Tensor], others: list[Tensor], where: str) -> 
 
 def test_an_error_in_the_closure_or_in_a_hook_before_a_step_changes_nothing() -> None:
     parameters, optimizer = make("AdamW", {}, torch.float64)
-    before, tuner = [p.detach().clone() for p in parameters], optimizer._tuner.state.clone()
+    before, tuner = [p.detach().clone() for p in parameters], state_of(optimizer).clone()
 
     def fail(*_: Any) -> None:
         raise MemoryError("out of luck")
@@ -157,7 +158,7 @@ def test_an_error_in_the_closure_or_in_a_hook_before_a_step_changes_nothing() ->
     with pytest.raises(MemoryError):
         optimizer.step()
     handle.remove()
-    assert torch.equal(optimizer._tuner.state, tuner)
+    assert torch.equal(state_of(optimizer), tuner)
     assert torch.is_grad_enabled()
     for p, x in zip(parameters, before):
         assert torch.equal(p.detach(), x)

@@ -13,7 +13,8 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from manic import Mechanic
 from manic.testing import run
-from support.oracle import Oracle, problem
+from manic.tuners.mechanic_reference import MechanicReference
+from support.problems import problem
 
 Base = Callable[[list[Tensor]], Optimizer]
 
@@ -50,7 +51,7 @@ def root_mean_square(x: Tensor) -> float:
 def test_what_is_kept_in_what(dtype: torch.dtype, options: dict[str, Any]) -> None:
     wide, _ = problem()
     parameters = [p.detach().to(dtype).requires_grad_() for p in wide]
-    optimizer = Mechanic(SGD(parameters, lr=1.0, momentum=0.9), s_init=1e-2, **options)
+    optimizer = Mechanic(SGD(parameters, lr=1.0, momentum=0.9), s_init=1e-2, **{"variant": "optax", **options})
     for _ in range(20):
         optimizer.zero_grad()
         sum(p.float().square().sum() for p in parameters).backward()
@@ -82,7 +83,7 @@ def follow(name: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[floa
     """
     bowl = Bowl(dtype)
     wide, narrow = (bowl.start.to(kind, copy=True).requires_grad_() for kind in (torch.float32, dtype))
-    optimizers = [Mechanic(BASES[name]([p]), **options) for p in (wide, narrow)]
+    optimizers = [Mechanic(BASES[name]([p]), **{"variant": "optax", **options}) for p in (wide, narrow)]
     lr = optimizers[0].param_groups[0]["lr"]
     of_x, of_scale = [], []
     for step in range(1000):
@@ -129,26 +130,26 @@ def test_is_the_base_in_low_precision_summed_without_loss(name: str, dtype: torc
     """What Mechanic adds to a base optimizer in low precision is one rounding a step, of x."""
     bowl = Bowl(dtype, size=0.02)
     x, update = bowl.start.clone().requires_grad_(), torch.zeros_like(bowl.start).requires_grad_()
-    optimizer, base = Mechanic(BASES[name]([x]), s_decay=0.0), BASES[name]([update])
+    optimizer, base = Mechanic(BASES[name]([x]), s_decay=0.0, variant="optax"), BASES[name]([update])
     (group,) = base.param_groups
     decay = group["lr"] * group["weight_decay"]
     group["weight_decay"] = 0.0
-    oracle = Oracle([], base, "optax", s_init=1e-6)
+    reference = MechanicReference([], base, "optax", s_init=1e-6)
     start = bowl.start.double()
     delta, right = torch.zeros_like(start), start
     for _ in range(300):
         gradient = bowl.gradient(right)
         x.grad, update.grad = gradient, gradient.clone()
         optimizer.step()
-        oracle._tune((delta * gradient.double()).sum().item())
+        reference.learn((delta * gradient.double()).sum().item())
         with torch.no_grad():
             update.zero_()
         base.step()
         delta += update.detach().double() - decay * right.to(dtype).double()
-        right = start + oracle.scale * delta
+        right = start + reference.scale * delta
         error = root_mean_square(x.detach().double() - right) / root_mean_square(right)
         assert error < 0.3 * torch.finfo(dtype).eps
-        assert optimizer.scale.item() == pytest.approx(oracle.scale, rel=1e-3 if decay else 1e-6)
+        assert optimizer.scale.item() == pytest.approx(reference.scale, rel=1e-3 if decay else 1e-6)
     # Decay and update are rounded together, which favours neither side.
     error = root_mean_square(optimizer.state[x]["mechanic_delta"].double() - delta) / root_mean_square(delta)
     assert error < (0.1 * torch.finfo(dtype).eps if decay else 1e-6)
@@ -175,9 +176,9 @@ def moved(parameter: Tensor) -> float:
 
 def test_the_first_steps_are_not_lost() -> None:
     """They are too small to show in bfloat16, but are there when the scale has grown."""
-    wide, expected = first_steps(lambda ps: Mechanic(adamw(ps)), torch.float32)
+    wide, expected = first_steps(lambda ps: Mechanic(adamw(ps), variant="optax"), torch.float32)
     assert moved(wide) > 0.999
-    narrow, optimizer = first_steps(lambda ps: Mechanic(adamw(ps)), torch.bfloat16)
+    narrow, optimizer = first_steps(lambda ps: Mechanic(adamw(ps), variant="optax"), torch.bfloat16)
     assert (narrow == wide.bfloat16()).double().mean() > 0.999
     assert 0.08 < moved(narrow) < 0.16
     (state,) = optimizer.state.values()
@@ -186,7 +187,7 @@ def test_the_first_steps_are_not_lost() -> None:
 
 
 def test_the_first_steps_are_lost_where_delta_is_recomputed() -> None:
-    narrow, optimizer = first_steps(lambda ps: Mechanic(adamw(ps), store_delta=False), torch.bfloat16)
+    narrow, optimizer = first_steps(lambda ps: Mechanic(adamw(ps), store_delta=False, variant="optax"), torch.bfloat16)
     assert moved(narrow) < 0.03
     assert optimizer.scale.item() < 1e-6, "it started at six times that, and float32 is at 3.2e-6 by then"
 
@@ -225,7 +226,7 @@ def learn(dtype: torch.dtype = torch.float32, policy: bool = False) -> tuple[flo
     low = dtype != torch.float32
     if policy:
         fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
-    optimizer = Mechanic(AdamW(model.parameters(), lr=1.0, weight_decay=0.1))
+    optimizer = Mechanic(AdamW(model.parameters(), lr=1.0, weight_decay=0.1), variant="optax")
     scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16, init_scale=2.0**10)
     losses = teach(model, optimizer, dtype, low and not policy, scaler)
     kept = {value.dtype for state in optimizer.state.values() for key, value in state.items() if key != "step"}
@@ -254,7 +255,7 @@ def test_float32_parameters_under_a_mixed_precision_policy() -> None:
 def test_a_grad_scaler_takes_no_float16_gradients() -> None:
     """Torch's rule, which the docs pass on."""
     parameter = torch.ones(3, dtype=torch.float16, requires_grad=True)
-    optimizer = Mechanic(SGD([parameter], lr=1.0))
+    optimizer = Mechanic(SGD([parameter], lr=1.0), variant="optax")
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(parameter.sum()).backward()
     with pytest.raises(ValueError, match="unscale FP16 gradients"):

@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from manic import Mechanic
-from manic.step.chunks import _CPU_PIECE
+from manic.step.chunks import CPU_PIECE
 
-SIZE = 5 * _CPU_PIECE
+SIZE = 5 * CPU_PIECE
 
 
 class Allocations(TorchDispatchMode):
@@ -51,17 +51,19 @@ def test_a_step_allocates_chunks_and_at_most_a_snapshot(
     options: dict[str, Any], copies: int, dtype: torch.dtype
 ) -> None:
     parameter = torch.ones(SIZE, dtype=dtype, requires_grad=True)
-    optimizer = Mechanic(torch.optim.AdamW([parameter], lr=1.0, weight_decay=0.1, fused=True), **options)
+    optimizer = Mechanic(
+        torch.optim.AdamW([parameter], lr=1.0, weight_decay=0.1, fused=True), **{"variant": "optax", **options}
+    )
     step(optimizer, parameter)
     sizes = step(optimizer, parameter)
-    assert sorted(size for size in sizes if size > _CPU_PIECE) == [SIZE] * copies
+    assert sorted(size for size in sizes if size > CPU_PIECE) == [SIZE] * copies
 
 
 @pytest.mark.parametrize(("options", "copies"), [({}, 2), ({"store_delta": False}, 1)], ids=str)
 def test_at_rest_there_are_x_ref_and_delta(options: dict[str, Any], copies: int) -> None:
     parameter = torch.ones(SIZE, requires_grad=True)
     base = torch.optim.AdamW([parameter], lr=1.0, fused=True)
-    optimizer = Mechanic(base, **options)
+    optimizer = Mechanic(base, **{"variant": "optax", **options})
     step(optimizer, parameter)
     held = [name for name, value in optimizer.state[parameter].items() if value.numel() == SIZE]
     assert len(held) == 2 + copies  # AdamW's own are two

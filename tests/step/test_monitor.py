@@ -10,7 +10,7 @@ import torch
 
 from manic import Mechanic
 from manic.step.monitor import INTERVAL, PATIENCE
-from support.oracle import problem
+from support.problems import problem
 
 
 class Listener(logging.Handler):
@@ -29,7 +29,7 @@ def run(steps: int, zero: bool = False, **options: Any) -> tuple[Mechanic, list[
     """Train on the little problem, or on gradients of 0, and collect what is said."""
     parameters, loss = problem()
     lr = options.pop("lr", 1.0)
-    optimizer = Mechanic(torch.optim.AdamW(parameters, lr=lr), **options)
+    optimizer = Mechanic(torch.optim.AdamW(parameters, lr=lr), **{"variant": "optax", **options})
     heard = Listener()
     for step in range(steps):
         optimizer.zero_grad()
@@ -66,7 +66,7 @@ def test_a_start_that_was_right_is_not_taken_for_stuck() -> None:
 
 def test_a_scale_that_runs_away() -> None:
     parameter = torch.ones(10, requires_grad=True)
-    optimizer = Mechanic(torch.optim.SGD([parameter], lr=1.0), s_decay=0.0)
+    optimizer = Mechanic(torch.optim.SGD([parameter], lr=1.0), s_decay=0.0, variant="optax")
     heard = Listener()
     for _ in range(200):  # downhill without end
         parameter.grad = torch.ones(10)
@@ -88,7 +88,7 @@ def test_s_max_holds_the_scale_and_says_so_once(options: dict[str, Any]) -> None
 
 def test_where_the_host_does_not_hear_of_the_scale_it_asks_now_and_then() -> None:
     parameter = torch.ones(10, requires_grad=True)
-    optimizer = Mechanic(torch.optim.SGD([parameter], lr=1.0), s_decay=0.0, nonfinite="ignore")
+    optimizer = Mechanic(torch.optim.SGD([parameter], lr=1.0), s_decay=0.0, nonfinite="ignore", variant="optax")
     heard, said_after = Listener(), []
     for step in range(2 * INTERVAL):
         parameter.grad = torch.ones(10)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from manic import Mechanic
-from manic.step.kernels import plain
-from manic.step.sums import PartialSums
-from support.oracle import EPS, Oracle
+from manic.step.kernels import inner_products
+from manic.tuners.mechanic_reference import EPS, MechanicReference
 
 FLOAT32_ACCURACY = 2e-6
 S_DECAY = 0.01
@@ -37,12 +35,12 @@ def wide(tensor: Tensor) -> Tensor:
 def check_steps(start: Tensor, gradients: list[Tensor], lr: float, s_init: float = 1e-6) -> Mechanic:
     """Compare every step with float64 arithmetic on what the optimizer held before it."""
     x = start.clone().requires_grad_()
-    optimizer = Mechanic(torch.optim.SGD([x], lr=lr), s_init=s_init, s_decay=S_DECAY)
-    oracle = Oracle([], optimizer, "optax", s_init, S_DECAY)
+    optimizer = Mechanic(torch.optim.SGD([x], lr=lr), s_init=s_init, s_decay=S_DECAY, variant="optax")
+    reference = MechanicReference([], optimizer, "optax", s_init, S_DECAY)
     for gradient in gradients:
         state = optimizer.state.get(x, {})
         delta = wide(state["mechanic_delta"]) if state else torch.zeros_like(start, dtype=torch.float64)
-        position, g, scale = wide(x.detach()), wide(gradient), oracle.scale
+        position, g, scale = wide(x.detach()), wide(gradient), reference.scale
         x.grad = gradient.clone()
         optimizer.step()
 
@@ -50,16 +48,16 @@ def check_steps(start: Tensor, gradients: list[Tensor], lr: float, s_init: float
         pull = S_DECAY * scale * g.norm() / (position.norm() + EPS)
         terms = torch.stack([delta * g, pull * delta * position])
         h, rounding = terms.sum().item(), FLOAT32_ACCURACY * terms.abs().sum().item() + NOTHING
-        oracle._tune(h)
+        reference.learn(h)
         assert metrics["grad_norm"] == pytest.approx(g.norm().item(), rel=FLOAT32_ACCURACY, abs=0.0)
         assert metrics["param_norm"] == pytest.approx(position.norm().item(), rel=FLOAT32_ACCURACY, abs=0.0)
         assert metrics["h"] == pytest.approx(h, rel=0.0, abs=rounding)
-        assert metrics["scale"] == pytest.approx(oracle.scale, rel=10 * FLOAT32_ACCURACY, abs=0.0)
+        assert metrics["scale"] == pytest.approx(reference.scale, rel=10 * FLOAT32_ACCURACY, abs=0.0)
         state = optimizer.state[x]
-        right = state["mechanic_x_ref"].double() + oracle.scale * state["mechanic_delta"].double()
+        right = state["mechanic_x_ref"].double() + reference.scale * state["mechanic_delta"].double()
         finfo = torch.finfo(start.dtype)
         assert right.abs().max() < finfo.max, "the dtype has no such number: the comparison shows nothing"
-        size = state["mechanic_x_ref"].double().abs() + (oracle.scale * state["mechanic_delta"].double()).abs()
+        size = state["mechanic_x_ref"].double().abs() + (reference.scale * state["mechanic_delta"].double()).abs()
         rounding_of_x = (finfo.eps + 10 * FLOAT32_ACCURACY) * size + finfo.tiny
         assert ((x.detach().double() - right).abs() <= rounding_of_x).all()
     return optimizer
@@ -144,18 +142,17 @@ def relative_errors(count: int, dtype: torch.dtype) -> list[float]:
     """Of the four sums over ``count`` elements: the same eight pieces again and again, at full size."""
     generator = torch.Generator().manual_seed(5)
     size = 1 << 20
+    pairs = [("delta", "grad"), ("grad", "grad"), ("delta", "x"), ("x", "x")]
     shared = [torch.randn(size, generator=generator) for _ in range(8)]
-    sums, iterate = PartialSums(plain()), SimpleNamespace(replicas=1.0, group={})
-    exact = torch.zeros(4, dtype=torch.float64)
+    total, exact = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
     rounds = count // (8 * size)
     for part in shared:
         gradient = (part + 0.5 * torch.randn(size, generator=generator)).to(dtype)
         delta, x = 100.0 * part, (0.02 * part + 0.02 * torch.randn(size, generator=generator)).to(dtype)
         for _ in range(rounds):
-            sums.add(iterate, delta, x, gradient)  # type: ignore[arg-type]
+            total += torch.stack(inner_products(pairs, {"delta": delta, "grad": gradient, "x": x})).double()
         d, g, p = delta.double(), gradient.double(), x.double()
         exact += rounds * torch.stack([d @ g, g @ g, d @ p, p @ p])
-    total = sums.total(torch.zeros((), dtype=torch.float64))
     return ((total - exact).abs() / exact).tolist()
 
 

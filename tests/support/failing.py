@@ -1,22 +1,46 @@
-"""An operator of torch that fails on purpose."""
+"""What fails on purpose: an operator of torch, or a tuner."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from manic.tuners.base import Learned, Sums
+from manic.tuners.mechanic import MechanicOptax
 
 
 class FailsAt(TorchDispatchMode):
-    """Raises in the place of operator number ``at``, once; counts all."""
+    """Raises in the place of operator number ``at``, once; counts all.
 
-    def __init__(self, at: int | None) -> None:
+    Args:
+        at: From 1; ``None``: never.
+        error: What is raised.
+        name: Count only operators whose names begin like this.
+    """
+
+    def __init__(self, at: int | None, error: BaseException | None = None, name: str = "") -> None:
         super().__init__()
         self.at, self.count, self.failed_in = at, 0, ""
+        self.error, self.name = error or MemoryError("out of luck"), f"aten.{name}"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.namespace == "aten"  # not the profiler's marks
-        if func.namespace == "aten" and self.count == self.at:
+        counts = func.namespace == "aten" and str(func).startswith(self.name)  # not the profiler's marks
+        self.count += counts
+        if counts and self.count == self.at:
             self.failed_in = str(func)
-            raise MemoryError("out of luck")
+            raise self.error
         return func(*args, **(kwargs or {}))
+
+
+class FailingTuner(MechanicOptax):
+    """``"optax"``, until it is told to fail."""
+
+    error: BaseException | None = None
+
+    def learn(self, state: Mapping[str, Tensor], sums: Sums) -> Learned:
+        if self.error is not None:
+            raise self.error
+        return super().learn(state, sums)

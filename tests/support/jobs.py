@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import read_records
 
+from gpt.report import read_records
 from train import parse, train
 
 LAUNCH = Path(__file__).parents[2] / "launch"

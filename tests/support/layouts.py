@@ -148,7 +148,9 @@ def setup(layout: str, base: str, dtype: torch.dtype, **options: Any) -> Setup:
         model = DistributedDataParallel(model)
         zero = ZeroRedundancyOptimizer(
             model.parameters(),
-            optimizer_class=mechanize(lambda params, **kw: make_base(base, params), plain="sharded", **options),
+            optimizer_class=mechanize(
+                lambda params, **kw: make_base(base, params), plain="sharded", **{"variant": "optax", **options}
+            ),
         )
         return Setup(model, zero, zero.optim, *data, gather)
     elif layout.startswith("fsdp1"):
@@ -181,7 +183,7 @@ def setup(layout: str, base: str, dtype: torch.dtype, **options: Any) -> Setup:
     else:
         assert layout == "single", layout
 
-    optimizer = Mechanic(make_base(base, model.parameters()), **options)
+    optimizer = Mechanic(make_base(base, model.parameters()), **{"variant": "optax", **options})
     return Setup(model, optimizer, optimizer, *data, gather)
 
 
@@ -209,7 +211,7 @@ def _setup_pipeline(base: str, dtype: torch.dtype, rank: int, world: int, option
     stages = [[model.up], [model.down, model.norm, model.head, model.frozen]]
     owned = [p for child in stages[stage] for p in child.parameters()]
     names = {id(p): name for name, p in model.named_parameters()}
-    optimizer = Mechanic(make_base(base, owned), pipeline_stages=2, **options)
+    optimizer = Mechanic(make_base(base, owned), pipeline_stages=2, **{"variant": "optax", **options})
 
     def send_to_other_stages(*_: Any) -> None:
         with torch.no_grad():

@@ -21,7 +21,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-import manic.mechanic
 from gpt.parallel import make_mesh
 from support import layouts
 from support.layouts import BATCH, Setup, batch, setup
@@ -284,7 +283,7 @@ def _train_until_lost(setup_: Setup, layout: str, fault: Fault, lose: Callable[[
         if here == "step":
             lose_late()
         if here == "reduce":
-            manic.mechanic.Reduction = lambda *_: lose_late()  # type: ignore[assignment, misc]
+            dist.all_reduce = lambda *_, **__: lose_late()
         if here == "base step":
             setup_.mechanic.optimizers[0].register_step_pre_hook(lambda *_: lose())
         setup_.optimizer.step()
@@ -313,7 +312,7 @@ def _train_until_error(setup_: Setup, layout: str, rank: int) -> Survivor:
             functions.append(trace.tb_frame.f_code.co_qualname)
             trace = trace.tb_next
         return Survivor(
-            rank, phase, began, ended, f"{type(error).__name__}: {error}", "Reduction.wait" in functions,
+            rank, phase, began, ended, f"{type(error).__name__}: {error}", "PendingSums.wait" in functions,
             watch.moved(), watch.off(), watch.wrong(phase == "step"),
         )  # fmt: skip
     return Survivor(rank, "", began, time.monotonic(), "", False, watch.moved(), watch.off())

@@ -27,7 +27,7 @@ def main() -> None:
         if sharded:
             fully_shard(model)
         group = None if sharded else alone
-        optimizer = Mechanic(make_base("adamw", model.parameters()), s_init=1e-3, process_group=group)
+        optimizer = Mechanic(make_base("adamw", model.parameters()), s_init=1e-3, process_group=group, variant="optax")
         for step in range(20):
             x, y = (tensor.to(device) for tensor in batch(step, torch.float64))
             optimizer.zero_grad()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from manic.distributed.layout import local
 from support.layouts import BATCH, Setup, batch
+from support.tuners import state_of
 
 
 def backward(prepared: Setup, step: int) -> None:
@@ -31,7 +32,7 @@ def take_steps(prepared: Setup, first: int, number: int) -> None:
 def everything(prepared: Setup) -> dict[str, Any]:
     """All that a step changes, on this rank, and the settings that it changes for a while."""
     mechanic = prepared.mechanic
-    found: dict[str, Any] = {"tuner": mechanic._tuner.state.clone(), "grad mode": torch.is_grad_enabled()}
+    found: dict[str, Any] = {"tuner": state_of(mechanic).clone(), "grad mode": torch.is_grad_enabled()}
     for number, parameter in enumerate(prepared.model.parameters()):
         found[f"parameter {number}"] = local(parameter).clone()
     for index, group in enumerate(mechanic.param_groups):

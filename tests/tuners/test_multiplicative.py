@@ -1,4 +1,4 @@
-"""The variant that multiplies: the base learning rate is no matter, the schedule is, and it gets where a sweep does."""
+"""The tuner of manic's own: it follows the schedule, not the base learning rate, and ends where a sweep does."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from manic import Mechanic
-from manic.step.capture import Iterate
-from manic.tuners.base import UPDATES
-from manic.tuners.multiplicative import CAME_DOWN, LARGEST_LR, PEAK
+from manic.tuners.multiplicative_reference import MultiplicativeReference
 from support.failing import FailsAt
-from support.oracle import Multiplier, problem
+from support.problems import problem
+from support.tuners import rows_of, state_of
 
 STEPS = 60
 Bases = Callable[[list[Tensor], float], torch.optim.Optimizer]
@@ -64,12 +63,12 @@ def train(
 @pytest.mark.parametrize("options", [{}, {"store_delta": False}, {"nonfinite": "ignore"}], ids=str)
 @pytest.mark.parametrize(("schedule", "steps"), [(cosine, STEPS), (stable, 150)])
 @pytest.mark.parametrize("bases", [adamw, sgd])
-def test_equals_the_oracle_under_a_schedule(
+def test_equals_the_reference_under_a_schedule(
     bases: Bases, schedule: Callable[[int], float], steps: int, options: dict[str, Any]
 ) -> None:
     theirs, loss = problem()
     base = bases(theirs, 0.5)
-    expected = train(theirs, loss, Multiplier(theirs, base, 1e-4), base, schedule, steps)
+    expected = train(theirs, loss, MultiplicativeReference(theirs, base, 1e-4), base, schedule, steps)
     mine, loss = problem()
     optimizer = Mechanic(bases(mine, 0.5), variant="multiplicative", **options)
     scales = train(mine, loss, optimizer, None, schedule, steps)
@@ -190,92 +189,85 @@ def test_a_scale_that_has_fallen_far_is_measured_from_where_it_is(options: dict[
 
 
 def fallen(
-    share: float, dtype: torch.dtype = torch.float64, **options: Any
-) -> tuple[list[Tensor], Mechanic, list[Iterate]]:
-    """After some steps S is an eighth of what it was, and the learning rate ``share`` of its largest."""
+    share: float, dtype: torch.dtype = torch.float64, has_fallen: bool = True, **options: Any
+) -> tuple[list[Tensor], Mechanic]:
+    """A run before its 30th step: S is an eighth of what it was, and the learning rate ``share`` of its largest."""
     parameters, loss = problem(dtype)
     optimizer = Mechanic(sgd(parameters, 1.0), variant="multiplicative", **options)
     train(parameters, loss, optimizer, schedule=lambda step: min(1.0, step / 5), steps=29)
-    tuner, multiplied = optimizer._tuner, optimizer._multiplied
-    assert multiplied is not None
-    tuner.sums = tuner.sums._replace(lr=tuner.state[LARGEST_LR, 0] * share)
-    tuner.state[CAME_DOWN].fill_(share < 1.0)
-    tuner.state[PEAK].fill_(8.0 * float(tuner.scale * tuner.state[LARGEST_LR, 0]))
-    tuner.state[UPDATES].fill_(30)
-    multiplied.updates_made = 29
-    if multiplied.has_fallen is not None:  # as the host would have been told
-        multiplied.has_fallen = True
-    return parameters, optimizer, optimizer._iterates()
+    rows = rows_of(state_of(optimizer), "multiplicative")
+    if has_fallen:
+        rows["peak"].copy_(8.0 * rows["s"] * rows["largest_lr"])
+    optimizer.param_groups[0]["lr"] = share * float(rows["largest_lr"])
+    loss(29).backward()
+    return parameters, optimizer
 
 
-def begin_anew(optimizer: Mechanic, iterates: list[Iterate]) -> None:
-    assert optimizer._multiplied is not None
-    optimizer._multiplied.look_back(iterates, is_capturing=False)
+def displacement(optimizer: Mechanic, parameter: Tensor) -> Tensor:
+    state = optimizer.state[parameter]
+    return state.get("mechanic_delta", parameter.detach() - state["mechanic_x_ref"])
 
 
 @pytest.mark.parametrize("options", [{}, {"store_delta": True}, {"nonfinite": "ignore"}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize(("share", "kept"), [(1.0, 1.0), (0.99, 0.125), (0.9, 1.0)])
-def test_it_goes_back_only_where_the_learning_rate_has_just_begun_to_fall(
-    share: float, kept: float, dtype: torch.dtype, options: dict[str, Any]
+@pytest.mark.parametrize(("share", "goes_back"), [(1.0, False), (0.99, True), (0.9, False)])
+def test_a_restart_goes_back_only_where_the_learning_rate_has_just_begun_to_fall(
+    share: float, goes_back: bool, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
-    parameters, optimizer, iterates = fallen(share, dtype, **options)
-    expected = []
-    for parameter in parameters:
-        state = optimizer.state[parameter]
-        way = state.get("mechanic_delta", parameter.detach() - state["mechanic_x_ref"])
-        expected.append(state["mechanic_x_ref"] + kept * way)
-        assert way.abs().max() > 0.05
-    before = [p.detach().clone() for p in parameters]
-    begin_anew(optimizer, iterates)
-    for parameter, x, was in zip(parameters, expected, before):
+    expected, without = fallen(share, dtype, has_fallen=False, **options)
+    without.step()
+    parameters, optimizer = fallen(share, dtype, **options)
+    rows = rows_of(state_of(optimizer), "multiplicative")
+    peak = float(rows["peak"])
+    optimizer.step()
+    assert optimizer.scale == without.scale
+    kept = float(optimizer.scale * rows["largest_lr"]) / peak if goes_back else 1.0
+    assert kept == 1.0 or 0.1 < kept < 0.15
+    assert rows["peak"] == optimizer.scale * rows["largest_lr"]
+    for parameter, other in zip(parameters, expected):
         state = optimizer.state[parameter]
         assert torch.equal(state["mechanic_x_ref"], parameter)
-        if kept == 1.0:
-            assert torch.equal(parameter, was)
+        if not goes_back:
+            assert torch.equal(parameter, other)
+        way = displacement(without, other)
+        assert way.abs().max() > 0.05
+        x = without.state[other]["mechanic_x_ref"] + kept * way
         whole = parameter.detach() + state.get("mechanic_delta", 0.0)
         torch.testing.assert_close(whole, x, rtol=0.0, atol=1e-7)  # in bfloat16, too: what x is rounded by is kept
     optimizer.check_consistency()
 
 
 @pytest.mark.parametrize(("nonfinite", "passes"), [("raise", 0), ("ignore", 3)])
-def test_a_host_that_is_told_goes_through_the_parameters_only_for_a_fall(
-    nonfinite: str, passes: int, monkeypatch: pytest.MonkeyPatch
+def test_a_host_that_reads_the_scale_goes_through_the_parameters_only_for_a_restart(
+    nonfinite: str, passes: int
 ) -> None:
-    calls = []
-    monkeypatch.setattr("manic.step.multiplied.begin_anew", lambda *arguments: calls.append(arguments))
     parameters, loss = problem()
-    train(parameters, loss, Mechanic(sgd(parameters, 1.0), variant="multiplicative", nonfinite=nonfinite), steps=30)
-    assert len(calls) == passes
-
-
-def test_after_a_graph_whose_replays_nobody_counts_it_looks_in_every_step() -> None:
-    parameters, optimizer, iterates = fallen(1.0, nonfinite="ignore")
-    assert optimizer._multiplied is not None
-    optimizer._tuner.state[UPDATES].fill_(17)
-    optimizer._multiplied.look_back(iterates, is_capturing=True)
-    optimizer._tuner.state[UPDATES].fill_(30)
-    begin_anew(optimizer, iterates)
-    assert all(torch.equal(optimizer.state[p]["mechanic_x_ref"], p) for p in parameters)
+    optimizer = Mechanic(sgd(parameters, 1.0), variant="multiplicative", nonfinite=nonfinite)
+    with FailsAt(None, name="lerp_") as written:  # as x_ref is, and nothing of SGD's
+        train(parameters, loss, optimizer, steps=30)
+    assert written.count == passes * len(parameters)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.99])
-def test_beginning_anew_can_be_interrupted_anywhere(share: float) -> None:
-    at = 0
-    while True:
-        at += 1
-        parameters, optimizer, iterates = fallen(share)
-        before = [p.detach().clone() for p in parameters]
-        try:
-            with FailsAt(at):
-                begin_anew(optimizer, iterates)
-        except MemoryError:
-            pass
-        else:
-            break
-        assert share < 1.0 or all(torch.equal(p, x) for p, x in zip(parameters, before))
+def test_a_restart_can_be_interrupted_anywhere(share: float) -> None:
+    counts = []
+    for has_fallen in (False, True):
+        parameters, optimizer = fallen(share, has_fallen=has_fallen)
+        with FailsAt(None) as whole:
+            optimizer.step()
+        counts.append(whole.count)
+    without, other = fallen(share, has_fallen=False)
+    other.step()
+    assert counts[1] > counts[0] + 5
+    for at in range(counts[0] + 1, counts[1] + 1):  # after the step itself
+        parameters, optimizer = fallen(share)
+        with pytest.raises(MemoryError), FailsAt(at):
+            optimizer.step()
+        assert optimizer.scale == other.scale
+        assert share < 1.0 or all(torch.equal(p, x) for p, x in zip(parameters, without))
         optimizer.check_consistency()
-    assert at > 5
+    parameters, optimizer = fallen(share)
+    optimizer.step()
     assert all(torch.equal(optimizer.state[p]["mechanic_x_ref"], p) for p in parameters)
 
 
@@ -320,9 +312,7 @@ def test_parameters_of_two_dtypes_have_their_group_s_weight_decay(nonfinite: str
 
 
 @pytest.mark.parametrize("nonfinite", ["raise", "skip", "ignore"])
-def test_an_error_where_the_scale_begins_leaves_it_to_the_next_step(
-    nonfinite: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_where_the_scale_begins_leaves_it_to_the_next_step(nonfinite: str) -> None:
     scales = []
     for fails in (False, True):
         parameters, loss = problem()
@@ -333,14 +323,8 @@ def test_an_error_where_the_scale_begins_leaves_it_to_the_next_step(
             for group in optimizer.param_groups:
                 group["lr"] = float(step > 1)
             if fails and step == 2:
-
-                def out_of_luck(*_: Any) -> None:
-                    raise MemoryError
-
-                with monkeypatch.context() as patch:
-                    patch.setattr("manic.step.multiplied.write_back", out_of_luck)
-                    with pytest.raises(MemoryError):
-                        optimizer.step()
+                with pytest.raises(MemoryError), FailsAt(1, name="addcmul.default"):  # as x is written
+                    optimizer.step()
             optimizer.step()
         scales.append(float(optimizer.scale))
     assert scales[0] > 0
@@ -375,7 +359,7 @@ def test_learning_rates_may_be_tensors_of_any_shape(lr: Any) -> None:
         optimizer.zero_grad()
         loss(step).backward()
         optimizer.step()
-    assert optimizer._tuner.state[LARGEST_LR, 0] == pytest.approx(0.1)
+    assert float(rows_of(state_of(optimizer), "multiplicative")["largest_lr"]) == pytest.approx(0.1)
     assert optimizer.param_groups[0]["lr"] is lr
 
 
@@ -388,11 +372,9 @@ def test_a_rebase_right_after_a_load_goes_on_alike() -> None:
     resumed.load_state_dict(optimizer.state_dict())
     for each in (optimizer, resumed):
         each.rebase()
-    assert resumed._multiplied.updates_made == optimizer._multiplied.updates_made == STEPS
-    assert resumed._multiplied.has_scale
     for step in range(25):
         for mine, each in ((parameters, optimizer), (others, resumed)):
             for parameter, other in zip(mine, parameters):
                 parameter.grad = (other.detach() + step % 3 - 1).clone()
             each.step()
-        assert torch.equal(optimizer._tuner.state, resumed._tuner.state)
+        assert torch.equal(state_of(optimizer), state_of(resumed))

@@ -1,4 +1,4 @@
-"""The tuner alone: four numbers in, S out."""
+"""The tuners alone: a state and sums in, a proposal out."""
 
 from __future__ import annotations
 
@@ -9,38 +9,54 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from manic.tuners.base import VARIANTS, S, Sums
-from manic.tuners.multiplicative import Multiplying
-from manic.tuners.registry import make_tuner
-from support.oracle import BETAS, Multiplier, Oracle
+from manic import Mechanic
+from manic.tuners.base import Tuner
+from manic.tuners.mechanic_reference import BETAS, MechanicReference
+from manic.tuners.multiplicative_reference import MultiplicativeReference
+from manic.tuners.registry import TUNERS, make_tuner
+from manic.tuners.state import TunerState
+from support.problems import problem
 
-BETTING = [name for name, variant in VARIANTS.items() if not variant.multiplies]
-
-
-def sums(
-    delta_grad: float, grad_square: float = 1.0, delta_dot: float = 0.0, x_square: float = 1.0, lr: float = 1.0
-) -> Sums:
-    numbers = (delta_grad, grad_square, delta_dot, x_square, lr)
-    return Sums(*(torch.tensor(number, dtype=torch.float64) for number in numbers))
+PUBLISHED = ["optax", "pytorch"]
+OPTIONS: dict[str, dict[str, Any]] = {"multiplicative": {}, "optax": {"betas": BETAS}, "pytorch": {"betas": BETAS}}
 
 
-def multiplying(**settings: Any) -> Multiplying:
-    tuner = make_tuner("multiplicative", **settings)
-    assert isinstance(tuner, Multiplying)
-    return tuner
+class Driven:
+    """A tuner whose proposals are committed."""
+
+    def __init__(self, tuner: Tuner) -> None:
+        self.tuner, self.state = tuner, TunerState(tuner)
+
+    def learn(self, **sums: float) -> Tensor:
+        """Take a step: what is not given is 1, or 0 for <Delta, x>; the late sums are among them."""
+        names = (*self.tuner.sums, *(name for name in self.tuner.late_sums if name in sums or name == "delta_x"))
+        if "x_square" in self.tuner.late_sums:
+            names = (*names, "x_square")
+        values = {"delta_x": 0.0, **sums}
+        self.last = self.tuner.propose(
+            self.state.tensor,
+            {name: torch.tensor(values.get(name, 1.0), dtype=torch.float64) for name in names},
+        )
+        self.state.commit(self.last)
+        return self.last.scale
 
 
-@pytest.mark.parametrize("variant", BETTING)
+def driven(variant: str, **options: Any) -> Driven:
+    return Driven(make_tuner(variant, **{**OPTIONS[variant], **options}))
+
+
+@pytest.mark.parametrize("variant", PUBLISHED)
 @given(hs=st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30), s_init=st.floats(1e-10, 1e2))
-def test_equals_the_oracle_on_any_rewards(variant: str, hs: list[float], s_init: float) -> None:
-    tuner = make_tuner(variant, betas=BETAS, s_init=s_init)
-    oracle = Oracle([], None, variant, s_init)  # type: ignore[arg-type]
+def test_equals_the_reference_on_any_rewards(variant: str, hs: list[float], s_init: float) -> None:
+    tuner = driven(variant, s_init=s_init)
+    reference = MechanicReference([], None, variant, s_init)  # type: ignore[arg-type]
     for h in hs:
-        scale = tuner.update(sums(h))
-        oracle._tune(h)
-        assert scale.item() == pytest.approx(oracle.scale, rel=1e-9, abs=1e-300)
-    assert tuner.updates.item() == len(hs)
+        scale = tuner.learn(delta_grad=h)
+        reference.learn(h)
+        assert scale.item() == pytest.approx(reference.scale, rel=1e-9, abs=1e-300)
+    assert tuner.state.updates.item() == len(hs)
 
 
 @given(
@@ -51,62 +67,115 @@ def test_equals_the_oracle_on_any_rewards(variant: str, hs: list[float], s_init:
     ),
     beta=st.floats(0.5, 0.9999),
 )
-def test_the_one_that_multiplies_equals_its_oracle(steps: list[tuple[float, ...]], beta: float) -> None:
-    tuner = multiplying(betas=(beta,))
-    oracle = Multiplier([], None, 1e-4, beta)  # type: ignore[arg-type]
-    oracle.scale = tuner.start(torch.tensor(4.0, dtype=torch.float64), torch.tensor(9.0, dtype=torch.float64)).item()
-    assert oracle.scale == pytest.approx(1e-4 * 3.0 / 2.0)
+def test_the_multiplicative_one_equals_its_reference(steps: list[tuple[float, ...]], beta: float) -> None:
+    tuner = driven("multiplicative", betas=(beta,))
+    reference = MultiplicativeReference([], None, 1e-4, beta)  # type: ignore[arg-type]
+    # The first step has no displacement yet, and a learning rate of 0: nothing but the scale comes of it.
+    reference.scale = tuner.learn(update_square=4.0, x_square=9.0, delta_square=0.0, lr=0.0).item()
+    reference.learn(1.0, 1.0, 0.0, 0.0)
+    assert reference.scale == pytest.approx(1e-4 * 3.0 / 2.0)
     for cosine, way, gradient, lr in steps:
-        way_grad = cosine * way * gradient
-        scale = tuner.update(sums(way_grad, gradient**2, way**2, 1.0, lr))
-        oracle._tune(way_grad, gradient**2, way**2, lr)
-        assert scale.item() == pytest.approx(oracle.scale, rel=1e-9)
+        delta_grad = cosine * way * gradient
+        scale = tuner.learn(delta_grad=delta_grad, grad_square=gradient**2, delta_square=way**2, lr=lr)
+        reference.learn(delta_grad, gradient**2, way**2, lr)
+        reference.restart(lr)
+        assert scale.item() == pytest.approx(reference.scale, rel=1e-9)
+        assert tuner.tuner.rows(tuner.state.tensor)["peak"].item() == pytest.approx(reference.peak, rel=1e-9)
 
 
 @pytest.mark.parametrize("x_square", [0.0, 4.0])
 def test_the_first_step_has_the_length_that_is_asked_for(x_square: float) -> None:
-    tuner = multiplying(s_init=1e-3)
-    nothing, x = torch.zeros((), dtype=torch.float64), torch.tensor(x_square, dtype=torch.float64)
-    assert tuner.start(nothing, x) == 0.0
-    assert not tuner.has_gained()
+    tuner = driven("multiplicative", s_init=1e-3)
+    assert tuner.learn(update_square=0.0, x_square=x_square, delta_square=0.0) == 0.0
+    assert not tuner.state.has_gained
     for size in (1e-8, 1.0, 1e8):
-        scale = tuner.start(torch.tensor(size**2, dtype=torch.float64), x)
+        tuner = driven("multiplicative", s_init=1e-3)
+        scale = tuner.learn(update_square=size**2, x_square=x_square, delta_square=0.0)
         assert (scale * size).item() == pytest.approx(1e-3 * (x_square**0.5 or 1.0))
-    assert multiplying(s_init=1e-3, s_max=1e-9).start(x + 1.0, x + 1.0) == 1e-9
+        assert tuner.state.has_gained
+    bounded = driven("multiplicative", s_init=1e-3, s_max=1e-9)
+    assert bounded.learn(update_square=5.0, x_square=5.0, delta_square=0.0) == 1e-9
 
 
-@pytest.mark.parametrize("variant", BETTING)
+@pytest.mark.parametrize("variant", PUBLISHED)
 def test_the_lambda_term_pulls_by_global_norms(variant: str) -> None:
-    tuner = make_tuner(variant, betas=BETAS, s_init=0.5, s_decay=0.1)
-    tuner.update(sums(-1.0))
-    s = tuner.state[S].sum().item()
-    tuner.update(sums(2.0, grad_square=9.0, delta_dot=5.0, x_square=4.0))
-    assert tuner.h.item() == pytest.approx(2.0 + 0.1 * s * 3.0 / (2.0 + 1e-8) * 5.0)
+    tuner = driven(variant, s_init=0.5, s_decay=0.1)
+    s = tuner.learn(delta_grad=-1.0).item()
+    tuner.learn(delta_grad=2.0, grad_square=9.0, delta_x=5.0, x_square=4.0)
+    assert tuner.last.signal.item() == pytest.approx(2.0 + 0.1 * s * 3.0 / (2.0 + 1e-8) * 5.0)
 
 
-def test_moving_against_the_gradient_grows_the_scale() -> None:
-    for variant in BETTING:
-        tuner = make_tuner(variant, betas=BETAS)
-        scales = [tuner.update(sums(-1.0)).item() for _ in range(50)]
-        assert scales[-1] > 1e3 * scales[2]
+@pytest.mark.parametrize("variant", PUBLISHED)
+def test_moving_against_the_gradient_grows_the_scale(variant: str) -> None:
+    tuner = driven(variant)
+    scales = [tuner.learn(delta_grad=-1.0).item() for _ in range(50)]
+    assert scales[-1] > 1e3 * scales[2]
 
 
-def test_keeps_float64_and_steps_in_place() -> None:
-    tuner = make_tuner("optax", betas=BETAS)
-    state = tuner.state
-    tuner.update(sums(-1.0))
-    assert tuner.state is state
-    assert state.dtype == torch.float64
-    assert state.shape == (8, len(BETAS))
+@pytest.mark.parametrize("variant", TUNERS)
+def test_a_proposal_changes_nothing_until_it_is_committed(variant: str) -> None:
+    tuner = driven(variant)
+    tuner.learn(delta_grad=-1.0, update_square=4.0)
+    tensor, before = tuner.state.tensor, tuner.state.tensor.clone()
+    sums = dict(tuner.last.sums)
+    proposals = [tuner.tuner.propose(tensor, sums) for _ in range(2)]
+    assert torch.equal(proposals[0].state, proposals[1].state)
+    assert torch.equal(tensor, before)
+    tuner.state.commit(proposals[0])
+    assert tuner.state.tensor is tensor
+    assert torch.equal(tensor, proposals[0].state)
+    assert not torch.equal(tensor, before)
+    assert tensor.dtype == torch.float64
+    assert tensor.shape == (4 + len(tuner.tuner.fields), tuner.tuner.columns)
 
 
-def test_all_zero_sums_are_harmless() -> None:
-    for variant in VARIANTS:
-        tuner = make_tuner(variant, betas=BETAS)
-        for _ in range(5):
-            assert math.isfinite(tuner.update(sums(0.0, 0.0, 0.0, 0.0)).item())
+@pytest.mark.parametrize("variant", TUNERS)
+def test_all_zero_sums_are_harmless(variant: str) -> None:
+    tuner = driven(variant)
+    for _ in range(5):
+        names = ("delta_grad", "grad_square", "delta_square", "x_square", "lr", "update_square")
+        assert math.isfinite(tuner.learn(**dict.fromkeys(names, 0.0)).item())
 
 
-def test_load_refuses_another_number_of_betas() -> None:
-    with pytest.raises(ValueError, match="other betas"):
-        make_tuner("optax", betas=(0.9, 0.99)).load(make_tuner("optax", betas=BETAS).state)
+class TestSavedStates:
+    def test_another_number_of_betas(self) -> None:
+        with pytest.raises(ValueError, match="other betas"):
+            driven("optax", betas=(0.9, 0.99)).state.load(driven("optax").state.tensor)
+
+    def test_another_variant(self) -> None:
+        with pytest.raises(ValueError, match="of variant optax, this one pytorch; pass the same"):
+            driven("pytorch").state.load(driven("optax").state.tensor)
+
+    def test_another_version(self) -> None:
+        for saved in (torch.rand(13, 1), torch.rand(8, 6), torch.rand(3)):
+            with pytest.raises(ValueError, match="does not have schema 1"):
+                driven("multiplicative").state.load(saved)
+
+
+class TestOptions:
+    """An option that the variant does not have is an error, not a silence."""
+
+    @pytest.mark.parametrize(("variant", "options", "message"), [
+        ("multiplicative", {"s_decay": 0.01}, r"does not have the option\(s\) s_decay; it has"),
+        ("multiplicative", {"eps": 1e-8, "s_decay": 0.0}, r"does not have the option\(s\) eps, s_decay"),
+        ("multiplicative", {"betas": (0.9, 0.99)}, "has one beta"),
+        ("adagrad", {}, "variant must be one of"),
+        ("optax", {"betas": ()}, "betas must be one or more numbers strictly between 0 and 1"),
+    ])  # fmt: skip
+    def test_is_refused(self, variant: str, options: dict[str, Any], message: str) -> None:
+        parameters, _ = problem()
+        base = torch.optim.SGD(parameters, lr=1.0)
+        with pytest.raises(ValueError, match=message):
+            Mechanic(base, variant=variant, **options)
+        if variant == "multiplicative":  # it is the default
+            with pytest.raises(ValueError, match=message):
+                Mechanic(base, **options)
+
+    def test_a_tuner_brings_its_own(self) -> None:
+        parameters, _ = problem()
+        base = torch.optim.SGD(parameters, lr=1.0)
+        with pytest.raises(
+            ValueError, match=r"variant is a tuner, which has its options already; leave out \['s_init'\]"
+        ):
+            Mechanic(base, variant=make_tuner("optax"), s_init=1.0)
+        assert "s_init=0.5" in repr(Mechanic(base, variant=make_tuner("optax", s_init=0.5)))

@@ -19,6 +19,7 @@ from manic.optimizer.wrapper import describe, is_creating_state
 from manic.step.kernels import working_dtype
 from manic.step.position import Position, displaced
 from manic.step.rules import Rule
+from manic.tuners.base import Proposal
 from manic.tuners.state import TunerState
 
 __all__ = ["DELTA", "GROUP_KEY", "STATE_KEYS", "X_REF", "MechanicState", "Transaction"]
@@ -200,6 +201,13 @@ class MechanicState:
         if not self.started:
             return "begins"
         return f"goes on after {int(self.tuner.updates)} steps with S={float(self.tuner.scale)!r}"
+
+    def commit(self, proposal: Proposal) -> None:
+        """Take over the tuner's proposal. Only as long as it matters whether there is a scale, the host asks for it."""
+        asks = self.tuner.tuner.late_until_scale and not self.has_scale
+        has_scale = bool(proposal.scale > 0) if asks else self.has_scale
+        self.tuner.commit(proposal)
+        self.has_scale = has_scale
 
     def count_update(self, is_counted: bool) -> None:
         """Know of a step that was taken; a CUDA graph's replays are not counted."""

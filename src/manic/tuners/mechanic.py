@@ -1,7 +1,7 @@
 """Mechanic's tuner: Algorithm 1, lines 8 to 14, in which each beta's wealth is bet on the next step.
 
 Two implementations were published, which differ in the places that the two classes below say (docs/variants.md). What a
-tuner does not know is in base.py; reference.py has the same rules in plain float64.
+tuner does not know is in base.py; mechanic_reference.py has the same rules in plain float64.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class TunerState:
     """
 
     def __init__(self, tuner: Tuner) -> None:
-        self._tuner = tuner
+        self.tuner = tuner
         self.tensor = torch.zeros(len(HEADER) + len(tuner.fields), tuner.columns, dtype=torch.float64)
         """Shape [rows, columns], float64 (float32 on a device without it). It is changed in place."""
         self.reset()
@@ -47,10 +47,10 @@ class TunerState:
     def reset(self) -> None:
         """Go back to the start, in place."""
         self.tensor.zero_()
-        rows = self._tuner.rows(self.tensor)
+        rows = self.tuner.rows(self.tensor)
         rows["schema"].fill_(SCHEMA)
-        rows["tuner"].fill_(self._tuner.tag)
-        for name, value in self._tuner.initial().items():
+        rows["tuner"].fill_(self.tuner.tag)
+        for name, value in self.tuner.initial().items():
             rows[name].copy_(torch.as_tensor(value, dtype=torch.float64))
 
     def to(self, device: torch.device) -> None:
@@ -63,33 +63,33 @@ class TunerState:
 
     def skip(self) -> None:
         """Count a step that is not taken because its sums are not finite."""
-        self._tuner.rows(self.tensor)["nonfinite"].add_(1)
+        self.tuner.rows(self.tensor)["nonfinite"].add_(1)
 
     def rebase(self) -> None:
         """Follow x_ref, which was set to x."""
-        rows = self._tuner.rows(self.tensor)
-        for name, value in self._tuner.rebased(rows).items():
+        rows = self.tuner.rows(self.tensor)
+        for name, value in self.tuner.rebased(rows).items():
             rows[name].copy_(value)
 
     @property
     def scale(self) -> Tensor:
         """S: 0-dim, a new tensor."""
-        return self._tuner.scale(self._tuner.rows(self.tensor))
+        return self.tuner.scale(self.tuner.rows(self.tensor))
 
     @property
     def updates(self) -> Tensor:
         """Number of steps taken, those included from which nothing was learned: 0-dim, a view."""
-        return self._tuner.rows(self.tensor)["updates"][0]
+        return self.tuner.rows(self.tensor)["updates"][0]
 
     @property
     def nonfinite(self) -> Tensor:
         """Number of steps left out, or not learned from: 0-dim, a view."""
-        return self._tuner.rows(self.tensor)["nonfinite"][0]
+        return self.tuner.rows(self.tensor)["nonfinite"][0]
 
     @property
     def has_gained(self) -> bool:
         """Whether moving has paid so far. The host waits for the device."""
-        return self._tuner.has_gained(self._tuner.rows(self.tensor))
+        return self.tuner.has_gained(self.tuner.rows(self.tensor))
 
     def check(self, saved: Tensor) -> None:
         """Raise unless ``saved`` is the state of a tuner like this one.
@@ -97,7 +97,7 @@ class TunerState:
         Raises:
             ValueError: if another version of manic, another tuner, or one with other settings saved it.
         """
-        tuner = self._tuner
+        tuner = self.tuner
         if saved.ndim != 2 or saved.shape[0] < len(HEADER) or int(saved[0, 0]) != SCHEMA:
             raise ValueError(
                 f"the saved tuner, of shape {tuple(saved.shape)}, does not have schema {SCHEMA & 0xFFFF}: another "
@@ -108,7 +108,7 @@ class TunerState:
             from manic.tuners.registry import name_of
 
             variant = name_of(int(saved[1, 0]))
-            raise ValueError(f"the saved tuner is of variant {variant}, this one of {tuner.name}; pass the same")
+            raise ValueError(f"the saved tuner is of variant {variant}, this one {tuner.name}; pass the same")
         expected = tuner.initial()
         rows = tuner.rows(saved) if saved.shape[0] == self.tensor.shape[0] else {}
         for name in tuner.fixed:
