@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from manic import Mechanic, NonfiniteError
 from manic.checkpoint import Checkpointer
-from manic.checkpoint.run_state import parameter_names
+from manic.checkpoint.flat_state import parameter_names
 from manic.inspect import inspect
 from manic.testing import ranks
 

@@ -1,8 +1,8 @@
 """Checkpointer: sharded checkpoints of a training run through ``torch.distributed.checkpoint``.
 
 It works with any optimizer, and any layout that DCP knows; what it writes can be loaded on another number of ranks.
-What a run's state is, is run_state.py's business, what a checkpoint's files are, manifest.py's, and where they are,
-directory.py's: here is what happens when.
+What a run's state is, is run_state.py's business, how it is copied, written and read, staging.py's and transfer.py's,
+what a checkpoint's files are, manifest.py's, and where they are, directory.py's: here is what happens when.
 """
 
 from __future__ import annotations
@@ -10,43 +10,34 @@ from __future__ import annotations
 import logging
 import operator
 import os
-import pickle
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
-import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed import ProcessGroup
-from torch.distributed._shard.sharded_tensor import ShardedTensor  # FSDP1's state dicts consist of them
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import AsyncStager, BlockingAsyncStager, DefaultStager, StagingOptions
 from torch.distributed.checkpoint.stateful import Stateful
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from manic import __version__
 from manic.checkpoint.directory import Directory
-from manic.checkpoint.files import FileRecord, Files
-from manic.checkpoint.manifest import DamagedCheckpointError, Manifest, Verify
+from manic.checkpoint.files import Files
+from manic.checkpoint.manifest import MANIFEST, DamagedCheckpointError, Manifest, Verify
 from manic.checkpoint.run_state import RunState
-from manic.checkpoint.safe_pickle import RefusedError, SafePlanner, check_loadable
-from manic.distributed.collectives import from_every_rank, on_every_rank, on_first_rank, rank, world_size
+from manic.checkpoint.safe_pickle import check_loadable
+from manic.checkpoint.staging import Staging
+from manic.checkpoint.transfer import Progress, read, read_index, verify_files, write
+from manic.distributed.collectives import on_every_rank, on_first_rank, rank, world_size
 
 __all__ = ["Checkpointer", "DamagedCheckpointError", "on_first_rank"]
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[str, int, int], None]
-"""Told ``"save"`` or ``"verify"``, how many bytes this rank has done, and about how many there are to do."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +106,7 @@ class Checkpointer:
         self._timeout = timeout
         self._damaged: list[int] = []
         self._pending: Future[str | None] | None = None
-        self._stager: AsyncStager | None = None
+        self._staging: Staging | None = None
         self._own_group: ProcessGroup | None = None
 
     def steps(self) -> list[int]:
@@ -177,7 +168,7 @@ class Checkpointer:
 
         def begin() -> _Save:
             save = self._begin(step)
-            return replace(save, state=on_every_rank(lambda: self._stage(save.state), self._group))
+            return replace(save, state=on_every_rank(lambda: self._copy(save.state), self._group))
 
         begun = self._reporting(step, begin)
         if begun is None:
@@ -278,42 +269,17 @@ class Checkpointer:
         folder = on_first_rank(begin, self._group)
         return _Save(step, folder, state, self._run.layout(), since)
 
-    def _stage(self, state: dict[str, Any]) -> dict[str, Any]:
-        """A copy in host memory."""
-        if self._stager is None and self._run.is_fsdp1:
-            self._stager = BlockingAsyncStager()  # the other knows no ShardedTensor
-        elif self._stager is None:
-            cuda = torch.cuda.is_available()
-            options = StagingOptions(
-                use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
-            )
-            self._stager = DefaultStager(options)
-        staged: dict[str, Any] = self._stager.stage(state)  # type: ignore[assignment]
-        return staged
+    def _copy(self, state: dict[str, Any]) -> dict[str, Any]:
+        self._staging = self._staging or Staging(self._run.is_fsdp1)
+        return self._staging.copy(state)
 
     def _write(self, save: _Save) -> str:
         """Write the files, the manifest when they are there, and let the checkpoint appear."""
-        files = Files(save.folder, self._count("save", _bytes(save.state)))
-        try:
-            dcp.save(save.state, storage_writer=files.writer(), process_group=self._group)
-        except CheckpointException as error:
-            raise _os_error(f"could not write {save.folder}", error) from error
-        records: dict[str, FileRecord] = {}
-        for each in from_every_rank(files.records, self._group):
-            records.update(each)
+        files, records = write(save.state, save.folder, self._progress, self._group)
 
         def publish() -> str:
             path, seconds = self.path(save.step), time.perf_counter() - save.since
-            manifest = Manifest(
-                step=save.step,
-                world_size=world_size(),
-                layout=save.layout,
-                files=dict(sorted(records.items())),
-                manic=__version__,
-                torch=torch.__version__,
-                time=datetime.now(UTC).isoformat(timespec="seconds"),
-                seconds=round(seconds, 3),
-            )
+            manifest = Manifest.now(save.step, world_size(), save.layout, records, seconds)
             missing = manifest.problems(files, "size", set(records) - {".metadata"})
             if missing:
                 raise OSError(f"{save.folder}: {'; '.join(missing)}. Do all ranks see the same directory?")
@@ -358,102 +324,25 @@ class Checkpointer:
     def _candidates(self, step: int | str | os.PathLike[str]) -> list[tuple[str, int | None]]:
         """Paths of checkpoints to load, the first one first, and the steps that their names say."""
         if step == "latest":
-            steps = self.steps()
-            if not steps:
-                raise FileNotFoundError(f"there is no checkpoint in {self.directory}")
-            return [(self.path(each), each) for each in reversed(steps)]
-        if not isinstance(step, (str, os.PathLike)):
-            step = operator.index(step)
-            if step not in self.steps():
-                raise FileNotFoundError(
-                    f"{self.path(step)} is no checkpoint; in {self.directory}, there are steps {self.steps()}"
-                )
-            if step < self.steps()[-1]:
-                logger.warning(
-                    "there are later checkpoints than %s, up to step %d: go on in another directory, or they stay the "
-                    "latest",
-                    self.path(step),
-                    self.steps()[-1],
-                )
-            return [(self.path(step), step)]
-        files = Files(step)
-        if not files.exists(f"{files.root}/.metadata") and not files.exists(f"{files.root}/manifest.json"):
-            raise FileNotFoundError(f"{os.fspath(step)} is no checkpoint: it has neither .metadata nor manifest.json")
-        return [(os.fspath(step), None)]
+            found = self._directory.find(None)
+        elif not isinstance(step, (str, os.PathLike)):
+            found = self._directory.find(operator.index(step))
+        else:
+            files = Files(step)
+            if not files.exists(f"{files.root}/.metadata") and not files.exists(f"{files.root}/{MANIFEST}"):
+                raise FileNotFoundError(f"{os.fspath(step)} is no checkpoint: it has neither .metadata nor {MANIFEST}")
+            return [(os.fspath(step), None)]
+        return [(self.path(each), each) for each in found]
 
     def _load(self, path: str, number: int | None, verify: Verify) -> None:
         files = Files(path)
         if verify != "off":
             manifest = on_first_rank(lambda: Manifest.read(files), self._group)
-            names = sorted(manifest.files, key=lambda name: -manifest.files[name].bytes)[rank() :: world_size()]
-            count = self._count("verify", sum(manifest.files[name].bytes for name in names))
-            problems = from_every_rank(manifest.problems(files, verify, names, count), self._group)
-            found = [problem for each in problems for problem in each]
+            found = verify_files(files, manifest, verify, self._progress, self._group)
             if number is not None and manifest.step != number:
                 found.append(f"its manifest.json is that of step {manifest.step}")
             if found:
                 raise DamagedCheckpointError(f"{path} is damaged: " + "; ".join(found))
 
-        def metadata() -> Any:
-            try:
-                return files.reader().read_metadata().state_dict_metadata
-            except pickle.UnpicklingError as error:
-                raise DamagedCheckpointError(f"{path} is damaged: .metadata cannot be read: {error}") from error
-            except Exception as error:  # unpickling what is damaged may raise anything
-                raise DamagedCheckpointError(f"{path} is damaged: .metadata cannot be read: {error!r}") from error
-
-        def read(state: dict[str, Any]) -> None:
-            try:
-                dcp.load(state, storage_reader=files.reader(), planner=SafePlanner(), process_group=self._group)
-            except CheckpointException as error:
-                failures = [failure[0] for failure in error.failures.values()]
-                if any(isinstance(each, RefusedError) for each in failures):
-                    raise ValueError(f"{path} is not loaded: {_reasons(error)}") from error
-                if any(isinstance(each, pickle.UnpicklingError) for each in failures):
-                    raise DamagedCheckpointError(f"{path} is damaged: {_reasons(error)}") from error
-                misfit = any(word in _reasons(error) for word in ("Missing key", "mismatch"))
-                if error.args[0] == "plan" and misfit:
-                    raise ValueError(f"{path} does not fit this run: {_reasons(error)}") from error
-                out_of_memory = (MemoryError, torch.OutOfMemoryError)
-                if verify == "full" or any(isinstance(each, out_of_memory) for each in failures):
-                    raise _os_error(f"could not read {path}", error) from error
-                raise DamagedCheckpointError(f"{path} cannot be read: {_reasons(error)}") from error
-
-        self._run.load(on_every_rank(metadata, self._group), read, path, self._group)
-
-    def _count(self, what: str, total: int) -> Callable[[int], None]:
-        done = 0
-
-        def count(size: int) -> None:
-            nonlocal done
-            done += size
-            try:
-                self._progress(what, done, max(done, total))
-            except Exception:  # nothing of the checkpoint depends on it
-                logger.exception("the progress callback failed")
-
-        return count
-
-
-def _bytes(state: Any) -> int:
-    """Of the tensors in a state dict that this rank holds; replicas count on every rank."""
-    if isinstance(state, Mapping):
-        return sum(_bytes(value) for value in state.values())
-    if isinstance(state, DTensor):
-        state = state.to_local()
-    if isinstance(state, ShardedTensor):
-        return sum(_bytes(shard.tensor) for shard in state.local_shards())
-    return state.numel() * state.element_size() if type(state) is torch.Tensor else 0
-
-
-def _reasons(error: CheckpointException) -> str:
-    return "; ".join(f"rank {number}: {reason[0]}" for number, reason in error.failures.items())
-
-
-def _os_error(what: str, error: CheckpointException) -> Exception:
-    """The same as one that can be caught for what it is: a disk that is full, say, or a mistake."""
-    reasons = [reason[0] for reason in error.failures.values()]
-    first = next((reason for reason in reasons if isinstance(reason, OSError)), None)
-    if first is None:
-        return RuntimeError(f"{what}: {_reasons(error)}")
-    return OSError(first.errno, f"{what}: {_reasons(error)}")
+        index = on_every_rank(lambda: read_index(files, path), self._group)
+        self._run.load(index, lambda state: read(state, files, path, verify, self._group), path, self._group)

@@ -32,6 +32,7 @@ class Directory:
     """
 
     def __init__(self, url: str | os.PathLike[str]) -> None:
+        self._given = os.fspath(url)  # for messages
         self._files = Files(os.fspath(url).rstrip("/"))
         self._fs, self._root = self._files.fs, self._files.root.rstrip("/")
         # A local one stays where it is when the process changes its working directory.
@@ -48,6 +49,28 @@ class Directory:
         # On a local disk both stand for folders, and what is hidden is no obstacle to what is there.
         complete = names if self._files.is_local else {name for name in names if f"{_INCOMPLETE}{name}" not in names}
         return sorted(int(name.removeprefix("step_")) for name in complete if _is_step(name))
+
+    def find(self, step: int | None) -> list[int]:
+        """The steps to load, the first one first: ``step`` alone, or all there are, the newest first.
+
+        Raises:
+            FileNotFoundError: if there is no such checkpoint.
+        """
+        steps = self.steps()
+        if step is None:
+            if not steps:
+                raise FileNotFoundError(f"there is no checkpoint in {self._given}")
+            return steps[::-1]
+        if step not in steps:
+            raise FileNotFoundError(f"{self.path(step)} is no checkpoint; in {self._given}, there are steps {steps}")
+        if step < steps[-1]:
+            logger.warning(
+                "there are later checkpoints than %s, up to step %d: go on in another directory, or they stay the "
+                "latest",
+                self.path(step),
+                steps[-1],
+            )
+        return [step]
 
     def begin(self, step: int) -> str:
         """Make the folder to write the checkpoint of ``step`` into; what earlier saves left unfinished goes.

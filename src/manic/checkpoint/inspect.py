@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, TensorSt
 
 from manic.checkpoint.directory import Directory
 from manic.checkpoint.files import Files
+from manic.checkpoint.flat_state import split
 from manic.checkpoint.manifest import MANIFEST, DamagedCheckpointError, Manifest, Verify
-from manic.checkpoint.run_state import split
 from manic.checkpoint.safe_pickle import SafePlanner
 from manic.tuners.registry import TUNERS, name_of
 from manic.tuners.state import HEADER, SCHEMA

@@ -10,8 +10,12 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import Any, Literal
 
+import torch
+
+from manic import __version__
 from manic.checkpoint.files import FileRecord, Files, record_of
 
 __all__ = ["MANIFEST", "DamagedCheckpointError", "Manifest", "Verify", "render"]
@@ -51,6 +55,14 @@ class Manifest:
     torch: str
     time: str
     seconds: float
+
+    @classmethod
+    def now(
+        cls, step: int, world_size: int, layout: dict[str, int], files: dict[str, FileRecord], seconds: float
+    ) -> Manifest:
+        """One of a checkpoint that this process has just written; the arguments are the fields."""
+        time = datetime.now(UTC).isoformat(timespec="seconds")
+        return cls(step, world_size, layout, files, __version__, torch.__version__, time, round(seconds, 3))
 
     @property
     def bytes(self) -> int:

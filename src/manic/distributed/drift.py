@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from manic.distributed.collectives import from_every_rank, gather
 from manic.distributed.layout import Layout, local
-from manic.distributed.startup import describe_group, digest, gather, gather_objects
+from manic.distributed.startup import describe_group, digest
 from manic.step.chunks import pieces
 
 __all__ = ["raise_if_drifted"]
@@ -73,11 +74,11 @@ def _difference(
     row = torch.tensor([digest(str(tuner.tolist())), digest(settings)], device=device)
     rows = torch.stack(gather(row, group))
     if found := _odd_one(rows[:, 0].tolist(), len(rows)):
-        scales = gather_objects(float(scale), group)
+        scales = from_every_rank(float(scale), group)
         rank, other = found
         return f"the tuner of rank {rank} is not that of rank {other}: S is {scales[rank]!r} and {scales[other]!r}"
     if found := _odd_one(rows[:, 1].tolist(), len(rows) // layout.pipeline_stages):
-        lines = gather_objects(settings, group)
+        lines = from_every_rank(settings, group)
         rank, other = found
         return f"the settings of rank {rank} are not those of rank {other}: {lines[rank]} and {lines[other]}"
     return _tensors(held, layout, group, device, name_of)
@@ -98,7 +99,7 @@ def _tensors(
             ranks = [rank for rank, row in enumerate(rows.tolist()) if row[1] == copies]
             if found := _odd_one([int(rows[rank, 0]) for rank in ranks], copies):
                 rank, other = (ranks[each] for each in found)
-                names = gather_objects([f"{name} of {name_of(parameter)}" for parameter, name, _ in held], group)
+                names = from_every_rank([f"{name} of {name_of(parameter)}" for parameter, name, _ in held], group)
                 return f"{names[rank][index]} on rank {rank} is not what rank {other} holds"
     return ""
 

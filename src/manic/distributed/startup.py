@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,12 +17,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
+from manic.distributed.collectives import from_every_rank, gather, raise_together
 from manic.distributed.layout import Layout, check_gradient, is_fsdp1, local
 from manic.step.chunks import pieces
 
-__all__ = ["agree", "describe_group", "digest", "gather", "gather_objects", "raise_together"]
-
-T = TypeVar("T")
+__all__ = ["agree", "describe_group", "digest"]
 
 
 def agree(
@@ -77,26 +76,6 @@ def agree(
         layout.fsdp1_replicas = _find_fsdp1_replicas(flattened, group, device, dtype)
 
 
-def raise_together(kind: type[Exception], complaint: str, group: ProcessGroup | None, device: torch.device) -> None:
-    """Raise on every rank if any rank has something to complain of.
-
-    Args:
-        kind: What to raise.
-        complaint: This rank's, in words; empty: none.
-        group: The process group, or ``None`` for this process alone.
-        device: Where the group's backend takes tensors from.
-    """
-    if group is None:
-        if complaint:
-            raise kind(complaint)
-        return
-    lengths = gather(torch.tensor([len(complaint)], device=device), group)
-    if any(length[0] for length in lengths):
-        everyone = gather_objects(complaint, group)
-        rank = next(rank for rank, text in enumerate(everyone) if text)
-        raise kind(f"rank {rank}: {everyone[rank]}")
-
-
 def _unusable_gradient(parameters: Sequence[Tensor]) -> str:
     """What is wrong with the gradients, in words; empty: nothing."""
     for parameter in parameters:
@@ -141,27 +120,13 @@ def digest(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
-def gather(row: Tensor, group: ProcessGroup) -> list[Tensor]:
-    """Every rank's ``row``, which has one shape on all of them, on the host."""
-    rows = [torch.empty_like(row) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(rows, row, group=group)
-    return list(torch.stack(rows).cpu().unbind())
-
-
-def gather_objects(value: T, group: ProcessGroup) -> list[T]:
-    """Every rank's ``value``, which can be pickled; slower than :func:`gather`."""
-    values = [value] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
-
-
 def _compare(digests: list[int], stages: int, what: str, mine: list[str], group: ProcessGroup) -> None:
     """Raise the same error everywhere unless each digest belongs to whole stages."""
     size = len(digests) // stages
     counts = Counter(digests)
     if all(count % size == 0 for count in counts.values()):
         return
-    everyone = gather_objects(mine, group)
+    everyone = from_every_rank(mine, group)
     odd = min((each for each in counts if counts[each] % size), key=counts.__getitem__)
     other = digests.index(odd)
     reference = next(rank for rank, each in enumerate(digests) if each != odd)

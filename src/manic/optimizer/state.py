@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from manic.distributed.collectives import raise_together
 from manic.distributed.layout import Layout, local
-from manic.distributed.startup import raise_together
 from manic.optimizer.placeholders import Placeholders
 from manic.optimizer.wrapper import describe, is_creating_state
 from manic.step.kernels import working_dtype

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from manic.distributed.startup import gather_objects
+from manic.distributed.collectives import from_every_rank
 from manic.step.shards import Shard
 from manic.tuners.base import Proposal
 
@@ -139,7 +139,7 @@ def account_of_nonfinite(shards: Iterable[Shard], name_of: Callable[[Tensor], st
         for what, tensor in (("gradient", shard.gradient), ("value", shard.x), ("displacement", shard.delta))
         if tensor is not None and (count := int((~torch.isfinite(tensor)).sum()))
     ]
-    accounts = [found] if group is None else gather_objects(found, group)
+    accounts = [found] if group is None else from_every_rank(found, group)
     places = [f"rank {rank}: {place}" for rank, account in enumerate(accounts) for place in account]
     if not places:
         return "every gradient and parameter is finite, but their squares or products have no room in float64"
