@@ -16,22 +16,21 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from manic.distributed.drift import raise_if_drifted
 from manic.distributed.layout import Layout, Plain
-from manic.distributed.startup import agree
+from manic.distributed.startup import Agreement
 from manic.optimizer.kinds import largest_lr
-from manic.optimizer.state import GROUP_KEY, STATE_KEYS, MechanicState
+from manic.optimizer.names import GROUP_KEY, STATE_KEYS
+from manic.optimizer.state import MechanicState
 from manic.optimizer.supported import check_bases
-from manic.optimizer.wrapper import OptimizerWrapper, describe
+from manic.optimizer.transaction import hidden, transaction
+from manic.optimizer.wrapper import OptimizerWrapper
 from manic.step.base_step import base_step
 from manic.step.guard import Guard, Nonfinite, Reading, account_of_nonfinite
 from manic.step.monitor import Monitor
 from manic.step.plan import Plan, Planner
-from manic.step.rules import rule_for
 from manic.step.sums import PendingSums, local_sums
 from manic.tuners.base import Proposal, Tuner
 from manic.tuners.registry import DEFAULT, make_tuner
-from manic.tuners.state import TunerState
 
 __all__ = ["Mechanic"]
 
@@ -102,28 +101,14 @@ class Mechanic(OptimizerWrapper):
         self._check_every, self._calls = check_every, 0
         self._guard = Guard(nonfinite)
         self._tuner = make_tuner(variant, betas=betas, s_init=s_init, s_decay=s_decay, eps=eps, s_max=s_max)
-        self._rule = rule_for(self._tuner.scales, self._tuner.eps)
         self._layout = Layout(process_group, plain, pipeline_stages)
-        self._state = MechanicState(
-            optimizers,
-            TunerState(self._tuner),
-            self._layout,
-            self._rule,
-            stays_without_gradient=not self._tuner.moves_without_gradient,
-            store_delta=self._rule.stores_delta if store_delta is None else store_delta,
-        )
+        self._state = MechanicState(optimizers, self._tuner, self._layout, store_delta)
         self._planner = Planner(
-            optimizers,
-            self._rule,
-            self._layout,
-            self._state,
-            update=update,
-            reads_x=not {"delta_x", "x_square"}.isdisjoint(self._tuner.late_sums),
-            moves_without_gradient=self._tuner.moves_without_gradient,
-            knows_scale=self._guard.waits,
-        )
+            optimizers, self._tuner, self._state.rule, self._layout, self._state,
+            update=update, knows_scale=self._guard.waits,
+        )  # fmt: skip
         self._monitor = Monitor(self._state.tuner, self._tuner.settings)
-        self._agreed_on: list[list[int]] | None = None
+        self._agreement = Agreement(self._layout)
         super().__init__(optimizers, self._state)
         self._share_global_state()
 
@@ -145,28 +130,29 @@ class Mechanic(OptimizerWrapper):
             NonfiniteError: before anything has changed, on every rank alike, if a gradient or parameter is not finite.
             RuntimeError: on every rank alike, if ``check_every`` finds something.
         """
-        loss = _evaluate(closure)
+        loss = None if closure is None else torch.enable_grad()(closure)()
         if self._creates_state():
             return loss
         is_first, state, tuner = self._begin(), self._state, self._tuner
-        with state.transaction(is_first) as transaction, self._planner.plan(state.position, state.has_scale) as plan:
+        with transaction(self.optimizers, is_first) as under_way, self._planner.plan() as plan:
             state.compare_loaded()
             pending, proposal, reading = self._all_reduce(plan, tuner.sums), None, None
             if self._guard.waits:
                 proposal, reading = self._survey(plan, pending)
-                if not self._admits(plan, reading):
-                    return loss
+                if proposal is None:
+                    return loss  # skipped
             with base_step(plan.captures, None if reading is None else reading.scale):
-                self._step_bases()
+                with hidden(self.optimizers):
+                    for base in self.optimizers:
+                        base.step()
                 if proposal is None:  # the all_reduce was hidden behind the base optimizers' step
                     proposal = tuner.propose(state.tensor, pending.wait())
-                if tuner.late_sums and not (tuner.late_until_scale and state.has_scale):
-                    late = self._all_reduce(plan, tuner.late_sums, late=True, exact=tuner.late_until_scale)
-                    proposal = tuner.refine(state.tensor, proposal, late.wait())
-                for capture in plan.captures:
-                    capture.write(self._rule.change(proposal.scale))
+                if late := tuner.late(state.has_scale):
+                    sums = self._all_reduce(plan, late, late=True, exact=tuner.late_until_scale).wait()
+                    proposal = tuner.refine(state.tensor, proposal, sums)
+                state.rule.write(plan.captures, proposal.scale)
                 state.commit(proposal)
-            transaction.commit()
+            under_way.commit()
         self._finish(plan, proposal, reading)
         return loss
 
@@ -176,42 +162,42 @@ class Mechanic(OptimizerWrapper):
         sums = local_sums(plan.captures, names, self._state.tensor, lr=lr, late=late, exact=exact)
         return PendingSums(sums, names, self._layout.group, self._communication_device)
 
-    def _survey(self, plan: Plan, pending: PendingSums) -> tuple[Proposal, Reading]:
-        """What the tuner proposes, and its numbers on the host, which waits for them: the step's one host sync."""
+    def _survey(self, plan: Plan, pending: PendingSums) -> tuple[Proposal, Reading] | tuple[None, None]:
+        """What the tuner proposes, and its numbers on the host, which waits for them: the step's one host sync.
+
+        Returns:
+            ``None``, twice, for a step that is to be left out.
+        """
         proposal = self._tuner.propose(self._state.tensor, pending.wait())
         reading = Reading.of(proposal)
         if not reading.fits_float32:
-            exact = self._all_reduce(plan, self._tuner.sums, exact=True)
-            proposal = self._tuner.propose(self._state.tensor, exact.wait())
+            sums = self._all_reduce(plan, self._tuner.sums, exact=True).wait()
+            proposal = self._tuner.propose(self._state.tensor, sums)
             reading = Reading.of(proposal)
-        return proposal, reading
+        if reading.is_finite or not self._is_skipped(plan, reading):
+            return proposal, reading
+        self._state.tuner.skip()
+        self._monitor.step_skipped(self._layout.is_first_rank)
+        return None, None
 
-    def _admits(self, plan: Plan, reading: Reading) -> bool:
-        """Whether the guard lets the step be taken; a step that it leaves out is counted."""
+    def _is_skipped(self, plan: Plan, reading: Reading) -> bool:
+        """Whether a step whose sums are not finite is left out; otherwise it is an error."""
 
         def position_is_finite() -> bool:
             sums = self._all_reduce(plan, ("delta_square", "x_square"), exact=True).wait()
             return bool(torch.stack(list(sums.values())).isfinite().all())
 
         def account() -> str:
-            return account_of_nonfinite(plan.shards, self.describe, self._layout.group)
+            return account_of_nonfinite(plan.shards, self.param_groups, self._layout.group)
 
-        if self._guard.admits(reading, self._state.tuner.updates, position_is_finite, account):
-            return True
-        self._state.tuner.skip()
-        self._monitor.step_skipped(self._layout.is_first_rank)
-        return False
-
-    def _step_bases(self) -> None:
-        with self._state.hidden():
-            for optimizer in self.optimizers:
-                optimizer.step()
+        number = int(self._state.tuner.updates) + 1
+        return self._guard.skips(reading.sums.get("lr", 0.0), number, position_is_finite, account)
 
     def _creates_state(self) -> bool:
         """Whether torch's checkpointing called this step to see what state there will be; if so, it is made."""
         if not self._state.is_creating(self._has_state()):
             return False
-        with self._planner.plan(self._state.position, has_scale=False):
+        with self._planner.plan():
             self._state.create()
         self._planner.drop()
         return True
@@ -238,26 +224,22 @@ class Mechanic(OptimizerWrapper):
         is_capturing = self._is_capturing
         self._state.count_update(is_counted=not is_capturing)
         if proposal.restart is not None:
-            # Where the host does not know, the parameters are gone through whenever there may be a restart.
-            may = self._state.is_multiple_of(self._tuner.restart_interval)
-            if may if reading is None else reading.restarts:
-                self._rule.restart(plan.captures, *proposal.restart)
+            # A host that does not know goes through the parameters whenever there may be a restart.
+            if self._state.is_multiple_of(self._tuner.restart_interval) if reading is None else reading.restarts:
+                self._state.rule.restart(plan.captures, *proposal.restart)
         if not is_capturing:
             scale = None if reading is None else reading.scale
             self._monitor.step_taken(proposal, scale, self.param_groups, self._layout.is_first_rank)
 
     def _agree(self) -> None:
         """Compare with the other ranks, at the first step, after a load, and when parameters were added."""
-        # By group: inside of ZeRO, a rank may be given a new group that is empty.
-        identities = [[id(parameter) for parameter in group["params"]] for group in self.param_groups]
-        if identities == self._agreed_on and not self._state.was_loaded:
+        if self._agreement.holds_for(self.param_groups) and not self._state.was_loaded:
             return
         check_bases(self.optimizers, may_be_empty=True)
         names = [type(optimizer).__name__ for optimizer in self.optimizers]
         settings = f"a run of {names} that {self._state.stands}, {self._settings()}"
-        agree(self.param_groups, settings, self._layout, self._communication_device, self._state.tensor.dtype)
+        self._agreement.renew(self.param_groups, settings, self._communication_device, self._state.tensor.dtype)
         self._planner.drop()
-        self._agreed_on = identities
 
     @torch.no_grad()
     def check_consistency(self) -> None:
@@ -272,15 +254,7 @@ class Mechanic(OptimizerWrapper):
                 changed a parameter since the last step (not seen where Delta is not stored).
         """
         self._share_global_state()
-        state, device = self._state, self._communication_device
-        tensor, scale, held = state.tensor, state.tuner.scale, state.held()
-        raise_if_drifted(tensor, scale, self.param_groups, held, self._layout, device, self.describe)
-        if state.started:
-            state.raise_if_displaced(
-                RuntimeError,
-                "since the last step something else has changed them, which the next step will undo; if it was on "
-                "purpose, call rebase() after such a change",
-            )
+        self._state.raise_if_drifted()
 
     @property
     def scale(self) -> Tensor:
@@ -309,10 +283,6 @@ class Mechanic(OptimizerWrapper):
         self._share_global_state()
         return self._monitor.metrics(self.param_groups)
 
-    def describe(self, parameter: Tensor) -> str:
-        """A parameter of this optimizer in words: its place, its shape, and its name if the groups know it."""
-        return describe(parameter, self.param_groups)
-
     @property
     def _communication_device(self) -> torch.device:
         return self._layout.communication_device(self._state.home_device)
@@ -327,10 +297,3 @@ class Mechanic(OptimizerWrapper):
             "check_every": self._check_every, "update": self._planner.updates,
         }  # fmt: skip
         return ", ".join([f"variant={self._tuner.name}", *(f"{name}={value}" for name, value in mine.items())])
-
-
-def _evaluate(closure: Callable[[], Any] | None) -> Any:
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from manic.mechanic import Mechanic
-from manic.optimizer.state import DELTA, X_REF
+from manic.optimizer.names import DELTA, X_REF
 from manic.tuners.registry import make_tuner
 from manic.tuners.state import TunerState
 

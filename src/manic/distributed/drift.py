@@ -7,7 +7,7 @@ layout.py's knowledge.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 from manic.distributed.collectives import from_every_rank, gather
 from manic.distributed.layout import Layout, local
 from manic.distributed.startup import describe_group, digest
+from manic.optimizer.names import describe
 from manic.step.chunks import pieces
 
 __all__ = ["raise_if_drifted"]
@@ -36,7 +37,6 @@ def raise_if_drifted(
     held: Sequence[Held],
     layout: Layout,
     device: torch.device,
-    name_of: Callable[[Tensor], str],
 ) -> None:
     """Raise, alike on every rank, if ranks differ that should not.
 
@@ -47,12 +47,11 @@ def raise_if_drifted(
         held: What is compared of the parameters, in the same order on all ranks of a stage.
         layout: How many ranks hold an element of each.
         device: Where the group's backend takes tensors from.
-        name_of: Describes a parameter.
 
     Raises:
         RuntimeError: with the first difference in words.
     """
-    if layout.group is not None and (found := _difference(tuner, scale, groups, held, layout, device, name_of)):
+    if layout.group is not None and (found := _difference(tuner, scale, groups, held, layout, device)):
         raise RuntimeError(
             f"ranks have drifted apart: {found}. Go back to a checkpoint from before that; nothing in a sound run "
             "changes parameters or settings on one rank alone"
@@ -66,7 +65,6 @@ def _difference(
     held: Sequence[Held],
     layout: Layout,
     device: torch.device,
-    name_of: Callable[[Tensor], str],
 ) -> str:
     group = layout.group
     assert group is not None
@@ -81,11 +79,15 @@ def _difference(
         lines = from_every_rank(settings, group)
         rank, other = found
         return f"the settings of rank {rank} are not those of rank {other}: {lines[rank]} and {lines[other]}"
-    return _tensors(held, layout, group, device, name_of)
+    return _tensors(held, groups, layout, group, device)
 
 
 def _tensors(
-    held: Sequence[Held], layout: Layout, group: ProcessGroup, device: torch.device, name_of: Callable[[Tensor], str]
+    held: Sequence[Held],
+    groups: Sequence[Mapping[str, Any]],
+    layout: Layout,
+    group: ProcessGroup,
+    device: torch.device,
 ) -> str:
     mine = torch.zeros(len(held), 2, dtype=torch.int64, device=device)
     for index, (parameter, _, tensor) in enumerate(held):
@@ -99,7 +101,9 @@ def _tensors(
             ranks = [rank for rank, row in enumerate(rows.tolist()) if row[1] == copies]
             if found := _odd_one([int(rows[rank, 0]) for rank in ranks], copies):
                 rank, other = (ranks[each] for each in found)
-                names = from_every_rank([f"{name} of {name_of(parameter)}" for parameter, name, _ in held], group)
+                names = from_every_rank(
+                    [f"{name} of {describe(parameter, groups)}" for parameter, name, _ in held], group
+                )
                 return f"{names[rank][index]} on rank {rank} is not what rank {other} holds"
     return ""
 

@@ -21,7 +21,35 @@ from manic.distributed.collectives import from_every_rank, gather, raise_togethe
 from manic.distributed.layout import Layout, check_gradient, is_fsdp1, local
 from manic.step.chunks import pieces
 
-__all__ = ["agree", "describe_group", "digest"]
+__all__ = ["Agreement", "agree", "describe_group", "digest"]
+
+
+class Agreement:
+    """What the ranks have agreed on, so that they compare again only when it has changed.
+
+    Args:
+        layout: What they hold.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._identities: list[list[int]] | None = None
+
+    def holds_for(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether these are the parameters that they have agreed on."""
+        return self._identities == _identities(groups)
+
+    def renew(
+        self, groups: Sequence[Mapping[str, Any]], settings: str, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """Compare; see :func:`agree` for arguments and errors."""
+        agree(groups, settings, self._layout, device, dtype)
+        self._identities = _identities(groups)
+
+
+def _identities(groups: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    # By group: inside of ZeRO, a rank may be given a new group that is empty.
+    return [[id(parameter) for parameter in group["params"]] for group in groups]
 
 
 def agree(
@@ -80,7 +108,8 @@ def _unusable_gradient(parameters: Sequence[Tensor]) -> str:
     """What is wrong with the gradients, in words; empty: nothing."""
     for parameter in parameters:
         try:
-            check_gradient(parameter)
+            if parameter.grad is not None:
+                check_gradient(parameter, parameter.grad)
         except TypeError as error:
             return str(error)
     return ""

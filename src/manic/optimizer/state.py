@@ -5,44 +5,30 @@ It keeps x_ref and Delta under each parameter and the tuner in the param groups,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from manic.distributed.collectives import raise_together
+from manic.distributed.drift import raise_if_drifted
 from manic.distributed.layout import Layout, local
+from manic.optimizer.names import DELTA, STATE_KEYS, X_REF, describe
 from manic.optimizer.placeholders import Placeholders
-from manic.optimizer.wrapper import describe, is_creating_state
+from manic.optimizer.transaction import hidden
+from manic.optimizer.wrapper import is_creating_state
 from manic.step.kernels import working_dtype
 from manic.step.position import Position, displaced
-from manic.step.rules import Rule
-from manic.tuners.base import Proposal
+from manic.step.rules import rule_for
+from manic.tuners.base import Proposal, Tuner
 from manic.tuners.state import TunerState
 
-__all__ = ["DELTA", "GROUP_KEY", "STATE_KEYS", "X_REF", "MechanicState", "Transaction"]
+__all__ = ["MechanicState"]
 
-X_REF = "mechanic_x_ref"
-DELTA = "mechanic_delta"
-STATE_KEYS = (X_REF, DELTA)
-"""The names of our tensors under a parameter."""
-GROUP_KEY = "mechanic"
-"""The name of the tuner in a param group."""
 # The number of updates in a saved tuner whose checkpoint holds no training yet, only the shape of its state.
 _PLACEHOLDER = -1.0
-
-
-class Transaction:
-    """A step under way: what it has made is kept only if it is committed."""
-
-    def __init__(self) -> None:
-        self.is_committed = False
-
-    def commit(self) -> None:
-        """The step was taken."""
-        self.is_committed = True
 
 
 class MechanicState:
@@ -50,27 +36,17 @@ class MechanicState:
 
     Args:
         optimizers: The base optimizers.
-        tuner: The tuner's state, which is moved to the parameters' device.
-        layout: Tells the device of a rank without parameters.
-        rule: Tells where parameters are.
-        stays_without_gradient: Whether a parameter without a gradient stays where an earlier S has put it.
-        store_delta: Whether Delta is kept, in at least float32, or recomputed from x, x_ref and S. ``None``: kept of
-            parameters in low precision.
+        tuner: Whose state is kept, on the parameters' device.
+        layout: Tells the device of a rank without parameters, and whom to compare with.
+        store_delta: Whether Delta is kept, in at least float32, or recomputed from x, x_ref and S. Default: the rule's.
     """
 
-    def __init__(
-        self,
-        optimizers: Sequence[Optimizer],
-        tuner: TunerState,
-        layout: Layout,
-        rule: Rule,
-        *,
-        stays_without_gradient: bool,
-        store_delta: bool | None,
-    ) -> None:
-        self._optimizers, self._layout, self._rule = optimizers, layout, rule
-        self._stays_without_gradient, self.store_delta = stays_without_gradient, store_delta
-        self.tuner = tuner
+    def __init__(self, optimizers: Sequence[Optimizer], tuner: Tuner, layout: Layout, store_delta: bool | None) -> None:
+        self._optimizers, self._tuner, self._layout = optimizers, tuner, layout
+        self.rule = rule_for(tuner.scales, tuner.eps)
+        self.store_delta = self.rule.stores_delta if store_delta is None else store_delta
+        """``None``: only of parameters in low precision."""
+        self.tuner = TunerState(tuner)
         self.started = False
         """Whether the run has begun, so that x_ref is where it started."""
         self.was_loaded = False
@@ -80,21 +56,24 @@ class MechanicState:
         self.has_scale = False
         """Whether the host knows that S is not 0."""
         self._placeholders = Placeholders(optimizers, STATE_KEYS)
-        tuner.to(self.home_device)
+        self.tuner.to(self.home_device)
 
     @property
     def home_device(self) -> torch.device:
         """The device of the first parameter; of the process group's backend where this rank has none."""
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    return local(parameter).device
+        for group in self._groups:
+            for parameter in group["params"]:
+                return local(parameter).device
         return self._layout.communication_device(torch.device("cpu"))
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
     @property
     def position(self) -> Position:
         """Where parameters are now."""
-        return self._rule.position(self.tuner.scale)
+        return self.rule.position(self.tuner.scale)
 
     # What a plan asks for: see manic.step.plan.Displacements.
 
@@ -124,7 +103,7 @@ class MechanicState:
             if not starts_here:  # saved with store_delta=False
                 x = local(parameter)
                 divisor = position.divisor_for(x)  # as it was recomputed by then
-                if not self._stays_without_gradient:  # x must be x_ref + f * Delta to the last digits
+                if self._tuner.moves_without_gradient:  # x must be x_ref + f * Delta to the last digits
                     factor = position.factor_for(x)
                     divisor = torch.where(factor > 0, factor, divisor)
                 local(state[DELTA]).copy_((x.to(dtype) - local(state[X_REF])) / divisor)
@@ -138,51 +117,6 @@ class MechanicState:
 
     # What a step asks for.
 
-    @contextmanager
-    def transaction(self, is_first: bool) -> Iterator[Transaction]:
-        """Of a step that is not committed, leave no state that it has made: half of one would be taken for a whole one.
-
-        Args:
-            is_first: The run begins with this step; the next one is the first if it is not committed.
-        """
-        known = {id(parameter) for optimizer in self._optimizers for parameter in optimizer.state}
-        transaction = Transaction()
-        try:
-            yield transaction
-        finally:
-            if not transaction.is_committed:
-                self._forget(known, is_first)
-
-    def _forget(self, known: set[int], is_first: bool) -> None:
-        self.started = self.started and not is_first
-        for optimizer in self._optimizers:
-            for parameter, state in list(optimizer.state.items()):
-                is_new = id(parameter) not in known
-                if not (is_new or is_first) or not isinstance(state, dict):
-                    continue
-                if X_REF in state:  # where the parameter was when the step made it
-                    local(parameter).copy_(local(state[X_REF]))
-                for key in STATE_KEYS:
-                    state.pop(key, None)
-                if is_new:
-                    del optimizer.state[parameter]
-
-    @contextmanager
-    def hidden(self) -> Iterator[None]:
-        """Show base optimizers no state where only we have any: many initialise theirs where they find none."""
-        own = set(STATE_KEYS)
-        hidden = [
-            (optimizer.state, parameter, optimizer.state.pop(parameter))
-            for optimizer in self._optimizers
-            for parameter, state in list(optimizer.state.items())
-            if isinstance(state, dict) and state.keys() <= own
-        ]
-        try:
-            yield
-        finally:
-            for states, parameter, state in hidden:
-                states.setdefault(parameter, {}).update(state)
-
     def begin(self) -> None:
         """A run starts from where its parameters are now; what was only made to be looked at is forgotten."""
         if self._placeholders.exist:
@@ -193,7 +127,6 @@ class MechanicState:
                 for key in STATE_KEYS:
                     state.pop(key, None)
         self.read_tuner()
-        self.started = True
 
     @property
     def stands(self) -> str:
@@ -204,10 +137,10 @@ class MechanicState:
 
     def commit(self, proposal: Proposal) -> None:
         """Take over the tuner's proposal. Only as long as it matters whether there is a scale, the host asks for it."""
-        asks = self.tuner.tuner.late_until_scale and not self.has_scale
+        asks = self._tuner.late_until_scale and not self.has_scale
         has_scale = bool(proposal.scale > 0) if asks else self.has_scale
         self.tuner.commit(proposal)
-        self.has_scale = has_scale
+        self.has_scale, self.started = has_scale, True
 
     def count_update(self, is_counted: bool) -> None:
         """Know of a step that was taken; a CUDA graph's replays are not counted."""
@@ -249,7 +182,7 @@ class MechanicState:
             for parameter in group["params"]
             if X_REF in optimizer.state.get(parameter, {})
         ]
-        self._placeholders.create(self.hidden())
+        self._placeholders.create(hidden(self._optimizers))
         for x, x_ref in starts:
             x.copy_(x_ref)
         if self._placeholders.exist:
@@ -272,16 +205,28 @@ class MechanicState:
             )
             self.was_loaded = False
 
-    def held(self) -> list[tuple[Tensor, str, Tensor]]:
-        """Of every parameter its value, x_ref and Delta: the parameter, what it is, and the tensor, empty if absent."""
+    def raise_if_drifted(self) -> None:
+        """Raise on every rank if ranks that should hold the same do not, or parameters are displaced.
+
+        Raises:
+            RuntimeError: with the first difference in words.
+        """
         absent = torch.empty(0)
-        return [
+        held = [
             (parameter, name, optimizer.state.get(parameter, {}).get(key, absent) if key else parameter)
             for optimizer in self._optimizers
             for group in optimizer.param_groups
             for parameter in group["params"]
             for name, key in (("the value", None), ("x_ref", X_REF), ("Delta", DELTA))
         ]
+        device = self._layout.communication_device(self.home_device)
+        raise_if_drifted(self.tensor, self.tuner.scale, self._groups, held, self._layout, device)
+        if self.started:
+            self.raise_if_displaced(
+                RuntimeError,
+                "since the last step something else has changed them, which the next step will undo; if it was on "
+                "purpose, call rebase() after such a change",
+            )
 
     def raise_if_displaced(self, kind: type[Exception], advice: str) -> None:
         """Raise on every rank if parameters are not where x_ref, Delta and S say (not seen where Delta is not stored).
@@ -290,7 +235,6 @@ class MechanicState:
             kind: What to raise.
             advice: What it may mean, and what to do.
         """
-        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
         moved = [
             (parameter, state)
             for optimizer in self._optimizers
@@ -299,12 +243,12 @@ class MechanicState:
             if parameter.requires_grad and (state := optimizer.state.get(parameter, {})).keys() >= set(STATE_KEYS)
         ]
         places = [(local(parameter), local(state[X_REF]), local(state[DELTA])) for parameter, state in moved]
-        found = displaced(places, self.position.factor, self._stays_without_gradient)
+        found = displaced(places, self.position.factor, not self._tuner.moves_without_gradient)
         complaint = ""
         if found:
             complaint = (
-                f"{len(found)} of {len(places)} parameters are not {self._rule.place}, the first being "
-                f"{describe(moved[found[0]][0], groups)}: {advice}"
+                f"{len(found)} of {len(places)} parameters are not {self.rule.place}, the first being "
+                f"{describe(moved[found[0]][0], self._groups)}: {advice}"
             )
         raise_together(kind, complaint, self._layout.group, self._layout.communication_device(self.home_device))
 

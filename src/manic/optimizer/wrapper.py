@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["JointState", "OptimizerWrapper", "OwnState", "describe", "is_creating_state"]
+__all__ = ["JointState", "OptimizerWrapper", "OwnState", "is_creating_state"]
 
 
 class OwnState(Protocol):
@@ -31,17 +31,6 @@ class OwnState(Protocol):
 
     def load(self, saved: Tensor | None) -> None:
         """Copy a loaded one into it; ``None``: the checkpoint is of the base optimizers alone."""
-
-
-def describe(parameter: Tensor, param_groups: Sequence[Mapping[str, Any]]) -> str:
-    """A parameter in words: its place in the groups, its shape, and its name if the groups know it."""
-    for index, group in enumerate(param_groups):
-        for place, each in enumerate(group["params"]):
-            if each is parameter:
-                names = group.get("param_names")
-                name = f" ({names[place]!r})" if names else ""
-                return f"parameter {place} of group {index}{name}, shape {tuple(parameter.shape)}"
-    raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is none of this optimizer's")
 
 
 def is_creating_state() -> bool:

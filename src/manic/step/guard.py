@@ -6,15 +6,15 @@ It reads a proposal's numbers on the host, and asks the other ranks what they fo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from manic.distributed.collectives import from_every_rank
+from manic.optimizer.names import describe
 from manic.step.shards import Shard
 from manic.tuners.base import Proposal
 
@@ -64,7 +64,7 @@ class Reading:
 
 
 class Guard:
-    """Admits a step, or not, before anything has changed.
+    """Decides before anything has changed.
 
     Args:
         nonfinite: ``"raise"``, ``"skip"`` or ``"ignore"``.
@@ -91,30 +91,25 @@ class Guard:
                 'sums. Pass nonfinite="ignore"'
             )
 
-    def admits(
-        self, reading: Reading, updates: Tensor, position_is_finite: Callable[[], bool], account: Callable[[], str]
-    ) -> bool:
-        """Whether to take a step; alike on every rank, since the sums are.
+    def skips(self, lr: float, number: int, position_is_finite: Callable[[], bool], account: Callable[[], str]) -> bool:
+        """Decide on a step whose sums are not finite; alike on every rank, since the sums are.
 
         Args:
-            reading: Its numbers, of exact sums unless they fit float32.
-            updates: The number of steps before it, for the message.
+            lr: The learning rate, if it is among them.
+            number: The step's.
             position_is_finite: Finds out, on all ranks, whether parameters and Delta are.
             account: Says, on all ranks, where numbers are that are not finite.
 
         Returns:
-            False for a step that is to be skipped.
+            True: the step is to be left out.
 
         Raises:
-            NonfiniteError: on every rank alike, if sums are not finite, and it is not to be skipped.
+            NonfiniteError: if it is not to be left out, or cannot be.
         """
-        if reading.is_finite:
-            return True
-        number = int(updates) + 1
-        if not math.isfinite(reading.sums.get("lr", 0.0)):
-            raise NonfiniteError(f"step {number} was not taken: a learning rate is {reading.sums['lr']}")
+        if not math.isfinite(lr):
+            raise NonfiniteError(f"step {number} was not taken: a learning rate is {lr}")
         if self.nonfinite == "skip" and position_is_finite():
-            return False
+            return True
         raise NonfiniteError(
             f"step {number} was not taken, for its sums are not finite. {account()}. Parameters, "
             'optimizer and tuner are as before it. nonfinite="skip" leaves out steps with such gradients; parameters '
@@ -122,19 +117,21 @@ class Guard:
         )
 
 
-def account_of_nonfinite(shards: Iterable[Shard], name_of: Callable[[Tensor], str], group: ProcessGroup | None) -> str:
+def account_of_nonfinite(
+    shards: Iterable[Shard], param_groups: Sequence[Mapping[str, Any]], group: ProcessGroup | None
+) -> str:
     """Say, alike on every rank, where there is a nan or an infinity.
 
     Args:
         shards: The local shards, between steps.
-        name_of: Describes a parameter.
+        param_groups: To name parameters by.
         group: The process group, every rank of which must call this; ``None`` for this process alone.
 
     Returns:
         Ranks, parameters, and how many elements of the gradient, the parameter or Delta are not finite.
     """
     found = [
-        f"{count} of {tensor.numel()} local elements of the {what} of {name_of(shard.parameter)}"
+        f"{count} of {tensor.numel()} local elements of the {what} of {describe(shard.parameter, param_groups)}"
         for shard in shards
         for what, tensor in (("gradient", shard.gradient), ("value", shard.x), ("displacement", shard.delta))
         if tensor is not None and (count := int((~torch.isfinite(tensor)).sum()))

@@ -109,8 +109,8 @@ class Monitor:
         return "stuck", (
             f"Mechanic's scale is {scale:.3g} after {updates} steps: it has not left its start, "
             f"s_init={self._settings.get('s_init', math.nan):.3g}. If the loss falls nonetheless, the base lr may be "
-            "so large that this scale is enough; pass a smaller one. Otherwise look at metrics(): where grad_norm or the "
-            "lr is 0 there is nothing to learn from, and where h stays below eps, a larger lr or s_init helps"
+            "so large that this scale is enough; pass a smaller one. Otherwise look at metrics(): where grad_norm or "
+            "the lr is 0 there is nothing to learn from, and where h stays below eps, a larger lr or s_init helps"
         )
 
     def _running(self, scale: float, largest_lr: float) -> tuple[str, str] | None:

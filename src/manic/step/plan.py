@@ -13,18 +13,27 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.optim import Optimizer
 
-from manic.distributed.layout import Layout, local, local_gradient
+from manic.distributed.layout import Layout, local, local_gradient, local_storage
 from manic.optimizer.kinds import decay_is_decoupled, is_proportional, resolve_update
 from manic.step.capture import Capture
 from manic.step.position import Position
 from manic.step.rules import Means, Rule
 from manic.step.shards import Shard, in_batches
+from manic.tuners.base import Tuner
 
 __all__ = ["Displacements", "Plan", "Planner"]
 
 
 class Displacements(Protocol):
     """What gives a parameter its x_ref and Delta; see :class:`manic.optimizer.state.MechanicState`."""
+
+    @property
+    def position(self) -> Position:
+        """Where parameters are, at S_t."""
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether the host knows that S is not 0."""
 
     def keeps_delta(self, parameter: Tensor) -> bool:
         """Whether Delta of ``parameter`` is stored."""
@@ -69,12 +78,11 @@ class Planner:
 
     Args:
         optimizers: The base optimizers.
+        tuner: Declares which parameters are in the plan, and whether x is read as the base optimizer leaves it.
         rule: Chooses captures.
         layout: Tells how many ranks hold an element.
         displacements: Gives x_ref and Delta.
         update: The user's choice, see :func:`manic.optimizer.kinds.resolve_update`.
-        reads_x: Whether sums are taken of x as the base optimizer leaves it, which only a snapshot shows.
-        moves_without_gradient: Whether parameters without a gradient are in the plan.
         knows_scale: Whether the host knows S before the base optimizers step.
 
     Raises:
@@ -84,19 +92,19 @@ class Planner:
     def __init__(
         self,
         optimizers: Sequence[Optimizer],
+        tuner: Tuner,
         rule: Rule,
         layout: Layout,
         displacements: Displacements,
         *,
         update: str,
-        reads_x: bool,
-        moves_without_gradient: bool,
         knows_scale: bool,
     ) -> None:
         self._optimizers, self._rule, self._layout, self._displacements = optimizers, rule, layout, displacements
-        self._moves_without_gradient, self._knows_scale = moves_without_gradient, knows_scale
+        self._moves_without_gradient, self._knows_scale = tuner.moves_without_gradient, knows_scale
         # Optimizers whose source is known take any tensor for the parameter; another may know its own in other ways.
         self._is_auto = update == "auto"
+        reads_x = not {"delta_x", "x_square"}.isdisjoint(tuner.late_sums)  # as only a snapshot shows it
         self.updates = ["snapshot" if reads_x else resolve_update(base, update) for base in optimizers]
         """How each base optimizer's update is taken, in words."""
         self._plan: Plan | None = None
@@ -106,16 +114,13 @@ class Planner:
         self._plan = None
 
     @contextmanager
-    def plan(self, position: Position, has_scale: bool) -> Iterator[Plan]:
+    def plan(self) -> Iterator[Plan]:
         """Hold the plan of a step inside.
-
-        Args:
-            position: Where parameters are.
-            has_scale: Whether the host knows that there is a scale.
 
         Raises:
             TypeError: if a gradient is sparse or complex.
         """
+        position, has_scale = self._displacements.position, self._displacements.has_scale
         if self._plan is None or self._plan.key != self._key(has_scale):
             self._plan = self._make(position, has_scale)
         plan = self._plan
@@ -133,12 +138,12 @@ class Planner:
             for group in optimizer.param_groups:
                 key += (id(group), group.get("decoupled_weight_decay"), group.get("maximize"))
                 for parameter in group["params"]:
-                    x = local(parameter)
+                    x = local_storage(parameter)
                     x_ref, delta = self._displacements.found(optimizer, parameter)
-                    key.append((
+                    key += (
                         id(parameter), parameter.requires_grad, parameter.grad is None,
                         x.data_ptr(), x.shape, x.stride(), x.dtype, id(x_ref), id(delta),
-                    ))  # fmt: skip
+                    )  # fmt: skip
         return key
 
     def _make(self, position: Position, has_scale: bool) -> Plan:

@@ -66,6 +66,12 @@ class Rule(ABC):
     def change(self, scale: Tensor) -> Change:
         """What is done with the update, at S_{t+1}."""
 
+    def write(self, captures: Sequence[Capture], scale: Tensor) -> None:
+        """Write x_{t+1}, and Delta_{t+1} where it is stored, at S_{t+1}."""
+        change = self.change(scale)
+        for capture in captures:
+            capture.write(change)
+
     @abstractmethod
     def captures(self, group: Sequence[Shard], means: Means, keeps_delta: Sequence[bool]) -> list[type[Capture]]:
         """Choose how updates are taken.

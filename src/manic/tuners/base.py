@@ -135,6 +135,10 @@ class Tuner(ABC):
         """The fields that change where x_ref is set to x."""
         return {}
 
+    def late(self, has_scale: bool) -> tuple[str, ...]:
+        """The sums that :meth:`refine` needs after the base step; ``has_scale``: whether S is known not to be 0."""
+        return () if self.late_until_scale and has_scale else self.late_sums
+
     def rows(self, state: Tensor) -> dict[str, Tensor]:
         """A packed state by the names of its rows."""
         return dict(zip((*HEADER, *self.fields), state.unbind()))

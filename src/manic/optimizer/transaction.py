@@ -1,0 +1,74 @@
+"""What a step may leave behind: all of its state if it is committed, and none of it if not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch.optim import Optimizer
+
+from manic.distributed.layout import local
+from manic.optimizer.names import STATE_KEYS, X_REF
+
+__all__ = ["Transaction", "hidden", "transaction"]
+
+
+class Transaction:
+    """A step under way."""
+
+    def __init__(self) -> None:
+        self.is_committed = False
+
+    def commit(self) -> None:
+        """The step was taken."""
+        self.is_committed = True
+
+
+@contextmanager
+def transaction(optimizers: Sequence[Optimizer], is_first: bool) -> Iterator[Transaction]:
+    """Of a step that is not committed, remove the state that it has made: half of one would be taken for a whole one.
+
+    Parameters whose x_ref it has made are at x_ref then.
+
+    Args:
+        optimizers: The base optimizers, whose state has ours in it.
+        is_first: The run begins with this step, so that every x_ref is of its making.
+    """
+    known = {id(parameter) for optimizer in optimizers for parameter in optimizer.state}
+    step = Transaction()
+    try:
+        yield step
+    finally:
+        if not step.is_committed:
+            _forget(optimizers, known, is_first)
+
+
+def _forget(optimizers: Sequence[Optimizer], known: set[int], is_first: bool) -> None:
+    for optimizer in optimizers:
+        for parameter, state in list(optimizer.state.items()):
+            is_new = id(parameter) not in known
+            if not (is_new or is_first) or not isinstance(state, dict):
+                continue
+            if X_REF in state:  # where the parameter was when the step made it
+                local(parameter).copy_(local(state[X_REF]))
+            for key in STATE_KEYS:
+                state.pop(key, None)
+            if is_new:
+                del optimizer.state[parameter]
+
+
+@contextmanager
+def hidden(optimizers: Sequence[Optimizer]) -> Iterator[None]:
+    """Show base optimizers no state where only we have any: many initialise theirs where they find none."""
+    own = set(STATE_KEYS)
+    removed = [
+        (optimizer.state, parameter, optimizer.state.pop(parameter))
+        for optimizer in optimizers
+        for parameter, state in list(optimizer.state.items())
+        if isinstance(state, dict) and state.keys() <= own
+    ]
+    try:
+        yield
+    finally:
+        for states, parameter, state in removed:
+            states.setdefault(parameter, {}).update(state)
