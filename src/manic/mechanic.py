@@ -223,10 +223,10 @@ class Mechanic(OptimizerWrapper):
         """Restart where the tuner proposes it, and let the monitor know of a step that was taken."""
         is_capturing = self._is_capturing
         self._state.count_update(is_counted=not is_capturing)
-        if proposal.restart is not None:
-            # A host that does not know goes through the parameters whenever there may be a restart.
-            if self._state.is_multiple_of(self._tuner.restart_interval) if reading is None else reading.restarts:
-                self._state.rule.restart(plan.captures, *proposal.restart)
+        # A host that does not know goes through the parameters whenever there may be a restart.
+        restarts = self._state.may_restart if reading is None else reading.restarts
+        if proposal.restart is not None and restarts:
+            self._state.rule.restart(plan.captures, *proposal.restart)
         if not is_capturing:
             scale = None if reading is None else reading.scale
             self._monitor.step_taken(proposal, scale, self.param_groups, self._layout.is_first_rank)

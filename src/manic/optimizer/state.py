@@ -146,9 +146,11 @@ class MechanicState:
         """Know of a step that was taken; a CUDA graph's replays are not counted."""
         self.updates_made = None if self.updates_made is None or not is_counted else self.updates_made + 1
 
-    def is_multiple_of(self, interval: int) -> bool:
-        """Whether the number of updates may be a multiple of ``interval``."""
-        return self.updates_made is None or self.updates_made % interval == 0
+    @property
+    def may_restart(self) -> bool:
+        """Whether the number of updates, as far as the host knows it, is one after which the tuner may restart."""
+        interval = self._tuner.restart_interval
+        return interval > 0 and (self.updates_made is None or self.updates_made % interval == 0)
 
     def read_tuner(self) -> None:
         """Know what the tuner holds. The host waits for the device."""
