@@ -35,10 +35,8 @@ def _mechanic(**options: Any) -> Callable[[Sequence[DTensor]], Optimizer]:
 
 METHODS: dict[str, Callable[[Sequence[DTensor]], Optimizer]] = {
     REFERENCE: fused,
-    'Mechanic(AdamW), variant="multiplicative"': _mechanic(variant="multiplicative"),
-    'Mechanic(AdamW), variant="multiplicative", nonfinite="ignore"': _mechanic(
-        variant="multiplicative", nonfinite="ignore"
-    ),
+    "Mechanic(AdamW)": _mechanic(),
+    'Mechanic(AdamW), nonfinite="ignore"': _mechanic(nonfinite="ignore"),
     'Mechanic(AdamW), variant="optax"': _mechanic(variant="optax"),
     'Mechanic(AdamW), variant="optax", nonfinite="ignore"': _mechanic(variant="optax", nonfinite="ignore"),
     'Mechanic(AdamW), variant="pytorch"': _mechanic(variant="pytorch"),

@@ -54,6 +54,10 @@ def foreach(parameters: Sequence[Tensor]) -> Optimizer:
     return AdamW(parameters, lr=1e-3, weight_decay=0.1, foreach=True)
 
 
+def _mechanic(**options: Any) -> Callable[[Sequence[Tensor]], Optimizer]:
+    return lambda parameters: Mechanic(fused(parameters), **options)
+
+
 def mechanic_pytorch(parameters: Sequence[Tensor]) -> Optimizer:
     from mechanic_pytorch import mechanize
 
@@ -83,20 +87,16 @@ def schedule_free(parameters: Sequence[Tensor]) -> Optimizer:
 METHODS: dict[str, Callable[[Sequence[Tensor]], Optimizer]] = {
     "AdamW, fused": fused,
     "AdamW, foreach": foreach,
-    "Mechanic(AdamW)": lambda parameters: Mechanic(fused(parameters)),
-    'Mechanic(AdamW), nonfinite="ignore"': lambda parameters: Mechanic(fused(parameters), nonfinite="ignore"),
-    "Mechanic(AdamW), store_delta=False": lambda parameters: Mechanic(fused(parameters), store_delta=False),
-    'Mechanic(AdamW), store_delta=False, nonfinite="ignore"': lambda parameters: Mechanic(
-        fused(parameters), store_delta=False, nonfinite="ignore"
+    "Mechanic(AdamW)": _mechanic(),
+    'Mechanic(AdamW), nonfinite="ignore"': _mechanic(nonfinite="ignore"),
+    'Mechanic(AdamW), variant="optax"': _mechanic(variant="optax"),
+    'Mechanic(AdamW), variant="optax", nonfinite="ignore"': _mechanic(variant="optax", nonfinite="ignore"),
+    'Mechanic(AdamW), variant="optax", store_delta=False': _mechanic(variant="optax", store_delta=False),
+    'Mechanic(AdamW), variant="optax", store_delta=False, nonfinite="ignore"': _mechanic(
+        variant="optax", store_delta=False, nonfinite="ignore"
     ),
-    'Mechanic(AdamW), update="snapshot"': lambda parameters: Mechanic(fused(parameters), update="snapshot"),
-    'Mechanic(AdamW), variant="multiplicative"': lambda parameters: Mechanic(
-        fused(parameters), variant="multiplicative"
-    ),
-    'Mechanic(AdamW), variant="multiplicative", nonfinite="ignore"': lambda parameters: Mechanic(
-        fused(parameters), variant="multiplicative", nonfinite="ignore"
-    ),
-    'Mechanic(AdamW), variant="pytorch"': lambda parameters: Mechanic(fused(parameters), variant="pytorch"),
+    'Mechanic(AdamW), variant="optax", update="snapshot"': _mechanic(variant="optax", update="snapshot"),
+    'Mechanic(AdamW), variant="pytorch"': _mechanic(variant="pytorch"),
     "mechanic-pytorch": mechanic_pytorch,
     "Prodigy": prodigy,
     "D-Adaptation": d_adaptation,

@@ -21,7 +21,7 @@ from gpt.optimizers import Lion, is_norm, make_scheduler, muon_and_adamw
 
 WARM_UP = 0.05
 """The share of a run in which the learning rate rises, in the tasks that have a schedule."""
-_HELD_OUT = 256  # sequences
+HELD_OUT = 256  # sequences
 _GIVEN = 0  # the seed of what is the same for all runs: splits, and the checkpoint that fine-tuning starts from
 
 Batches = Iterator[tuple[Tensor, Tensor]]
@@ -112,7 +112,7 @@ def _text(
                 yield tokens[:, :-1], tokens[:, 1:]
                 step += 1
 
-        held_out = corpus.batch(_GIVEN, 0, _HELD_OUT, slice(None), held_out=True)
+        held_out = corpus.batch(_GIVEN, 0, HELD_OUT, slice(None), held_out=True)
         parts = [(part[:, :-1], part[:, 1:]) for part in held_out.split(32)]
         torch.manual_seed(seed)
         return Problem(make(), batches(), parts)
