@@ -2,8 +2,8 @@
 
 :meth:`Mechanic.step` is the algorithm, for every tuner. Data goes one way through it: local shards (step/plan.py),
 partial sums and their all_reduce (step/sums.py), the tuner (tuners/), the scale, and parameters (step/rules.py,
-step/capture.py). What torch expects of an optimizer is optimizer/wrapper.py's business, what exists between steps
-optimizer/state.py's.
+step/capture.py). optimizer/wrapper.py does what torch expects of an optimizer, and optimizer/state.py keeps what exists
+between steps.
 """
 
 from __future__ import annotations
@@ -157,13 +157,13 @@ class Mechanic(OptimizerWrapper):
         return loss
 
     def _all_reduce(self, plan: Plan, names: Sequence[str], *, late: bool = False, exact: bool = False) -> PendingSums:
-        """Begin to sum over the local shards, and over the ranks."""
+        """Start the sums over the local shards and the all_reduce over the ranks."""
         lr = largest_lr(self.param_groups)
         sums = local_sums(plan.captures, names, self._state.tensor, lr=lr, late=late, exact=exact)
         return PendingSums(sums, names, self._layout.group, self._communication_device)
 
     def _survey(self, plan: Plan, pending: PendingSums) -> tuple[Proposal, Reading] | tuple[None, None]:
-        """What the tuner proposes, and its numbers on the host, which waits for them: the step's one host sync.
+        """The tuner's proposal, and its numbers on the host: the step's one host sync.
 
         Returns:
             ``None``, twice, for a step that is to be left out.
@@ -194,7 +194,7 @@ class Mechanic(OptimizerWrapper):
         return self._guard.skips(reading.sums.get("lr", 0.0), number, position_is_finite, account)
 
     def _creates_state(self) -> bool:
-        """Whether torch's checkpointing called this step to see what state there will be; if so, it is made."""
+        """Create state, and return True, if torch's checkpointing called this step for that alone."""
         if not self._state.is_creating(self._has_state()):
             return False
         with self._planner.plan():
@@ -203,7 +203,7 @@ class Mechanic(OptimizerWrapper):
         return True
 
     def _begin(self) -> bool:
-        """Settle what has to be settled before a step, over all ranks; whether the run begins with it."""
+        """Do the checks that come before a step, on all ranks; whether it is the first of the run."""
         self._share_global_state()
         if self._check_every and self._calls and self._calls % self._check_every == 0:
             self.check_consistency()
@@ -220,10 +220,10 @@ class Mechanic(OptimizerWrapper):
         return is_first
 
     def _finish(self, plan: Plan, proposal: Proposal, reading: Reading | None) -> None:
-        """Restart where the tuner proposes it, and let the monitor know of a step that was taken."""
+        """Restart where the tuner proposes it, and inform the monitor."""
         is_capturing = self._is_capturing
         self._state.count_update(is_counted=not is_capturing)
-        # A host that does not know goes through the parameters whenever there may be a restart.
+        # Without a reading, the device decides whether there is a restart, in each step that may have one.
         restarts = self._state.may_restart if reading is None else reading.restarts
         if proposal.restart is not None and restarts:
             self._state.rule.restart(plan.captures, *proposal.restart)

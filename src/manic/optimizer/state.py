@@ -175,7 +175,7 @@ class MechanicState:
     def create(self) -> None:
         """Let base optimizers without a state create it, and change nothing else.
 
-        It is a placeholder, is marked as one in the tuner's state, and is made again at the first real step.
+        It is a placeholder, marked as one in the tuner's state, and is created again at the first real step.
         """
         starts = [
             (local(parameter), local(optimizer.state[parameter][X_REF]))
@@ -231,7 +231,7 @@ class MechanicState:
             )
 
     def raise_if_displaced(self, kind: type[Exception], advice: str) -> None:
-        """Raise on every rank if parameters are not where x_ref, Delta and S say (not seen where Delta is not stored).
+        """Raise on every rank if parameters are not at x_ref + f * Delta (not seen where Delta is not stored).
 
         Args:
             kind: What to raise.

@@ -1,7 +1,7 @@
 """Mechanic's tuner: Algorithm 1, lines 8 to 14, in which each beta's wealth is bet on the next step.
 
-Two implementations were published, which differ in the places that the two classes below say (docs/variants.md). What a
-tuner does not know is in base.py; mechanic_reference.py has the same rules in plain float64.
+The two published implementations are the two classes below; docs/variants.md has their differences. What a tuner may
+not know is in base.py; mechanic_reference.py has the same rules in plain float64.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class _Mechanic(Tuner):
         """One for each beta."""
         return len(self.betas)
 
-    def has_gained(self, state: Mapping[str, Tensor]) -> bool:
-        """Whether moving has paid more than the stake of the start, for any beta. The host waits for the device."""
+    def has_left_start(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether any beta has earned more than its initial stake. The host waits for the device."""
         return bool((state["r"] > self._stake(state["m"])).any())
 
     def learn(self, state: Mapping[str, Tensor], sums: Sums) -> Learned:

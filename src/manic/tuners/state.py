@@ -87,9 +87,9 @@ class TunerState:
         return self.tuner.rows(self.tensor)["nonfinite"][0]
 
     @property
-    def has_gained(self) -> bool:
-        """Whether moving has paid so far. The host waits for the device."""
-        return self.tuner.has_gained(self.tuner.rows(self.tensor))
+    def has_left_start(self) -> bool:
+        """Whether S has left its start. The host waits for the device."""
+        return self.tuner.has_left_start(self.tuner.rows(self.tensor))
 
     def check(self, saved: Tensor) -> None:
         """Raise unless ``saved`` is the state of a tuner like this one.
@@ -101,8 +101,8 @@ class TunerState:
         if saved.ndim != 2 or saved.shape[0] < len(HEADER) or int(saved[0, 0]) != SCHEMA:
             raise ValueError(
                 f"the saved tuner, of shape {tuple(saved.shape)}, does not have schema {SCHEMA & 0xFFFF}: another "
-                "version of manic saved it. Load it with that version, or load the base optimizer's state alone, and "
-                "the tuner starts anew"
+                "version of manic saved it. Load it with that version, or load the base optimizer's state alone: "
+                "the tuner restarts"
             )
         if int(saved[1, 0]) != tuner.tag:
             from manic.tuners.registry import name_of
