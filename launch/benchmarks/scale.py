@@ -179,7 +179,7 @@ def measure(model: Llama, spread: Spread, world_size: int, repeats: int) -> Cost
 
         base_seconds = host_seconds(base(), repeats)
         inner = base()
-        optimizer = Mechanic(inner, pipeline_stages=spread.stages, nonfinite="ignore")
+        optimizer = Mechanic(inner, variant="optax", pipeline_stages=spread.stages, nonfinite="ignore")
         seconds = host_seconds(optimizer, repeats)
         with Calls() as calls:
             optimizer.step()

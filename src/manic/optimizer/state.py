@@ -126,7 +126,7 @@ class MechanicState:
             for state in optimizer.state.values():
                 for key in STATE_KEYS:
                     state.pop(key, None)
-        self.read_tuner()
+        self.updates_made, self.has_scale = 0, False
 
     @property
     def stands(self) -> str:
@@ -151,11 +151,6 @@ class MechanicState:
         """Whether the number of updates, as far as the host knows it, is one after which the tuner may restart."""
         interval = self._tuner.restart_interval
         return interval > 0 and (self.updates_made is None or self.updates_made % interval == 0)
-
-    def read_tuner(self) -> None:
-        """Know what the tuner holds. The host waits for the device."""
-        self.updates_made = max(0, int(self.tuner.updates))
-        self.has_scale = float(self.tuner.scale) > 0.0
 
     def rebase(self) -> None:
         """Let x_ref be x, and Delta 0."""
@@ -276,8 +271,8 @@ class MechanicState:
             self.tuner.reset()
         else:
             self.tuner.load(saved)
-        self.read_tuner()
         updates = float(self.tuner.updates)
+        self.updates_made, self.has_scale = max(0, int(updates)), float(self.tuner.scale) > 0.0
         self.started = self.was_loaded = updates > 0
         self._placeholders.exist = False
         if updates == _PLACEHOLDER:
