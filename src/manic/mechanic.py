@@ -107,7 +107,7 @@ class Mechanic(OptimizerWrapper):
             optimizers, self._tuner, self._state.rule, self._layout, self._state,
             update=update, knows_scale=self._guard.waits,
         )  # fmt: skip
-        self._monitor = Monitor(self._state.tuner, self._tuner.settings)
+        self._monitor = Monitor(self._state.tuner_state, self._tuner.settings)
         self._agreement = Agreement(self._layout)
         super().__init__(optimizers, self._state)
         self._share_global_state()
@@ -176,7 +176,7 @@ class Mechanic(OptimizerWrapper):
             reading = Reading.of(proposal)
         if reading.is_finite or not self._is_skipped(plan, reading):
             return proposal, reading
-        self._state.tuner.skip()
+        self._state.tuner_state.skip()
         self._monitor.step_skipped(self._layout.is_first_rank)
         return None, None
 
@@ -190,7 +190,7 @@ class Mechanic(OptimizerWrapper):
         def account() -> str:
             return account_of_nonfinite(plan.shards, self.param_groups, self._layout.group)
 
-        number = int(self._state.tuner.updates) + 1
+        number = int(self._state.tuner_state.updates) + 1
         return self._guard.skips(reading.sums.get("lr", 0.0), number, position_is_finite, account)
 
     def _creates_state(self) -> bool:
@@ -215,7 +215,7 @@ class Mechanic(OptimizerWrapper):
         if is_first:
             self._state.begin()
         if self._state.tensor.device != self._state.home_device:  # the model was moved after the optimizer was built
-            self._state.tuner.to(self._state.home_device)
+            self._state.tuner_state.to(self._state.home_device)
             self._put_global_state()
         return is_first
 
@@ -260,7 +260,7 @@ class Mechanic(OptimizerWrapper):
     def scale(self) -> Tensor:
         """S, the factor learned for the learning rate: a new 0-dim tensor on the parameters' device, no sync."""
         self._share_global_state()  # ZeroRedundancyOptimizer loads by writing into the groups
-        return self._state.tuner.scale
+        return self._state.tuner_state.scale
 
     @torch.no_grad()
     def rebase(self) -> None:

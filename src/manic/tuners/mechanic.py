@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class _Mechanic(Tuner):
 
     Args:
         betas: Decay factors, each in (0, 1): a column of the state for each. Default: the paper's six.
-        s_init: Initial scale, positive.
+        s_init: Initial scale, positive. Default: 1e-6 (``"optax"``) or 1e-8 (``"pytorch"``).
         s_decay: lambda of the paper, the strength of the pull towards the origin; not negative.
         eps: Added to denominators; positive.
         s_max: The largest scale, at least ``s_init``. Default: no bound.
@@ -39,17 +39,18 @@ class _Mechanic(Tuner):
     scales = "displacement"
     fields = ("r", "m", "v", "s", "betas")
     fixed = ("betas",)
+    default_s_init: ClassVar[float]
 
     def __init__(
         self,
         betas: Sequence[float] = BETAS,
-        s_init: float = 1e-6,
+        s_init: float | None = None,
         s_decay: float = 0.01,
         eps: float = 1e-8,
         s_max: float | None = None,
     ) -> None:
         self.betas = checked_betas(betas)
-        self.s_init = self.smallest_bound = checked("s_init", s_init, 0.0)
+        self.s_init = self.smallest_bound = checked("s_init", self.default_s_init if s_init is None else s_init, 0.0)
         self.s_decay = checked("s_decay", s_decay, 0.0, strictly=False)
         self.eps = checked("eps", eps, 0.0)
         super().__init__(s_max)
@@ -96,6 +97,7 @@ class MechanicOptax(_Mechanic):
     """
 
     name = "optax"
+    default_s_init = 1e-6
     sums = ("delta_grad", "grad_square", "delta_x", "x_square")
 
     def initial(self) -> Mapping[str, float | Sequence[float]]:
@@ -115,19 +117,10 @@ class MechanicPyTorch(_Mechanic):
     """
 
     name = "pytorch"
+    default_s_init = 1e-8
     sums = ("delta_grad", "grad_square")
     late_sums = ("delta_x", "x_square")
     moves_without_gradient = False
-
-    def __init__(
-        self,
-        betas: Sequence[float] = BETAS,
-        s_init: float = 1e-8,
-        s_decay: float = 0.01,
-        eps: float = 1e-8,
-        s_max: float | None = None,
-    ) -> None:
-        super().__init__(betas, s_init, s_decay, eps, s_max)
 
     def initial(self) -> Mapping[str, float | Sequence[float]]:
         """Every m is 1e-6."""
