@@ -211,10 +211,10 @@ def lose_a_parameter(state_dict: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("make", "words"), [
-    (lambda: {"model": {}, "optimizer": {}}, r"no optimizer's state dict.*expected.*got \['model', 'optimizer'\]"),
-    (lambda: AdamW([torch.ones(1)]), "no optimizer's state dict.*expected.*got AdamW.*pass"),
-    (lambda: AdamW([torch.ones(1)]).state_dict(), "no state dict of mechanic-pytorch.*expected '_mechanic'.*Load"),
-    (lambda: old_run("network", "adamw", 0).optimizer.state_dict(), "expected '_mechanic'.*after its first step"),
+    (lambda: {"model": {}, "optimizer": {}}, r"not an optimizer's state dict.*expected.*got \['model', 'optimizer'\]"),
+    (lambda: AdamW([torch.ones(1)]), "not an optimizer's state dict.*expected.*got AdamW.*pass"),
+    (lambda: AdamW([torch.ones(1)]).state_dict(), "not a state dict of mechanic-pytorch.*expected '_mechanic'.*Load"),
+    (lambda: old_run("network", "adamw", 0).optimizer.state_dict(), "expected '_mechanic'.*in the first step"),
     (lambda: broken(lambda state: state["state"]["_mechanic"].pop("reward")), r"lacks \['reward'\].*expected.*pass"),
     (lambda: broken(lose_a_parameter), "reference points of 2 parameters.*have 3.*Expected.*pass"),
 ], ids=["checkpoint", "optimizer", "plain", "no step yet", "incomplete", "a parameter less"])  # fmt: skip

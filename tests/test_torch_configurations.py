@@ -21,7 +21,7 @@ from support.problems import problem, reference_of
 STEPS = 10
 S_INIT = 1.0
 # By name: words of the reason.
-REFUSED = {"LBFGS": "no first-order optimizer", "SparseAdam": "gradients are sparse"}
+REFUSED = {"LBFGS": "evaluates the loss at many points", "SparseAdam": "gradients are sparse"}
 NAMES = sorted(
     name
     for name, value in vars(torch.optim).items()

@@ -70,15 +70,15 @@ def assert_errors(directory: str) -> None:
     with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
         started.checkpointer.load()
     started.checkpointer.save(1)
-    with pytest.raises(FileExistsError, match="never written over"):
+    with pytest.raises(FileExistsError, match="never overwritten"):
         started.checkpointer.save(1)
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint.*there are steps \[1\]"):
+    with pytest.raises(FileNotFoundError, match=r"is not a checkpoint.*has steps \[1\]"):
         started.checkpointer.load(2)
     before = started.result()
     for other, words in (
         (nn.Sequential(nn.Linear(2, 2)), "another model: it has no 0.weight"),
         (nn.ModuleDict({name: nn.Linear(2, 2) for name in ("up", "down", "norm", "head", "frozen")}), "has shape"),
-        (nn.ModuleDict({"up": nn.Linear(6, 16)}), "this one has no down.bias"),
+        (nn.ModuleDict({"up": nn.Linear(6, 16)}), "this model has no down.bias"),
     ):
         optimizer = torch.optim.SGD(other.parameters(), lr=1.0)
         kept = {name: p.detach().clone() for name, p in other.named_parameters()}
@@ -127,7 +127,7 @@ def refuse_and_accept(directory: str) -> None:
         make(lambda ps, lr: torch.optim.AdamW(ps, lr=lr, amsgrad=True))[0].load()
     with pytest.raises(ValueError, match=r"another optimizer.*it has \w+ for used"):
         make(torch.optim.SGD)[0].load()
-    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+    with pytest.raises(FileNotFoundError, match="not a checkpoint"):
         make()[0].load("nowhere/at/all")
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before)), "a refused load changed the model"
 

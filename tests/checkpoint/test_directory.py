@@ -41,7 +41,7 @@ def test_a_step_is_there_when_it_is_published(url: str) -> None:
 def test_what_is_there_is_not_written_over(url: str) -> None:
     directory = Directory(url)
     save(directory, 1)
-    with pytest.raises(FileExistsError, match="never written over"):
+    with pytest.raises(FileExistsError, match="never overwritten"):
         directory.begin(1)
     assert Files(directory.path(1)).read("content") == b"1"
 

@@ -100,7 +100,7 @@ def assert_as_if_undisturbed(tmp_path: Path, kills: int, seed: int, *arguments: 
     assert unfinished, "no kill hit a save"
     # The main job would go back behind a damaged checkpoint, and end alike.
     assert not list((tmp_path / "run").glob(".damaged_*"))
-    assert "going back" not in (tmp_path / "output.txt").read_text()
+    assert "falling back" not in (tmp_path / "output.txt").read_text()
     assert not is_saving(tmp_path / "run")
 
 

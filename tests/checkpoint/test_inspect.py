@@ -102,7 +102,7 @@ def test_a_damaged_file_is_named_and_nothing_is_read(checkpoint: Path, tmp_path:
     found = inspect(copy)
     assert "tuners" not in found
     (problem,) = found["integrity"]["problems"]
-    assert problem.startswith(".metadata has other content")
+    assert problem.startswith(".metadata differs from what was written")
     assert inspect(copy, "size")["integrity"]["problems"] == [problem]  # the index is always digested
 
     copy = Path(shutil.copytree(checkpoint, tmp_path / "another"))
@@ -116,7 +116,7 @@ def test_the_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFix
     command = [sys.executable, "-m", "manic.inspect", str(checkpoint)]
     shown = subprocess.run(command, capture_output=True, text=True, check=True)
     assert shown.stderr == ""
-    for words in ("step       4", "on 2 rank(s)", "every byte is what was written", f"scale {saved()[1][0]:.6g}"):
+    for words in ("step       4", "on 2 rank(s)", "every byte is as written", f"scale {saved()[1][0]:.6g}"):
         assert words in shown.stdout
 
     assert main([str(checkpoint.parent)]) == 0

@@ -71,7 +71,7 @@ def test_an_object_that_holds_tensors_has_them_stored_one_by_one(tmp_path: Path)
     assert fresh.state["count"] == 5
     assert torch.equal(fresh.state["list"][0], torch.ones(2))
     assert fresh.state["list"][1] == {"x": 1}
-    with pytest.raises(ValueError, match=r"another state of 'box': they differ in objects\.box\.average\.w"):
+    with pytest.raises(ValueError, match=r"another state of 'box': only one of them has objects\.box\.average\.w"):
         checkpointer(tmp_path, box=Box({"count": 0, "list": [torch.zeros(2), {"x": 0}]})).load()
 
 
@@ -168,7 +168,7 @@ def test_settings_that_differ_are_not_merged_into_one_group(tmp_path: Path) -> N
         return optimizer, Checkpointer(tmp_path, model, optimizer)
 
     make(1.0, 5.0)[1].save(1)
-    with pytest.raises(ValueError, match=r"other param groups: weight has lr 1\.0 there and bias 5\.0"):
+    with pytest.raises(ValueError, match=r"other param groups: there weight has lr 1\.0 and bias has 5\.0"):
         make()[1].load()
     optimizer, other = make(2.0, 3.0)
     other.load()

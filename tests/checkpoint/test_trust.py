@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from manic.checkpoint import DamagedCheckpointError
-from manic.checkpoint.safe_pickle import ADMITTED, read_metadata
+from manic.checkpoint.safe_pickle import ALLOWED, read_metadata
 from manic.inspect import inspect
 from manic.testing import ranks, run
 from support.forgery import put, saved, seal
@@ -70,7 +70,7 @@ def load_what_was_forged(layout: str, directory: str, where: str) -> None:
     is_object = where in NUMBERS + OBJECTS
     error, words = (ValueError, "is not loaded: rank") if is_object else (DamagedCheckpointError, "is damaged: ")
     # Torch's reason for what is not even a file of torch.save's does not name what it holds.
-    name = "what torch refuses" if where.endswith("as-pickle") else OPEN
+    name = "data that torch refuses" if where.endswith("as-pickle") else OPEN
     match = rf"step_00000002 {words}.*{re.escape(where.split()[0]) if where not in INDEX else 'metadata'}.*{name}"
     for verify in ("full", "off"):
         with pytest.raises(error, match=match):
@@ -99,7 +99,7 @@ def test_nothing_goes_off(
         if where in [*OBJECTS, TENSORS[0], TENSORS[2]]:
             assert problems == []  # it does not read them
         else:
-            name = "what torch refuses" if where.endswith("as-pickle") else OPEN
+            name = "data that torch refuses" if where.endswith("as-pickle") else OPEN
             assert len(problems) == 1
             assert re.search(rf"cannot be read: .*{name}", problems[0])
     assert not (tmp_path / "went off").exists()
@@ -144,7 +144,7 @@ def test_all_that_torch_puts_into_an_index_is_admitted(layout: str, world_size: 
         recorder = Recorder(io.BytesIO(file.read_bytes()))
         metadata = recorder.load()
         assert len(recorder.names) > 10
-        assert recorder.names <= ADMITTED.keys()
+        assert recorder.names <= ALLOWED.keys()
         assert read_metadata(file.read_bytes()) == metadata
 
 

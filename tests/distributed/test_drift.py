@@ -70,7 +70,7 @@ def drift(layout: str, holders: list[int], what: str) -> None:
         mechanic.check_consistency()
     message = str(caught.value)
     assert len(set(everyone(message))) == 1
-    pattern = rf"{what} of parameter \d+ of group 0, shape .* on rank (\d) is not what rank (\d) holds"
+    pattern = rf"{what} of parameter \d+ of group 0, shape .* on rank (\d) differs from rank (\d)"
     found = re.search(pattern, message)
     assert found, message
     if len(holders) > 2:
@@ -107,7 +107,7 @@ def test_a_tuner_or_a_setting_that_differs_is_found(what: str) -> None:
             rows_of(state_of(optimizer))["s"] *= 1 + 1e-15
         else:
             optimizer.param_groups[0]["lr"] = 0.5
-    words = "the tuner of rank 1 is not that of rank 0: S is" if what == "tuner" else "the settings of rank 1 are not"
+    words = "the tuner of rank 1 differs from rank 0: S is" if what == "tuner" else "the settings of rank 1 differ from"
     with pytest.raises(RuntimeError, match=words):
         optimizer.check_consistency()
 

@@ -114,7 +114,9 @@ def test_ranks_that_loaded_different_checkpoints(other: int) -> None:
 def test_plain_parts_that_were_not_declared() -> None:
     mine = [p * (1 + dist.get_rank()) for p in parameters((3, 4))]  # equal shapes, other values
     held = [p.detach().requires_grad_() for p in mine]
-    assert_all_ranks_raise(Mechanic(torch.optim.SGD(held, lr=1.0), variant="optax"), 'is no replica.*plain="sharded"')
+    assert_all_ranks_raise(
+        Mechanic(torch.optim.SGD(held, lr=1.0), variant="optax"), 'is not replicated.*plain="sharded"'
+    )
 
 
 @ranks(2)
@@ -132,7 +134,7 @@ def test_zero_without_the_declaration() -> None:
 @ranks(2)
 def test_zero_inside_of_mechanic_is_turned_round() -> None:
     optimizer = ZeroRedundancyOptimizer(parameters((3,), (4,)), optimizer_class=torch.optim.SGD, lr=1.0)
-    with pytest.raises(TypeError, match="goes inside of ZeroRedundancyOptimizer"):
+    with pytest.raises(TypeError, match="must be inside ZeroRedundancyOptimizer"):
         Mechanic(optimizer, variant="optax")
 
 
@@ -188,7 +190,7 @@ def test_fsdp1_whose_values_tell_nothing() -> None:
     wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
     wrapped(torch.randn(2, 4)).sum().backward()
     optimizer = Mechanic(torch.optim.SGD(wrapped.parameters(), lr=1.0), variant="optax")
-    with pytest.raises(ValueError, match="cannot tell from the values"):
+    with pytest.raises(ValueError, match="cannot infer from the values"):
         optimizer.step()
     declared = Mechanic(torch.optim.SGD(wrapped.parameters(), lr=1.0), plain="sharded", variant="optax")
     declared.step()
