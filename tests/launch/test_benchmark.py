@@ -38,13 +38,13 @@ def test_step_writes_a_row_for_every_method(tmp_path: Path, monkeypatch: pytest.
     assert rows["mechanic-pytorch"]["syncs"] > 0
 
 
-@pytest.mark.parametrize("spread", scale.SPREADS.values(), ids=str)
-def test_a_step_costs_a_rank_the_same_in_any_world(spread: scale.Spread, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("layout", scale.LAYOUTS.values(), ids=str)
+def test_cost_per_rank_is_independent_of_world_size(layout: scale.Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = []
     for world_size in (1024, 16384):
-        calls: list[step.Calls] = []
-        monkeypatch.setattr(scale, "Calls", lambda calls=calls: calls.append(step.Calls()) or calls[-1])
-        cost = scale.measure(TINY, spread, world_size, repeats=1)
+        calls: list[step.CallCounter] = []
+        monkeypatch.setattr(scale, "CallCounter", lambda calls=calls: calls.append(step.CallCounter()) or calls[-1])
+        cost = scale.measure(TINY, layout, world_size, repeats=1)
         assert cost.collectives == 1
         assert cost.own_bytes - cost.base_bytes / 2 < 10_000  # x_ref, where Adam has two; and the tuner
         assert cost.scratch <= 64 * 2**20

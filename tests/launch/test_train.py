@@ -120,7 +120,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         (["--width", "64"], "has shape"),
         (["--seed", "5"], "made with --seed 0"),
         (["--batch-size", "16"], "made with --batch-size 8"),
-        (["--resume", "never"], "holds a run already"),
+        (["--resume", "never"], "already holds a run"),
         (["--variant", "pytorch"], "of variant optax"),
         (["--tuner", "none"], "made with --tuner mechanic"),
         (["--resume", str(tmp_path / "step_00000001")], "up to step 2"),
