@@ -179,7 +179,7 @@ def measure(model: Llama, layout: Layout, world_size: int, repeats: int) -> Cost
 
         base_seconds = host_seconds(base(), repeats)
         inner = base()
-        optimizer = Mechanic(inner, pipeline_stages=layout.stages, nonfinite="ignore")
+        optimizer = Mechanic(inner, variant="optax", pipeline_stages=layout.stages, nonfinite="ignore")
         seconds = host_seconds(optimizer, repeats)
         with CallCounter() as calls:
             optimizer.step()

@@ -2,8 +2,8 @@
 
 :meth:`Mechanic.step` is the algorithm, for every tuner. Data goes one way through it: local shards (step/plan.py),
 partial sums and their all_reduce (step/sums.py), the tuner (tuners/), the scale, and parameters (step/rules.py,
-step/capture.py). What torch expects of an optimizer is optimizer/wrapper.py's business, what exists between steps
-optimizer/state.py's.
+step/capture.py). optimizer/wrapper.py does what torch expects of an optimizer, and optimizer/state.py keeps what exists
+between steps.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Mechanic(OptimizerWrapper):
             optimizers, self._tuner, self._state.rule, self._layout, self._state,
             update=update, knows_scale=self._guard.waits,
         )  # fmt: skip
-        self._monitor = Monitor(self._state.tuner, self._tuner.settings)
+        self._monitor = Monitor(self._state.tuner_state, self._tuner.settings)
         self._agreement = Agreement(self._layout)
         super().__init__(optimizers, self._state)
         self._share_global_state()
@@ -157,13 +157,13 @@ class Mechanic(OptimizerWrapper):
         return loss
 
     def _all_reduce(self, plan: Plan, names: Sequence[str], *, late: bool = False, exact: bool = False) -> PendingSums:
-        """Begin to sum over the local shards, and over the ranks."""
+        """Start the sums over the local shards and the all_reduce over the ranks."""
         lr = largest_lr(self.param_groups)
         sums = local_sums(plan.captures, names, self._state.tensor, lr=lr, late=late, exact=exact)
         return PendingSums(sums, names, self._layout.group, self._communication_device)
 
     def _survey(self, plan: Plan, pending: PendingSums) -> tuple[Proposal, Reading] | tuple[None, None]:
-        """What the tuner proposes, and its numbers on the host, which waits for them: the step's one host sync.
+        """The tuner's proposal, and its numbers on the host: the step's one host sync.
 
         Returns:
             ``None``, twice, for a step that is to be left out.
@@ -176,7 +176,7 @@ class Mechanic(OptimizerWrapper):
             reading = Reading.of(proposal)
         if reading.is_finite or not self._is_skipped(plan, reading):
             return proposal, reading
-        self._state.tuner.skip()
+        self._state.tuner_state.skip()
         self._monitor.step_skipped(self._layout.is_first_rank)
         return None, None
 
@@ -190,11 +190,11 @@ class Mechanic(OptimizerWrapper):
         def account() -> str:
             return account_of_nonfinite(plan.shards, self.param_groups, self._layout.group)
 
-        number = int(self._state.tuner.updates) + 1
+        number = int(self._state.tuner_state.updates) + 1
         return self._guard.skips(reading.sums.get("lr", 0.0), number, position_is_finite, account)
 
     def _creates_state(self) -> bool:
-        """Whether torch's checkpointing called this step to see what state there will be; if so, it is made."""
+        """Create state, and return True, if torch's checkpointing called this step for that alone."""
         if not self._state.is_creating(self._has_state()):
             return False
         with self._planner.plan():
@@ -203,7 +203,7 @@ class Mechanic(OptimizerWrapper):
         return True
 
     def _begin(self) -> bool:
-        """Settle what has to be settled before a step, over all ranks; whether the run begins with it."""
+        """Do the checks that come before a step, on all ranks; whether it is the first of the run."""
         self._share_global_state()
         if self._check_every and self._calls and self._calls % self._check_every == 0:
             self.check_consistency()
@@ -215,15 +215,15 @@ class Mechanic(OptimizerWrapper):
         if is_first:
             self._state.begin()
         if self._state.tensor.device != self._state.home_device:  # the model was moved after the optimizer was built
-            self._state.tuner.to(self._state.home_device)
+            self._state.tuner_state.to(self._state.home_device)
             self._put_global_state()
         return is_first
 
     def _finish(self, plan: Plan, proposal: Proposal, reading: Reading | None) -> None:
-        """Restart where the tuner proposes it, and let the monitor know of a step that was taken."""
+        """Restart where the tuner proposes it, and inform the monitor."""
         is_capturing = self._is_capturing
         self._state.count_update(is_counted=not is_capturing)
-        # A host that does not know goes through the parameters whenever there may be a restart.
+        # Without a reading, the device decides whether there is a restart, in each step that may have one.
         restarts = self._state.may_restart if reading is None else reading.restarts
         if proposal.restart is not None and restarts:
             self._state.rule.restart(plan.captures, *proposal.restart)
@@ -260,7 +260,7 @@ class Mechanic(OptimizerWrapper):
     def scale(self) -> Tensor:
         """S, the factor learned for the learning rate: a new 0-dim tensor on the parameters' device, no sync."""
         self._share_global_state()  # ZeroRedundancyOptimizer loads by writing into the groups
-        return self._state.tuner.scale
+        return self._state.tuner_state.scale
 
     @torch.no_grad()
     def rebase(self) -> None:

@@ -228,18 +228,20 @@ def test_a_learning_rate_that_a_schedule_has_made_with_numpy_is_a_number(tmp_pat
     assert resumed.param_groups[0]["lr"] == 0.25
 
 
-def test_a_checkpoint_whose_tuner_has_fewer_rows_is_loaded(tmp_path: Path) -> None:
-    """As they were before steps that are not finite were counted."""
+@pytest.mark.parametrize(("rows", "message"), [(7, "does not have schema 1"), (None, "has 8 rows, this one 9")])
+def test_a_checkpoint_with_a_tuner_of_another_version_is_refused(
+    rows: int | None, message: str, tmp_path: Path
+) -> None:
+    """The rows had no names before, and there were seven or eight."""
     model, optimizer = trained(5)
     for group in optimizer.param_groups:
-        group["mechanic"] = group["mechanic"][:7].clone()
+        group["mechanic"] = group["mechanic"][:-1].clone() if rows is None else torch.rand(rows, 6).double()
     Checkpointer(tmp_path, model, optimizer).save(5)
-    assert inspect(tmp_path / "step_00000005")["tuners"][0]["nonfinite_steps"] == 0
+    found = inspect(tmp_path / "step_00000005")
+    assert found["tuners"][0]["variant"] == ("optax" if rows is None else "of another version")
     other, resumed = trained(0)
-    Checkpointer(tmp_path, other, resumed).load()
-    take_steps(other, resumed, 2)
-    take_steps(model, optimizer, 2)
-    assert resumed.scale == optimizer.scale
+    with pytest.raises(ValueError, match=message):
+        Checkpointer(tmp_path, other, resumed).load()
 
 
 def test_a_tuner_with_other_betas_is_refused_for_what_it_is(tmp_path: Path) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from manic.distributed.layout import Layout, is_fsdp1, local, local_gradient
+from manic.distributed.layout import Layout, is_fsdp1, local, local_gradient, local_storage
 from manic.optimizer.kinds import resolve_update
+from manic.testing import ranks
 
 
 def test_alone_every_element_is_held_once() -> None:
@@ -41,3 +44,15 @@ def test_only_optimizers_that_were_read_step_in_displacement_space() -> None:
     assert resolve_update(torch.optim.ASGD(parameter), "auto") == "snapshot"
     assert resolve_update(type("AdamW", (torch.optim.AdamW,), {})(parameter), "auto") == "snapshot"
     assert resolve_update(torch.optim.AdamW(parameter), "snapshot") == "snapshot"
+
+
+@ranks(2)
+def test_a_parameter_s_local_storage_is_one_object_and_what_local_shows() -> None:
+    parameter = nn.Parameter(distribute_tensor(torch.arange(6.0), init_device_mesh("cpu", (2,)), [Shard(0)]))
+    storage = local_storage(parameter)
+    assert storage is local_storage(parameter)
+    with torch.no_grad():
+        assert local(parameter).data_ptr() == storage.data_ptr()
+        assert torch.equal(local(parameter), storage)
+    plain = torch.ones(2)
+    assert local_storage(plain) is plain

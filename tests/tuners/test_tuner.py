@@ -87,12 +87,12 @@ def test_the_multiplicative_one_equals_its_reference(steps: list[tuple[float, ..
 def test_the_first_step_has_the_length_that_is_asked_for(x_square: float) -> None:
     tuner = driven("multiplicative", s_init=1e-3)
     assert tuner.learn(update_square=0.0, x_square=x_square, delta_square=0.0) == 0.0
-    assert not tuner.state.has_gained
+    assert not tuner.state.has_left_start
     for size in (1e-8, 1.0, 1e8):
         tuner = driven("multiplicative", s_init=1e-3)
         scale = tuner.learn(update_square=size**2, x_square=x_square, delta_square=0.0)
         assert (scale * size).item() == pytest.approx(1e-3 * (x_square**0.5 or 1.0))
-        assert tuner.state.has_gained
+        assert tuner.state.has_left_start
     bounded = driven("multiplicative", s_init=1e-3, s_max=1e-9)
     assert bounded.learn(update_square=5.0, x_square=5.0, delta_square=0.0) == 1e-9
 

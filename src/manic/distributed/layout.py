@@ -121,6 +121,12 @@ class Layout:
         return group if dist.get_world_size(group) > 1 else None
 
     @property
+    def world_size(self) -> int:
+        """How many ranks there are to reduce over."""
+        group = self.group
+        return 1 if group is None else dist.get_world_size(group)
+
+    @property
     def is_first_rank(self) -> bool:
         """Whether this rank logs for the group."""
         group = self.group

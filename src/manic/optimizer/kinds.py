@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 __all__ = ["UPDATES", "decay_is_decoupled", "is_proportional", "largest_lr", "resolve_update"]
 
 UPDATES = ("snapshot", "decoupled", "coupled")
-"""How the user may say that an optimizer's update is taken."""
+"""The choices of the user."""
 
 # The optimizers whose source was read (torch 2.6 to 2.13): the update is a function of gradients and state alone,
 # apart from the weight decay named here. Adafactor (scales by the parameter's RMS) and ASGD (averages parameters)
@@ -36,7 +36,7 @@ _INDEPENDENT_OF_X: dict[str, Literal["decoupled", "coupled", "by group"]] = {
 
 
 def resolve_update(optimizer: Optimizer, update: str) -> str:
-    """Say on what ``optimizer``'s update depends.
+    """Find what ``optimizer``'s update depends on.
 
     Args:
         optimizer: A base optimizer.

@@ -1,7 +1,7 @@
-"""State that base optimizers make only for checkpointing to look at, before a run begins.
+"""State that base optimizers create for checkpointing alone, before a run begins.
 
 ``torch.distributed.checkpoint`` asks a fresh optimizer for the names and shapes of its state by a step with zero
-gradients. What that leaves counts a step that was none; it is told from real state here.
+gradients. The state that this leaves counts a step too many; here it is distinguished from real state.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class MechanicState:
         self.rule = rule_for(tuner.scales, tuner.eps)
         self.store_delta = self.rule.stores_delta if store_delta is None else store_delta
         """``None``: only of parameters in low precision."""
-        self.tuner = TunerState(tuner)
+        self.tuner_state = TunerState(tuner)
         self.started = False
         """Whether the run has begun, so that x_ref is where it started."""
         self.was_loaded = False
@@ -56,7 +56,7 @@ class MechanicState:
         self.has_scale = False
         """Whether the host knows that S is not 0."""
         self._placeholders = Placeholders(optimizers, STATE_KEYS)
-        self.tuner.to(self.home_device)
+        self.tuner_state.to(self.home_device)
 
     @property
     def home_device(self) -> torch.device:
@@ -73,7 +73,7 @@ class MechanicState:
     @property
     def position(self) -> Position:
         """Where parameters are now."""
-        return self.rule.position(self.tuner.scale)
+        return self.rule.position(self.tuner_state.scale)
 
     # What a plan asks for: see manic.step.plan.Displacements.
 
@@ -120,26 +120,26 @@ class MechanicState:
     def begin(self) -> None:
         """A run starts from where its parameters are now; what was only made to be looked at is forgotten."""
         if self._placeholders.exist:
-            self.tuner.reset()
+            self.tuner_state.reset()
         self._placeholders.clear()
         for optimizer in self._optimizers:
             for state in optimizer.state.values():
                 for key in STATE_KEYS:
                     state.pop(key, None)
-        self.read_tuner()
+        self.updates_made, self.has_scale = 0, False
 
     @property
     def stands(self) -> str:
         """Where the run is, in words. The host waits for the device."""
         if not self.started:
             return "begins"
-        return f"goes on after {int(self.tuner.updates)} steps with S={float(self.tuner.scale)!r}"
+        return f"goes on after {int(self.tuner_state.updates)} steps with S={float(self.tuner_state.scale)!r}"
 
     def commit(self, proposal: Proposal) -> None:
         """Take over the tuner's proposal. Only as long as it matters whether there is a scale, the host asks for it."""
         asks = self._tuner.late_until_scale and not self.has_scale
         has_scale = bool(proposal.scale > 0) if asks else self.has_scale
-        self.tuner.commit(proposal)
+        self.tuner_state.commit(proposal)
         self.has_scale, self.started = has_scale, True
 
     def count_update(self, is_counted: bool) -> None:
@@ -152,11 +152,6 @@ class MechanicState:
         interval = self._tuner.restart_interval
         return interval > 0 and (self.updates_made is None or self.updates_made % interval == 0)
 
-    def read_tuner(self) -> None:
-        """Know what the tuner holds. The host waits for the device."""
-        self.updates_made = max(0, int(self.tuner.updates))
-        self.has_scale = float(self.tuner.scale) > 0.0
-
     def rebase(self) -> None:
         """Let x_ref be x, and Delta 0."""
         for optimizer in self._optimizers:
@@ -165,7 +160,7 @@ class MechanicState:
                     local(state[X_REF]).copy_(local(parameter))
                 if DELTA in state:
                     local(state[DELTA]).zero_()
-        self.tuner.rebase()
+        self.tuner_state.rebase()
         self.was_loaded = False
 
     def is_creating(self, exists: bool) -> bool:
@@ -175,7 +170,7 @@ class MechanicState:
     def create(self) -> None:
         """Let base optimizers without a state create it, and change nothing else.
 
-        It is a placeholder, is marked as one in the tuner's state, and is made again at the first real step.
+        It is a placeholder, marked as one in the tuner's state, and is created again at the first real step.
         """
         starts = [
             (local(parameter), local(optimizer.state[parameter][X_REF]))
@@ -188,7 +183,7 @@ class MechanicState:
         for x, x_ref in starts:
             x.copy_(x_ref)
         if self._placeholders.exist:
-            self.tuner.updates.fill_(_PLACEHOLDER)
+            self.tuner_state.updates.fill_(_PLACEHOLDER)
 
     # Loading.
 
@@ -222,7 +217,7 @@ class MechanicState:
             for name, key in (("the value", None), ("x_ref", X_REF), ("Delta", DELTA))
         ]
         device = self._layout.communication_device(self.home_device)
-        raise_if_drifted(self.tensor, self.tuner.scale, self._groups, held, self._layout, device)
+        raise_if_drifted(self.tensor, self.tuner_state.scale, self._groups, held, self._layout, device)
         if self.started:
             self.raise_if_displaced(
                 RuntimeError,
@@ -231,7 +226,7 @@ class MechanicState:
             )
 
     def raise_if_displaced(self, kind: type[Exception], advice: str) -> None:
-        """Raise on every rank if parameters are not where x_ref, Delta and S say (not seen where Delta is not stored).
+        """Raise on every rank if parameters are not at x_ref + f * Delta (not seen where Delta is not stored).
 
         Args:
             kind: What to raise.
@@ -259,7 +254,7 @@ class MechanicState:
     @property
     def tensor(self) -> Tensor:
         """The tuner's state, which is kept in every param group."""
-        return self.tuner.tensor
+        return self.tuner_state.tensor
 
     @property
     def exists(self) -> bool:
@@ -268,16 +263,16 @@ class MechanicState:
 
     def check(self, saved: Tensor) -> None:
         """Raise ValueError unless ``saved`` can be loaded."""
-        self.tuner.check(saved)
+        self.tuner_state.check(saved)
 
     def load(self, saved: Tensor | None) -> None:
         """Copy a loaded one into it; ``None``: the checkpoint is of the base optimizers alone."""
         if saved is None:
-            self.tuner.reset()
+            self.tuner_state.reset()
         else:
-            self.tuner.load(saved)
-        self.read_tuner()
-        updates = float(self.tuner.updates)
+            self.tuner_state.load(saved)
+        updates = float(self.tuner_state.updates)
+        self.updates_made, self.has_scale = max(0, int(updates)), float(self.tuner_state.scale) > 0.0
         self.started = self.was_loaded = updates > 0
         self._placeholders.exist = False
         if updates == _PLACEHOLDER:

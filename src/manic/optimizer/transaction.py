@@ -32,7 +32,7 @@ def transaction(optimizers: Sequence[Optimizer], is_first: bool) -> Iterator[Tra
 
     Args:
         optimizers: The base optimizers, whose state has ours in it.
-        is_first: The run begins with this step, so that every x_ref is of its making.
+        is_first: It is the first step of the run, so that it has made every x_ref.
     """
     known = {id(parameter) for optimizer in optimizers for parameter in optimizer.state}
     step = Transaction()

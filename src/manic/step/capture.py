@@ -1,4 +1,4 @@
-"""How the base optimizer's update of one batch is taken, and how x is written from it; one class for each way.
+"""How the base optimizer's update of one batch is taken, and how x is written from it: one class for each method.
 
 A capture knows the plain local tensors of its batch. It is given the factor and the weight that a rule made of S, and
 knows no tuner, no placement and no rank.
@@ -49,7 +49,7 @@ class Capture:
     """The batch of a capture, and what is under way in the middle of a step.
 
     Args:
-        shards: That are worked on as if they were one; the first speaks for all.
+        shards: Alike in group, dtype, device and replicas, and worked on as one.
     """
 
     decays_by_hand: ClassVar[bool] = False
@@ -95,7 +95,7 @@ class Capture:
         """Complete Delta by the update, and write x_{t+1}."""
 
     def undo(self) -> None:
-        """After a step that raised, let x be x_ref + f_t * Delta again, with what Delta has become by then."""
+        """After an error, set x to x_ref + f_t * Delta, with Delta as the base optimizer has left it."""
 
     def _pieces(self, *names: str, written: Sequence[int] = ()) -> Iterator[tuple[Any, ...]]:
         return pieces(*(self._columns[name] for name in names), written=written)
@@ -160,7 +160,7 @@ class UpdateInStorage(Capture):
     shows_update = True
 
     def enter(self) -> None:
-        """``x *= decay``, without a look at x where the factor is known to be 0."""
+        """``x *= decay``; x is not read where the factor is known to be 0."""
         for (x,) in self._pieces("x", written=(0,)):
             if isinstance(self.decay, Tensor) or self.decay:
                 x.mul_(self.decay)

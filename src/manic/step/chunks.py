@@ -1,4 +1,4 @@
-"""In what pieces a pass over many tensors goes, so that it costs one trip of every word to the cores and few calls.
+"""The pieces in which a pass over many tensors goes: each element is read from memory once, in few calls.
 
 It knows sizes, devices and how tensors lie in memory, and nothing of what they mean.
 """

@@ -120,7 +120,7 @@ class Guard:
 def account_of_nonfinite(
     shards: Iterable[Shard], param_groups: Sequence[Mapping[str, Any]], group: ProcessGroup | None
 ) -> str:
-    """Say, alike on every rank, where there is a nan or an infinity.
+    """Describe, alike on every rank, where there is a nan or an infinity.
 
     Args:
         shards: The local shards, between steps.

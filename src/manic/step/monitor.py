@@ -1,6 +1,6 @@
-"""What is said to the user of a run: metrics of the last step, and a warning, once, where the scale cannot be right.
+"""Metrics of the last step, and one warning for each kind of scale that cannot be right.
 
-Training never reads it. It is told of steps after they were taken or left out.
+Training never reads it. The step informs it after it was taken or left out.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Monitor:
     def __init__(self, tuner: TunerState, settings: Mapping[str, Any]) -> None:
         self._tuner, self._settings = tuner, settings
         self._last: Proposal | None = None
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
         self._calls = self._in_a_row = 0
 
     def metrics(self, param_groups: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -64,7 +64,7 @@ class Monitor:
         return metrics
 
     def step_taken(
-        self, proposal: Proposal, scale: float | None, param_groups: Sequence[Mapping[str, Any]], speaks: bool
+        self, proposal: Proposal, scale: float | None, param_groups: Sequence[Mapping[str, Any]], logs: bool
     ) -> None:
         """Watch a step that was taken.
 
@@ -72,7 +72,7 @@ class Monitor:
             proposal: Its outcome.
             scale: S, where the host knows it.
             param_groups: With their learning rates.
-            speaks: Whether this rank says what all ranks have to say.
+            logs: Whether this rank logs what is the same on all.
         """
         self._last = proposal
         self._calls += 1
@@ -84,11 +84,11 @@ class Monitor:
             lrs = [group.get("lr", 1.0) for group in param_groups]
             largest = max((float(lr) for lr in lrs if not isinstance(lr, Tensor) or lr.is_cpu), default=0.0)
             messages.append(self._running(scale, largest))
-        if self._calls == PATIENCE and scale is not None and not self._tuner.has_gained:
+        if self._calls == PATIENCE and scale is not None and not self._tuner.has_left_start:
             messages.append(self._stuck(scale))
-        self._say(messages, speaks)
+        self._warn(messages, logs)
 
-    def step_skipped(self, speaks: bool) -> None:
+    def step_skipped(self, logs: bool) -> None:
         """Watch a step that was left out."""
         self._calls += 1
         self._in_a_row += 1
@@ -97,7 +97,7 @@ class Monitor:
                 f"Mechanic has left out {self._in_a_row} steps in a row, for gradients that are not finite: nothing is "
                 "learned. Look for their cause in the data or the loss, or go back to a checkpoint"
             )
-            self._say([("skipping", text)], speaks)
+            self._warn([("skipping", text)], logs)
 
     def _stuck(self, scale: float) -> tuple[str, str]:
         updates = int(self._tuner.updates)
@@ -127,9 +127,9 @@ class Monitor:
             )
         return None
 
-    def _say(self, messages: Sequence[tuple[str, str] | None], speaks: bool) -> None:
+    def _warn(self, messages: Sequence[tuple[str, str] | None], logs: bool) -> None:
         for message in messages:
-            if message is not None and message[0] not in self._said:
-                self._said.add(message[0])
-                if speaks:
+            if message is not None and message[0] not in self._warned:
+                self._warned.add(message[0])
+                if logs:
                     logger.warning(message[1])

@@ -110,7 +110,7 @@ class Planner:
         self._plan: Plan | None = None
 
     def drop(self) -> None:
-        """Make the next plan anew."""
+        """Make another plan at the next step."""
         self._plan = None
 
     @contextmanager
@@ -132,7 +132,7 @@ class Planner:
 
     def _key(self, has_scale: bool) -> list[Any]:
         """What the plan depends on, by value or identity; the plan holds the objects, so no other has theirs."""
-        key: list[Any] = [has_scale]
+        key: list[Any] = [has_scale, self._layout.world_size]
         for optimizer in self._optimizers:
             key.append(is_proportional(optimizer))
             for group in optimizer.param_groups:

@@ -105,7 +105,7 @@ class ScaleDisplacement(Rule):
         return Change(scale, None)
 
     def captures(self, group: Sequence[Shard], means: Means, keeps_delta: Sequence[bool]) -> list[type[Capture]]:
-        """Delta itself where it can be, else the storage of x; a snapshot where there is no other way."""
+        """Delta as stand-in if the base optimizer allows it, else the storage of x; a snapshot if x is read."""
 
         def capture_of(shard: Shard) -> type[Capture]:
             if not shard.has_state:
@@ -147,10 +147,10 @@ class ScaleUpdates(Rule):
         return [capture if shard.has_state else NoUpdate for shard in group]
 
     def restart(self, captures: Sequence[Capture], whether: Tensor, kept: Tensor) -> None:
-        """Move x to ``kept`` of the way from x_ref, x_ref to x, and let Delta be what x was rounded by.
+        """Shrink x - x_ref to ``kept`` of itself, then move x_ref to x; Delta keeps what x lost to rounding.
 
-        All of that where ``whether`` is 1, and nothing where it is 0; the host need not know which. If this is
-        interrupted, x stays where it is by then, back or not, and x_ref moves to it.
+        Nothing changes where ``whether`` is 0; the host need not know which it is. If this is interrupted, x stays
+        where it is then, and x_ref moves to it.
         """
         shards = [shard for capture in captures for shard in capture.shards if shard.has_state]
         try:

@@ -127,8 +127,8 @@ class Tuner(ABC):
         """S: 0-dim, a new tensor."""
         return state["s"].sum()
 
-    def has_gained(self, state: Mapping[str, Tensor]) -> bool:
-        """Whether moving has paid so far. The host waits for the device."""
+    def has_left_start(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether S has left its start. The host waits for the device."""
         return bool(state["s"].sum() > 0)
 
     def rebased(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

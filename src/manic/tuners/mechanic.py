@@ -1,7 +1,7 @@
 """Mechanic's tuner: Algorithm 1, lines 8 to 14, in which each beta's wealth is bet on the next step.
 
-Two implementations were published, which differ in the places that the two classes below say (docs/variants.md). What a
-tuner does not know is in base.py; mechanic_reference.py has the same rules in plain float64.
+The two published implementations are the two classes below; docs/variants.md has their differences. What a tuner may
+not know is in base.py; mechanic_reference.py has the same rules in plain float64.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class _Mechanic(Tuner):
 
     Args:
         betas: Decay factors, each in (0, 1): a column of the state for each. Default: the paper's six.
-        s_init: Initial scale, positive.
+        s_init: Initial scale, positive. Default: 1e-6 (``"optax"``) or 1e-8 (``"pytorch"``).
         s_decay: lambda of the paper, the strength of the pull towards the origin; not negative.
         eps: Added to denominators; positive.
         s_max: The largest scale, at least ``s_init``. Default: no bound.
@@ -39,17 +39,18 @@ class _Mechanic(Tuner):
     scales = "displacement"
     fields = ("r", "m", "v", "s", "betas")
     fixed = ("betas",)
+    default_s_init: ClassVar[float]
 
     def __init__(
         self,
         betas: Sequence[float] = BETAS,
-        s_init: float = 1e-6,
+        s_init: float | None = None,
         s_decay: float = 0.01,
         eps: float = 1e-8,
         s_max: float | None = None,
     ) -> None:
         self.betas = checked_betas(betas)
-        self.s_init = self.smallest_bound = checked("s_init", s_init, 0.0)
+        self.s_init = self.smallest_bound = checked("s_init", self.default_s_init if s_init is None else s_init, 0.0)
         self.s_decay = checked("s_decay", s_decay, 0.0, strictly=False)
         self.eps = checked("eps", eps, 0.0)
         super().__init__(s_max)
@@ -65,8 +66,8 @@ class _Mechanic(Tuner):
         """One for each beta."""
         return len(self.betas)
 
-    def has_gained(self, state: Mapping[str, Tensor]) -> bool:
-        """Whether moving has paid more than the stake of the start, for any beta. The host waits for the device."""
+    def has_left_start(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether any beta has earned more than its initial stake. The host waits for the device."""
         return bool((state["r"] > self._stake(state["m"])).any())
 
     def learn(self, state: Mapping[str, Tensor], sums: Sums) -> Learned:
@@ -96,6 +97,7 @@ class MechanicOptax(_Mechanic):
     """
 
     name = "optax"
+    default_s_init = 1e-6
     sums = ("delta_grad", "grad_square", "delta_x", "x_square")
 
     def initial(self) -> Mapping[str, float | Sequence[float]]:
@@ -115,19 +117,10 @@ class MechanicPyTorch(_Mechanic):
     """
 
     name = "pytorch"
+    default_s_init = 1e-8
     sums = ("delta_grad", "grad_square")
     late_sums = ("delta_x", "x_square")
     moves_without_gradient = False
-
-    def __init__(
-        self,
-        betas: Sequence[float] = BETAS,
-        s_init: float = 1e-8,
-        s_decay: float = 0.01,
-        eps: float = 1e-8,
-        s_max: float | None = None,
-    ) -> None:
-        super().__init__(betas, s_init, s_decay, eps, s_max)
 
     def initial(self) -> Mapping[str, float | Sequence[float]]:
         """Every m is 1e-6."""

@@ -26,7 +26,7 @@ _SETTLED = 100
 _CONSTANT = 40
 # By how much, as a share, learning rates differ that differ by more than rounding.
 _DIFFERS = 1e-9
-# How much a new largest learning rate may let an update grow: a warm-up may begin at next to nothing.
+# By how much a new largest learning rate may enlarge an update: a warm-up may start near 0.
 _SURGE = 4.0
 # How far S may fall below its largest before a restart.
 _FALL = 4.0
@@ -87,9 +87,9 @@ class Multiplicative(Tuner):
         over its largest so far: where a schedule lets training settle, S settles too. And the longer ago that largest
         was, the slower S moves: log S by no more in the second half of a run than in its first.
 
-        A cosine is deaf to noise: of many small gradients and few large ones the many are heard. That is right while
-        the noise will be cooled out by a learning rate that comes down. Where it has not come down for a while, the
-        noise stays, and gradients are heard by their size.
+        The cosine weighs small and large gradients alike. That is right while a learning rate that comes down will
+        average the noise out. Where the learning rate has stayed at its largest, the noise remains, and gradients are
+        weighed by their size instead.
         """
         beta, weight = state["betas"], state["weight"]
         schedule = self._follow(state, sums["lr"])
@@ -138,10 +138,10 @@ class Multiplicative(Tuner):
     ) -> tuple[Restart, Tensor]:
         """A restart where S has fallen far; and the peak, which is forgotten then.
 
-        x may have come too far by a scale that was too large, and be unable to come back by the small one that is
-        learned from that. S is compared at the largest learning rate with what it came to at the one that there was: in
-        a warm-up it falls as that grows. Where the learning rate has just begun to come down, which says that the run
-        is young, x goes back to where the S of now would have taken it. Later too much would be lost.
+        A scale that was too large displaces x too far, and the small scale that is learned from that cannot bring it
+        back. S times the largest learning rate is compared with the largest S times learning rate since x_ref: in a
+        warm-up S falls as the learning rate grows. Where the learning rate has just started to come down, early in the
+        run, x goes back as far as the present S would have moved it. Later, too much would be lost.
         """
         within_reach = s * schedule["largest_lr"]
         has_fallen = (_FALL * within_reach < peak) & (updates % self.restart_interval == 0)

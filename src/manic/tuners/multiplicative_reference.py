@@ -70,7 +70,7 @@ class MultiplicativeReference:
             self.agreement = 0.9 * self.agreement + 0.1 * z
             if is_constant:
                 z = self._over_root(sized, self.mean_square_sized)
-            rate = 0.1 * lr / self.largest_lr * min(1.0, 100 / self.age) if self.largest_lr else 0.0
+            rate = 0.1 * (lr / self.largest_lr) * min(1.0, 100 / self.age) if self.largest_lr else 0.0
             self.scale *= math.exp(-rate * z * (1.0 + 2.0 * self.agreement**2))
         self.peak = max(self.peak, self.scale * lr)
 

@@ -87,9 +87,9 @@ class TunerState:
         return self.tuner.rows(self.tensor)["nonfinite"][0]
 
     @property
-    def has_gained(self) -> bool:
-        """Whether moving has paid so far. The host waits for the device."""
-        return self.tuner.has_gained(self.tuner.rows(self.tensor))
+    def has_left_start(self) -> bool:
+        """Whether S has left its start. The host waits for the device."""
+        return self.tuner.has_left_start(self.tuner.rows(self.tensor))
 
     def check(self, saved: Tensor) -> None:
         """Raise unless ``saved`` is the state of a tuner like this one.
@@ -101,27 +101,27 @@ class TunerState:
         if saved.ndim != 2 or saved.shape[0] < len(HEADER) or int(saved[0, 0]) != SCHEMA:
             raise ValueError(
                 f"the saved tuner, of shape {tuple(saved.shape)}, does not have schema {SCHEMA & 0xFFFF}: another "
-                "version of manic saved it. Load it with that version, or load the base optimizer's state alone, and "
-                "the tuner starts anew"
+                "version of manic saved it. Load it with that version, or load the base optimizer's state alone: "
+                "the tuner restarts"
             )
         if int(saved[1, 0]) != tuner.tag:
             from manic.tuners.registry import name_of
 
             variant = name_of(int(saved[1, 0]))
             raise ValueError(f"the saved tuner is of variant {variant}, this one {tuner.name}; pass the same")
-        expected = tuner.initial()
-        rows = tuner.rows(saved) if saved.shape[0] == self.tensor.shape[0] else {}
+        if saved.shape[0] != self.tensor.shape[0]:
+            raise ValueError(
+                f"the saved tuner has {saved.shape[0]} rows, this one {self.tensor.shape[0]}; it is incomplete"
+            )
+        rows, initial = tuner.rows(saved), tuner.initial()
         for name in tuner.fixed:
-            mine = torch.as_tensor(expected[name], dtype=torch.float64).reshape(-1).tolist()
-            theirs = rows[name].tolist() if name in rows else []
+            mine = torch.as_tensor(initial[name], dtype=torch.float64).reshape(-1).tolist()
+            theirs = rows[name].tolist()
             alike = len(mine) == len(theirs) and all(math.isclose(a, b, rel_tol=1e-7) for a, b in zip(mine, theirs))
             if not alike:
                 raise ValueError(f"the saved tuner has other {name}: {theirs} there, {mine} here; pass the same")
         if saved.shape != self.tensor.shape:
-            raise ValueError(
-                f"the saved tuner has shape {tuple(saved.shape)}, this run's {tuple(self.tensor.shape)}; pass the same "
-                "options"
-            )
+            raise ValueError(f"the saved tuner has {saved.shape[1]} columns, this one {self.tensor.shape[1]}")
 
     def load(self, saved: Tensor) -> None:
         """Copy a saved state into this one, in place.
