@@ -163,7 +163,7 @@ def test_equals_the_reference(name: str, variant: str, database: Any) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_mechanic_cannot_do_is_refused_when_it_is_built(name: str, database: Any) -> None:
+def test_refuses_unsupported_optimizers_at_construction(name: str, database: Any) -> None:
     for _, options in configurations(database, name):
         parameters, _ = problem()
         if name in REFUSED:
@@ -174,5 +174,5 @@ def test_what_mechanic_cannot_do_is_refused_when_it_is_built(name: str, database
                 Mechanic(make(name, parameters, options), variant="optax")
 
 
-def test_no_optimizer_of_torch_is_left_out(database: Any) -> None:
+def test_covers_every_optimizer_of_torch(database: Any) -> None:
     assert set(database) <= set(NAMES)

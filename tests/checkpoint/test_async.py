@@ -58,7 +58,7 @@ def save_both_ways(layout: str, directory: str) -> None:
 
 
 @pytest.mark.parametrize(("layout", "world_size"), LAYOUTS)
-def test_it_stores_bit_for_bit_what_a_sync_save_stores(layout: str, world_size: int, tmp_path: Path) -> None:
+def test_async_save_equals_save_bit_for_bit(layout: str, world_size: int, tmp_path: Path) -> None:
     run(save_both_ways, world_size, layout, str(tmp_path))
     sync, threaded = (
         json.loads((tmp_path / how / "step_00000006" / MANIFEST).read_text()) for how in ("sync", "async")
@@ -83,7 +83,7 @@ def save_in_a_row(directory: str) -> list[int]:
     return started.checkpointer.steps()
 
 
-def test_one_is_under_way_at_a_time_and_old_ones_go(tmp_path: Path) -> None:
+def test_async_saves_run_one_at_a_time_with_retention(tmp_path: Path) -> None:
     assert run(save_in_a_row, 2, str(tmp_path)) == [[3, 4, 5]] * 2
 
 
@@ -124,7 +124,7 @@ def fail_to_write(directory: str, on_error: str, threaded: bool) -> list[str]:
 
 @pytest.mark.parametrize("threaded", [False, True])
 @pytest.mark.parametrize("on_error", ["raise", "warn"])
-def test_a_full_disk_costs_that_checkpoint_and_no_other(on_error: str, threaded: bool, tmp_path: Path) -> None:
+def test_a_full_disk_loses_only_that_checkpoint(on_error: str, threaded: bool, tmp_path: Path) -> None:
     for names in run(fail_to_write, 2, str(tmp_path), on_error, threaded):
         assert names == ["step_00000002", "step_00000004"]
 
@@ -161,7 +161,7 @@ def be_refused(directory: str, on_error: str) -> list[int]:
 
 
 @pytest.mark.parametrize("on_error", ["raise", "warn"])
-def test_a_read_only_directory_leaves_training_and_old_checkpoints_as_they_are(on_error: str) -> None:
+def test_a_read_only_directory_affects_only_the_save(on_error: str) -> None:
     with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to other users
         os.chmod(folder, 0o755)
         directory = Path(folder, "run")
@@ -187,7 +187,7 @@ def take_the_disk_full(directory: str) -> list[str]:
     return sorted(os.listdir(directory))
 
 
-def test_a_disk_that_is_full_for_a_while(tmp_path: Path) -> None:
+def test_recovers_from_a_full_disk(tmp_path: Path) -> None:
     command = ["mount", "-t", "tmpfs", "-o", "size=1000k", "tmpfs", str(tmp_path)]
     if subprocess.run(command, capture_output=True).returncode:
         pytest.skip("may not mount a small file system")
@@ -237,7 +237,7 @@ def note_progress(directory: str) -> list[tuple[str, int, int]]:
     return told
 
 
-def test_progress_is_told_to_the_last_byte(tmp_path: Path) -> None:
+def test_progress_counts_every_byte(tmp_path: Path) -> None:
     by_rank = run(note_progress, 2, str(tmp_path))
     manifest = json.loads((tmp_path / "step_00000001" / MANIFEST).read_text())
     for rank, told in enumerate(by_rank):
@@ -291,7 +291,7 @@ def fail_strangely(directory: str, on_error: str) -> list[str]:
 
 
 @pytest.mark.parametrize("on_error", ["raise", "warn"])
-def test_an_error_of_any_kind_is_an_os_error_on_every_rank(on_error: str, tmp_path: Path) -> None:
+def test_every_write_error_is_an_os_error_on_every_rank(on_error: str, tmp_path: Path) -> None:
     for names in run(fail_strangely, 2, str(tmp_path), on_error, timeout=60):
         assert names == ["step_00000001", "step_00000003"]
 
@@ -305,7 +305,7 @@ def raise_in_an_object(directory: str) -> None:
             save(1)
 
 
-def test_an_object_that_fails_on_one_rank_is_every_ranks_error(tmp_path: Path) -> None:
+def test_an_object_that_fails_on_one_rank_raises_on_every_rank(tmp_path: Path) -> None:
     run(raise_in_an_object, 2, str(tmp_path), timeout=60)
 
 
@@ -325,7 +325,7 @@ def save_where_others_do_not_look(directory: str) -> list[int]:
     return started.checkpointer.steps()
 
 
-def test_a_directory_that_ranks_do_not_share_is_found_at_the_first_save(tmp_path: Path) -> None:
+def test_the_first_save_detects_an_unshared_directory(tmp_path: Path) -> None:
     assert run(save_where_others_do_not_look, 2, str(tmp_path), timeout=60) == [[], []]
 
 
@@ -344,7 +344,7 @@ def save_after_a_failure(directory: str) -> list[int]:
     return started.checkpointer.steps()
 
 
-def test_a_save_is_made_before_an_earlier_ones_failure_is_raised(tmp_path: Path) -> None:
+def test_save_completes_before_it_raises_an_earlier_failure(tmp_path: Path) -> None:
     assert run(save_after_a_failure, 2, str(tmp_path), timeout=60) == [[1, 3]] * 2
 
 
@@ -357,6 +357,6 @@ def fail_to_tell(directory: str) -> None:
     started.checkpointer.load(fallback=True)
 
 
-def test_a_progress_callback_that_fails_costs_no_checkpoint(tmp_path: Path) -> None:
+def test_a_failing_progress_callback_does_not_fail_the_save(tmp_path: Path) -> None:
     run(fail_to_tell, 2, str(tmp_path), timeout=60)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]

@@ -45,7 +45,7 @@ def test_resumes_bit_for_bit(layout: str, world_size: int, base: str, tmp_path: 
 
 
 @pytest.mark.parametrize(("layout", "world_size"), [("single", 1), ("fsdp2", 2), ("fsdp1-flat", 2), ("zero1", 2)])
-def test_a_checkpoint_from_before_the_first_step(layout: str, world_size: int, tmp_path: Path) -> None:
+def test_resumes_from_before_the_first_step(layout: str, world_size: int, tmp_path: Path) -> None:
     run(interrupt_and_compare, world_size, layout, "adamw", str(tmp_path), 0)
 
 
@@ -94,7 +94,7 @@ def assert_errors(directory: str) -> None:
         Checkpointer(blocked, started.setup.model, started.setup.optimizer).save(1)
 
 
-def test_what_was_just_saved_is_kept_whatever_its_step(tmp_path: Path) -> None:
+def test_retention_keeps_the_latest_save(tmp_path: Path) -> None:
     for found in run(save_each, 2, str(tmp_path), [200, 300, 120], {"keep_latest": 2}):
         assert found == [120, 200, 300]
 
@@ -144,7 +144,7 @@ def refuse_and_accept(directory: str) -> None:
     assert other.state[model["used"].weight]["mechanic_delta"].abs().sum() > 0
 
 
-def test_what_may_be_loaded(tmp_path: Path) -> None:
+def test_refuses_and_accepts_loads(tmp_path: Path) -> None:
     run(refuse_and_accept, 2, str(tmp_path))
 
 
@@ -153,18 +153,18 @@ def save_to_a_bucket(url: str) -> None:
     interrupt_and_compare("fsdp2", "adamw", url, 6)
 
 
-def test_a_url_will_do_as_well(tmp_path: Path) -> None:
+def test_saves_to_a_url(tmp_path: Path) -> None:
     run(save_to_a_bucket, 2, f"bucket://{tmp_path}/run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["step_00000006"]
     names = {path.name for path in (tmp_path / "run" / "step_00000006").iterdir()}
     assert names == {".metadata", "__0_0.distcp", "__1_0.distcp", "manifest.json"}
 
 
-def test_errors_are_raised_on_every_rank(tmp_path: Path) -> None:
+def test_raises_errors_on_every_rank(tmp_path: Path) -> None:
     run(assert_errors, 2, str(tmp_path))
 
 
-def test_what_was_not_finished_is_no_checkpoint(tmp_path: Path) -> None:
+def test_refuses_an_unfinished_checkpoint(tmp_path: Path) -> None:
     (tmp_path / ".incomplete_step_00000009").mkdir()
     (tmp_path / "step_00000003").mkdir()
     model = nn.Linear(2, 2)
@@ -174,14 +174,14 @@ def test_what_was_not_finished_is_no_checkpoint(tmp_path: Path) -> None:
         checkpointer.load()
 
 
-def test_bad_arguments(tmp_path: Path) -> None:
+def test_refuses_bad_arguments(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="keep_latest"):
         Checkpointer(tmp_path, model, torch.optim.SGD(model.parameters(), lr=1.0), keep_latest=0)
 
 
 @ranks(2)
-def test_any_optimizer_and_several_of_them() -> None:
+def test_saves_several_optimizers_of_any_class() -> None:
     import tempfile
 
     box = [tempfile.mkdtemp()]

@@ -103,7 +103,7 @@ def damage(directory: Path, step: int, rng: random.Random) -> str:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_damaged_checkpoint_is_never_loaded(seed: int, copies: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_never_loads_a_damaged_checkpoint(seed: int, copies: Path, caplog: pytest.LogCaptureFixture) -> None:
     rng = random.Random(seed)
     what = damage(copies, STEPS[-1], rng)
     fresh = at(copies)
@@ -119,7 +119,7 @@ def test_a_damaged_checkpoint_is_never_loaded(seed: int, copies: Path, caplog: p
     assert_identical(fresh.result(), good()[1][-2])
 
 
-def test_a_file_that_is_there_but_shorter_is_found_by_its_size(copies: Path) -> None:
+def test_size_check_detects_a_truncated_file(copies: Path) -> None:
     file = folder(copies, 6) / "__1_0.distcp"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(DamagedCheckpointError, match=r"__1_0\.distcp has \d+ bytes; \d+ were written"):
@@ -127,7 +127,7 @@ def test_a_file_that_is_there_but_shorter_is_found_by_its_size(copies: Path) -> 
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_damaged_index_is_found_by_any_verification(seed: int, copies: Path) -> None:
+def test_size_check_detects_a_damaged_index(seed: int, copies: Path) -> None:
     rng = random.Random(seed)
     file = folder(copies, 6) / ".metadata"
     content = bytearray(file.read_bytes())
@@ -137,14 +137,14 @@ def test_a_damaged_index_is_found_by_any_verification(seed: int, copies: Path) -
         at(copies).checkpointer.load(verify="size")
 
 
-def test_a_checkpoint_in_another_steps_place_is_found(copies: Path) -> None:
+def test_detects_a_checkpoint_in_the_folder_of_another_step(copies: Path) -> None:
     shutil.rmtree(folder(copies, 6))
     shutil.copytree(folder(copies, 2), folder(copies, 6))
     with pytest.raises(DamagedCheckpointError, match=r"its manifest.json is of step 2"):
         at(copies).checkpointer.load()
 
 
-def test_if_none_is_good_the_error_lists_all_that_was_tried(copies: Path) -> None:
+def test_lists_every_checkpoint_if_none_is_intact(copies: Path) -> None:
     for step in STEPS:
         (folder(copies, step) / "__0_0.distcp").unlink()
     with pytest.raises(DamagedCheckpointError) as caught:
@@ -154,14 +154,14 @@ def test_if_none_is_good_the_error_lists_all_that_was_tried(copies: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", "__1_0.distcp", ".metadata"])
-def test_what_is_not_verified_is_an_error_where_it_cannot_be_read(name: str, copies: Path) -> None:
+def test_an_unverified_unreadable_file_is_damage(name: str, copies: Path) -> None:
     file = folder(copies, 6) / name
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(DamagedCheckpointError, match=r"step_00000006.*cannot be read"):
         at(copies).checkpointer.load(verify="off")
 
 
-def test_without_a_manifest_it_must_be_asked_for(copies: Path) -> None:
+def test_loads_without_a_manifest_only_with_verify_off(copies: Path) -> None:
     (folder(copies, 6) / MANIFEST).unlink()
     with pytest.raises(DamagedCheckpointError, match='pass verify="off"'):
         at(copies).checkpointer.load()
@@ -170,7 +170,7 @@ def test_without_a_manifest_it_must_be_asked_for(copies: Path) -> None:
     assert_identical(fresh.result(), good()[1][-1])
 
 
-def test_files_that_the_disk_does_not_give_back_are_damaged(copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_error_is_damage(copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Files.read
 
     def read(files: Files, name: str) -> bytes:
@@ -185,7 +185,7 @@ def test_files_that_the_disk_does_not_give_back_are_damaged(copies: Path, monkey
     assert fresh.checkpointer.load(fallback=True) == str(folder(copies, 4))
 
 
-def test_all_that_was_written_is_on_the_disk_when_it_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_syncs_every_file_after_its_last_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: dict[str, int] = {}
     sync = os.fsync
 
@@ -200,7 +200,7 @@ def test_all_that_was_written_is_on_the_disk_when_it_is_synced(tmp_path: Path, m
         assert synced[name] == file.stat().st_size
 
 
-def test_a_listing_that_fails_after_a_save_costs_no_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_listing_after_a_save_does_not_fail_it(monkeypatch: pytest.MonkeyPatch) -> None:
     fresh = at(Path("unused"))
     url = "memory://test-damage/run"
     checkpointer = type(fresh.checkpointer)(url, fresh.setup.model, fresh.setup.optimizer, keep_latest=1)
@@ -217,7 +217,7 @@ def test_a_listing_that_fails_after_a_save_costs_no_checkpoint(monkeypatch: pyte
     assert checkpointer.steps() == [1, 2]
 
 
-def test_a_newer_format_is_refused_by_name(copies: Path) -> None:
+def test_refuses_a_newer_format(copies: Path) -> None:
     path = folder(copies, 6) / MANIFEST
     content = json.loads(path.read_text())
     content.pop("sha256")
@@ -226,7 +226,7 @@ def test_a_newer_format_is_refused_by_name(copies: Path) -> None:
         at(copies).checkpointer.load()
 
 
-def test_fallback_is_for_the_latest(copies: Path) -> None:
+def test_fallback_requires_latest(copies: Path) -> None:
     with pytest.raises(ValueError, match="fallback=True requires"):
         at(copies).checkpointer.load(6, fallback=True)
     with pytest.raises(ValueError, match="verify must be"):
@@ -244,7 +244,7 @@ def fall_back_and_go_on(directory: str) -> tuple[str, list[int], Any]:
     return loaded, resumed.checkpointer.steps(), resumed.result()
 
 
-def test_a_run_that_fell_back_saves_in_the_damaged_ones_place(copies: Path) -> None:
+def test_a_save_after_a_fallback_replaces_the_damaged_checkpoint(copies: Path) -> None:
     file = folder(copies, 6) / "__1_0.distcp"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1

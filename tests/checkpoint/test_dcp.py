@@ -387,9 +387,7 @@ def move(layout: str, wrappers: str, directory: str) -> None:
     *(("single", wrappers) for wrappers in WRAPPERS),
     ("fsdp2", "module.compile"), ("fsdp2", "torch.compile of checkpointed layers"),
 ])  # fmt: skip
-def test_the_state_of_a_wrapped_module_has_bare_names_and_moves_into_the_bare_module_and_back(
-    layout: str, wrappers: str, tmp_path: Path
-) -> None:
+def test_state_moves_between_wrapped_and_bare_modules(layout: str, wrappers: str, tmp_path: Path) -> None:
     run(move, 2, layout, wrappers, str(tmp_path))
 
 
@@ -420,9 +418,7 @@ def look_and_load(layout: str, mechanism: str, directory: str, expected: dict[in
     *((layout, mechanism) for layout in ("ddp", "fsdp2") for mechanism in ("nested", "flat", "flat files")),
     ("fsdp1-orig", "nested"), ("fsdp1-flat", "nested"),
 ])  # fmt: skip
-def test_neither_a_look_at_the_state_nor_what_was_loaded_before_leaves_a_trace(
-    layout: str, mechanism: str, tmp_path: Path
-) -> None:
+def test_reading_or_loading_state_does_not_affect_later_loads(layout: str, mechanism: str, tmp_path: Path) -> None:
     run(look_and_load, 2, layout, mechanism, str(tmp_path), undisturbed(layout, 2))
 
 
@@ -445,7 +441,7 @@ def look_at_one_element() -> None:
     assert_identical(*results)
 
 
-def test_a_look_at_the_state_of_a_parameter_that_only_one_rank_holds_leaves_no_trace() -> None:
+def test_reading_the_state_of_a_parameter_on_one_rank_changes_nothing() -> None:
     run(look_at_one_element, 2)
 
 
@@ -488,7 +484,7 @@ PLAIN_INTO_MECHANIC = [
 
 @pytest.mark.parametrize(("saving", "loading", "into"), PLAIN_INTO_MECHANIC)
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
-def test_a_plain_adamw_becomes_mechanic_with_its_moments_and_a_tuner_at_the_start(
+def test_loads_plain_adamw_into_mechanic_with_a_new_tuner(
     layout: str, saving: str, loading: str, into: str, tmp_path: Path
 ) -> None:
     run(become_mechanic, 2, layout, saving, loading, into, str(tmp_path))
@@ -523,7 +519,7 @@ def become_mechanic_late(layout: str, saving: str, loading: str, into: str, dire
     combination for combination in PLAIN_INTO_MECHANIC if "before" not in combination[2]
 ])  # fmt: skip
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
-def test_a_plain_adamw_read_into_a_mechanic_that_has_taken_steps_is_started_or_refused(
+def test_loading_plain_adamw_after_steps_resets_the_tuner_or_refuses(
     layout: str, saving: str, loading: str, into: str, tmp_path: Path
 ) -> None:
     run(become_mechanic_late, 2, layout, saving, loading, into, str(tmp_path))
@@ -541,7 +537,7 @@ def load_strictly(layout: str, directory: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
-def test_a_checkpoint_without_a_tuner_is_refused_unless_a_part_is_asked_for(layout: str, tmp_path: Path) -> None:
+def test_refuses_a_checkpoint_without_a_tuner_by_default(layout: str, tmp_path: Path) -> None:
     run(load_strictly, 2, layout, str(tmp_path))
 
 
@@ -563,7 +559,7 @@ def become_plain(layout: str, mechanism: str, directory: str) -> None:
 
 @pytest.mark.parametrize("mechanism", ["flat files", "nested", "flat", "full", "gathered on one rank"])
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
-def test_mechanic_becomes_a_plain_adamw_with_its_moments(layout: str, mechanism: str, tmp_path: Path) -> None:
+def test_loads_mechanic_into_plain_adamw_with_its_moments(layout: str, mechanism: str, tmp_path: Path) -> None:
     run(become_plain, 2, layout, mechanism, str(tmp_path))
 
 
@@ -578,7 +574,7 @@ def save_twice(layout: str, directory: str) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize(("layout", "world_size"), [("ddp", 2), ("fsdp2", 4)])
-def test_what_is_staged_is_what_is_saved_at_once(layout: str, world_size: int, tmp_path: Path) -> None:
+def test_async_save_of_dcp_equals_save(layout: str, world_size: int, tmp_path: Path) -> None:
     stored = []
     for path in run(save_twice, world_size, layout, str(tmp_path))[0]:
         dcp_to_torch_save(path, tmp_path / "whole.pt")

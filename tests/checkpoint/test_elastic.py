@@ -104,12 +104,12 @@ def assert_as_if_undisturbed(tmp_path: Path, kills: int, seed: int, *arguments: 
     assert not is_saving(tmp_path / "run")
 
 
-def test_a_run_that_is_killed_ends_bit_for_bit_as_if_it_had_not_been(tmp_path: Path) -> None:
+def test_a_killed_run_equals_an_undisturbed_one(tmp_path: Path) -> None:
     assert_as_if_undisturbed(tmp_path, 2, 1, "--async-save")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("how", [["--async-save"], []], ids=["async", "sync"])
-def test_a_run_that_is_killed_thirty_times(how: list[str], tmp_path: Path) -> None:
+def test_a_run_killed_thirty_times_equals_an_undisturbed_one(how: list[str], tmp_path: Path) -> None:
     assert_as_if_undisturbed(tmp_path, 30, 7 + len(how), *how)

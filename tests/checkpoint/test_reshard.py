@@ -69,17 +69,17 @@ def load_all(sources: list[tuple[str, int]], layout: str, world_size: int, varia
 
 
 @pytest.mark.parametrize(("layout", "world_size"), SOME)
-def test_checkpoints_of_other_layouts_go_on_in_this_one(layout: str, world_size: int) -> None:
+def test_resumes_from_other_layouts(layout: str, world_size: int) -> None:
     load_all(SOME, layout, world_size)
 
 
 @pytest.mark.parametrize(("layout", "world_size"), SOME[1:3])
-def test_so_do_those_of_the_variant_that_multiplies(layout: str, world_size: int) -> None:
+def test_reshards_the_multiplicative_variant(layout: str, world_size: int) -> None:
     load_all(SOME, layout, world_size, "multiplicative")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("layout", "world_size"), ALL)
-def test_checkpoints_of_every_layout_go_on_in_this_one(layout: str, world_size: int) -> None:
+def test_resumes_from_every_layout(layout: str, world_size: int) -> None:
     load_all(ALL, layout, world_size)

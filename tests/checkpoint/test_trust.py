@@ -89,7 +89,7 @@ def load_what_was_forged(layout: str, directory: str, where: str) -> None:
 
 @pytest.mark.parametrize("where", [*INDEX, *NUMBERS, *OBJECTS, *TENSORS])
 @pytest.mark.parametrize(("layout", "world_size"), [("single", 1), ("fsdp2", 2)])
-def test_nothing_goes_off(
+def test_never_executes_a_forged_pickle(
     layout: str, world_size: int, where: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run(load_what_was_forged, world_size, layout, str(tmp_path), where)
@@ -106,7 +106,7 @@ def test_nothing_goes_off(
 
 
 @pytest.mark.parametrize("where", ["inside the index", "objects.counter"])
-def test_the_bombs_are_live(where: str, tmp_path: Path) -> None:
+def test_forged_pickles_execute_without_protection(where: str, tmp_path: Path) -> None:
     started = Run("single", "adamw", tmp_path)
     started.checkpointer.save(1)
     forge(tmp_path / "step_00000001", where, tmp_path / "went off")
@@ -135,7 +135,7 @@ def save_twice(layout: str, directory: str) -> None:
     pytest.param("mixed", 4, marks=pytest.mark.slow), pytest.param("pipeline", 4, marks=pytest.mark.slow),
     pytest.param("fsdp1-hybrid", 4, marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_all_that_torch_puts_into_an_index_is_admitted(layout: str, world_size: int, tmp_path: Path) -> None:
+def test_allows_every_global_in_torchs_indexes(layout: str, world_size: int, tmp_path: Path) -> None:
     """Fails when torch changes what an index consists of, or a name that safe_pickle.py knows."""
     run(save_twice, world_size, layout, str(tmp_path))
     found = sorted(tmp_path.glob("*/.metadata"))
@@ -149,7 +149,7 @@ def test_all_that_torch_puts_into_an_index_is_admitted(layout: str, world_size: 
 
 
 @ranks(2)
-def test_what_one_rank_cannot_save_again_no_rank_saves() -> None:
+def test_no_rank_saves_what_one_rank_could_not_load() -> None:
     import tempfile
 
     box = [tempfile.mkdtemp()]

@@ -48,7 +48,7 @@ def check_layout(layout: str) -> None:
 
 
 @pytest.mark.parametrize(("layout", "world_size"), LAYOUTS)
-def test_a_sound_run_is_consistent(layout: str, world_size: int) -> None:
+def test_no_drift_in_an_undisturbed_run(layout: str, world_size: int) -> None:
     run(check_layout, world_size, layout)
 
 
@@ -82,7 +82,7 @@ def drift(layout: str, holders: list[int], what: str) -> None:
 
 @pytest.mark.parametrize("what", ["the value", "x_ref", "Delta"])
 @pytest.mark.parametrize(("layout", "world_size"), COPIES)
-def test_one_bit_on_one_rank_is_found(layout: str, world_size: int, what: str) -> None:
+def test_detects_one_flipped_bit_on_one_rank(layout: str, world_size: int, what: str) -> None:
     run(drift, world_size, layout, COPIES[layout, world_size], what)
 
 
@@ -100,7 +100,7 @@ def step_on_ones(optimizer: Any) -> None:
 
 @ranks(3)
 @pytest.mark.parametrize("what", ["tuner", "lr"])
-def test_a_tuner_or_a_setting_that_differs_is_found(what: str) -> None:
+def test_detects_a_different_tuner_or_setting(what: str) -> None:
     optimizer = Mechanic(torch.optim.SGD(two_parameters(), lr=1.0), variant="optax")
     step_on_ones(optimizer)
     if dist.get_rank() == 1:
@@ -114,7 +114,7 @@ def test_a_tuner_or_a_setting_that_differs_is_found(what: str) -> None:
 
 
 @ranks(2)
-def test_every_so_many_steps_if_asked() -> None:
+def test_checks_every_n_steps() -> None:
     optimizer = Mechanic(torch.optim.SGD(two_parameters(), lr=1.0), check_every=3, variant="optax")
     step_on_ones(optimizer)
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_every_so_many_steps_if_asked() -> None:
 
 @ranks(2)
 @pytest.mark.parametrize("variant", ["optax", "pytorch"])
-def test_ranks_of_which_one_has_failed_a_step_meet_at_the_next_check(variant: str) -> None:
+def test_ranks_check_together_after_a_failed_step(variant: str) -> None:
     """The steps of both count, so that none checks while another steps."""
     base = torch.optim.SGD(two_parameters(), lr=1.0)
     optimizer = Mechanic(base, check_every=2, variant=variant, s_init=0.1)
@@ -179,7 +179,7 @@ def test_a_check_changes_nothing() -> None:
 
 
 @ranks(2)
-def test_an_edit_on_all_ranks_is_told_from_drift() -> None:
+def test_an_edit_on_all_ranks_is_not_drift() -> None:
     optimizer = Mechanic(torch.optim.SGD(two_parameters(), lr=1.0), s_init=0.1, variant="optax")
     step_on_ones(optimizer)
     parameter = optimizer.param_groups[0]["params"][1]
@@ -194,7 +194,7 @@ def test_an_edit_on_all_ranks_is_told_from_drift() -> None:
 
 
 @ranks(2)
-def test_drift_goes_by_the_ranks_of_the_group_alone() -> None:
+def test_compares_only_ranks_of_the_group() -> None:
     """Two models side by side, each in a group of its own, are not compared with each other."""
     groups = [dist.new_group([rank]) for rank in range(2)]
     rank = dist.get_rank()

@@ -65,7 +65,7 @@ def test_pipeline_stages() -> None:
     take_steps(model, Mechanic(AdamW(model.parameters(), lr=1.0), pipeline_stages=2, variant="optax"))
 
 
-def test_what_one_rank_can_see_alone_is_still_checked() -> None:
+def test_local_checks_still_run() -> None:
     embedding = nn.Embedding(5, 3, sparse=True)
     optimizer = Mechanic(AdamW(embedding.parameters(), lr=1.0), variant="optax")
     embedding(torch.tensor([1, 2])).sum().backward()

@@ -139,7 +139,7 @@ def test_sharded_grad_scaler(layout: str, world_size: int) -> None:
     ("adamw", {"variant": "multiplicative"}),
     ("adamw", {"store_delta": False}),
 ], ids=str)  # fmt: skip
-def test_however_the_update_is_taken(base: str, options: dict[str, Any]) -> None:
+def test_every_update_rule(base: str, options: dict[str, Any]) -> None:
     assert_as_without_a_scaler("fsdp2", 2, "plain", (0,), base, **options)
 
 
@@ -165,7 +165,7 @@ def factor_after_an_overflow(layout: str, kind: str, overflowing: tuple[int, ...
     # which all tensor parallel ranks hold.
     ("tp+fsdp2", 4, True),
 ])  # fmt: skip
-def test_where_ranks_disagree_unless_the_scaler_is_sharded(layout: str, world_size: int, reverse: bool) -> None:
+def test_unsharded_scaler_makes_ranks_disagree(layout: str, world_size: int, reverse: bool) -> None:
     # Once the first fails, torch has made them agree and docs/reliability.md says too much.
     last = (world_size - 1,)
     assert set(run(factor_after_an_overflow, world_size, layout, "plain", last, reverse)) == {FACTOR, FACTOR / 2}
@@ -174,7 +174,7 @@ def test_where_ranks_disagree_unless_the_scaler_is_sharded(layout: str, world_si
 
 @ranks(2)
 @pytest.mark.parametrize("kind", ["plain", "sharded"])
-def test_plain_tensors_among_dtensors_are_refused_by_torch(kind: str) -> None:
+def test_torch_refuses_plain_tensors_among_dtensors(kind: str) -> None:
     setup_ = setup("tp", "adamw", torch.float32, s_init=S_INIT)
     scaler = make_scaler(kind)
     backward(setup_, 0, scaler)
@@ -245,7 +245,7 @@ def find_the_factor(layout: str) -> tuple[list[bool], float, float, list[float]]
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
-def test_float16_finds_its_factor(layout: str) -> None:
+def test_float16_scaler_finds_its_factor(layout: str) -> None:
     (taken, scale, factor, losses), (taken_too, scale_too, factor_too, other_losses) = run(find_the_factor, 2, layout)
     assert (taken, scale, factor) == (taken_too, scale_too, factor_too)
     skipped = taken.count(False)

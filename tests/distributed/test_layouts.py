@@ -69,7 +69,7 @@ def test_options(layout: str, world_size: int, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("layout", "world_size"), LAYOUTS)
-def test_the_variant_that_multiplies(layout: str, world_size: int) -> None:
+def test_multiplicative_variant(layout: str, world_size: int) -> None:
     assert_like_a_single_process(
         layout, world_size, "adamw", torch.float64, rtol=1e-11, variant="multiplicative", s_init=1e-2
     )

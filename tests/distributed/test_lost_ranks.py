@@ -67,7 +67,7 @@ def test_each_fault_on_each_layout(fault: str, layout: str, world_size: int, los
     ("sgd", torch.float32, {"store_delta": False}, 1.0),  # nothing is kept that x_t could be made from
     ("adamw", torch.float32, {"store_delta": False}, 1.0),
 ], ids=str)  # fmt: skip
-def test_however_the_update_is_taken(base: str, dtype: torch.dtype, options: dict[str, Any], closeness: float) -> None:
+def test_every_update_rule(base: str, dtype: torch.dtype, options: dict[str, Any], closeness: float) -> None:
     fault = "killed while others are in the all_reduce"
     # In the other modes the all_reduce is over before anything has changed.
     result = lose_a_rank(fault, "single", 2, "last", base, dtype, nonfinite="ignore", **options)
@@ -81,7 +81,7 @@ def timeout_of(group: dist.ProcessGroup | None) -> timedelta:
 
 
 @ranks(4)
-def test_groups_of_a_mesh_wait_as_long_as_they_are_told() -> None:
+def test_groups_of_a_mesh_have_the_given_timeout() -> None:
     shape, names = (2, 2), ("replicate", "shard")
     by_torch = init_device_mesh("cpu", shape, mesh_dim_names=names)
     mesh = make_mesh("cpu", shape, names, timedelta(seconds=77))

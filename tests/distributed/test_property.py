@@ -153,12 +153,12 @@ def check(case: Case) -> None:
 
 @settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
 @given(case=cases())
-def test_like_the_reference(case: Case) -> None:
+def test_equals_the_reference(case: Case) -> None:
     check(case)
 
 
 @pytest.mark.slow
 @settings(deadline=None, max_examples=1500, suppress_health_check=list(HealthCheck))
 @given(case=cases())
-def test_like_the_reference_at_length(case: Case) -> None:
+def test_equals_the_reference_on_more_examples(case: Case) -> None:
     check(case)

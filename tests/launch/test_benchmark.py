@@ -80,13 +80,13 @@ def test_host_has_as_many_tensors_as_a_llama_of_32_layers() -> None:
     assert host.count(layers=32) == 291
 
 
-def test_a_delayed_all_reduce_is_waited_for_at_the_end() -> None:
+def test_a_step_waits_for_a_delayed_all_reduce() -> None:
     at_once, late = step.latency_left("1M", delay=0.3, repeats=1)
     assert late > 0.25 > at_once
 
 
 @pytest.mark.parametrize(("world_size", "hops"), [(1, 0), (8, 2), (16, 4), (1024, 16), (16384, 24)])
-def test_hops_are_up_a_tree_and_down(world_size: int, hops: int) -> None:
+def test_hops_of_a_tree(world_size: int, hops: int) -> None:
     assert scale.hops(world_size, node=8) == hops
 
 
@@ -142,7 +142,7 @@ PEERS = {"Prodigy": "prodigyopt", "D-Adaptation": "dadaptation", "Schedule-Free"
 
 
 @pytest.mark.parametrize("with_peers", [False, True])
-def test_every_method_trains_and_a_stopped_benchmark_goes_on(
+def test_every_method_trains_and_a_stopped_benchmark_continues(
     with_peers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for package in PEERS.values() if with_peers else ():
@@ -172,7 +172,7 @@ def test_every_method_trains_and_a_stopped_benchmark_goes_on(
     assert "| **worst** |" in capsys.readouterr().out
 
 
-def test_lion_takes_signs() -> None:
+def test_lion_updates_by_signs() -> None:
     parameter = torch.tensor([1.0, -1.0], requires_grad=True)
     optimizer = Lion([parameter], lr=0.1, weight_decay=0.5)
     parameter.grad = torch.tensor([3.0, -0.2])

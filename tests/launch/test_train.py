@@ -40,7 +40,7 @@ def alone(base: str, variant: str) -> dict[int, dict[str, Any]]:
     ("fsdp2", "muon", "optax"), ("tp", "muon", "multiplicative"), ("zero1", "sgd", "multiplicative"),
     ("fsdp2", "adamw", "multiplicative"), ("fsdp1", "adamw", "multiplicative"),
 ])  # fmt: skip
-def test_every_mode_trains_alike_and_resumes_bit_for_bit(
+def test_every_mode_trains_equally_and_resumes_bit_for_bit(
     mode: str, base: str, variant: str, world_size: int, tmp_path: Path
 ) -> None:
     if base == "muon" and not hasattr(torch.optim, "Muon"):
@@ -80,7 +80,7 @@ def test_resumes_on_another_number_of_ranks(tmp_path: Path) -> None:
         assert record["scale"] == pytest.approx(four[step]["scale"], rel=1e-2)
 
 
-def test_learns_more_than_how_frequent_each_byte_is(tmp_path: Path) -> None:
+def test_learns_more_than_byte_frequencies(tmp_path: Path) -> None:
     from gpt.data import Corpus
 
     arguments = "--layers 2 --width 64 --heads 2 --seq-len 64 --batch-size 16 --device cpu --steps 250 --log-every 10"
@@ -106,13 +106,13 @@ def train_with(arguments: list[str]) -> None:
     (["--base-optimizer", "muon", "--parallel", "zero1"], "muon needs whole matrices"),
     (["--resume", "nowhere/at/all", "--checkpoint-dir", "x"], "neither a checkpoint nor"),
 ], ids=lambda a: a[0] if isinstance(a, list) else "")  # fmt: skip
-def test_a_users_mistake_is_said_plainly_on_every_rank(arguments: list[str], words: str) -> None:
+def test_reports_user_errors_on_every_rank(arguments: list[str], words: str) -> None:
     with pytest.raises(RankError) as caught:
         run(job, 2, *arguments, "--steps", "1")
     assert str(caught.value).count(words) >= 2
 
 
-def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+def test_refuses_a_checkpoint_of_another_run(tmp_path: Path) -> None:
     directory = ["--checkpoint-dir", str(tmp_path)]
     run(job, 2, "--steps", "2", *directory, "--checkpoint-every", "1")
     for arguments, words in (
@@ -131,7 +131,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
-def test_stopped_by_a_signal_it_goes_on_bit_for_bit(number: signal.Signals, tmp_path: Path) -> None:
+def test_resumes_bit_for_bit_after_a_signal(number: signal.Signals, tmp_path: Path) -> None:
     """Started by torchrun, as a user does."""
     arguments = ["--steps", "40", "--checkpoint-every", "7"]
     run(job, 2, *arguments, "--metrics", str(tmp_path / "whole.jsonl"))

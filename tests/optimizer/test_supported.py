@@ -60,14 +60,14 @@ def test_equals_the_reference(name: str, options: dict[str, object]) -> None:
     assert len(set(expected_scales)) > STEPS // 2
 
 
-def test_a_third_party_update_can_be_declared_position_free() -> None:
+def test_third_party_updates_can_be_declared_position_free() -> None:
     name = "third-party, position-free"
     by_snapshot = trajectory(name, lambda _, base: Mechanic(base, s_init=S_INIT, variant="optax"))
     declared = trajectory(name, lambda _, base: Mechanic(base, s_init=S_INIT, update="decoupled", variant="optax"))
     assert declared[0] == pytest.approx(by_snapshot[0], rel=1e-9)
 
 
-def test_a_subclass_of_a_known_optimizer_is_not_trusted() -> None:
+def test_a_subclass_of_a_known_optimizer_is_not_assumed_position_free() -> None:
     class Reads(torch.optim.SGD):
         """Moves towards the origin by its position, whatever the gradient."""
 

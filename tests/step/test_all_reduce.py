@@ -36,7 +36,7 @@ def test_one_all_reduce_of_at_most_64_bytes(
 
 
 @ranks(2)
-def test_zero_adds_its_own_broadcasts_and_nothing_else() -> None:
+def test_zero_adds_only_its_broadcasts() -> None:
     trained = train("zero1", "adamw", 4)
     for step in trained.collectives[1:]:
         assert [call for call in step if call[0] != "broadcast_"] == [("allreduce_", 32)]
@@ -47,9 +47,7 @@ def test_zero_adds_its_own_broadcasts_and_nothing_else() -> None:
     ("ignore", ["started", "base begins", "base ends", "awaited"]),
     ("raise", ["started", "awaited", "base begins", "base ends"]),
 ])  # fmt: skip
-def test_the_all_reduce_runs_while_the_base_optimizer_steps_or_is_known_before(
-    nonfinite: str, order: list[str]
-) -> None:
+def test_overlaps_the_all_reduce_with_the_base_step_or_awaits_it_first(nonfinite: str, order: list[str]) -> None:
     events: list[str] = []
     all_reduce = dist.all_reduce
 

@@ -28,7 +28,7 @@ def tensors(dtype: torch.dtype, transposed: bool, seed: int = 0) -> list[Tensor]
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_every_element_is_met_once_beside_its_own(dtype: torch.dtype, transposed: bool) -> None:
+def test_visits_corresponding_elements_once(dtype: torch.dtype, transposed: bool) -> None:
     changed, read = tensors(dtype, transposed), tensors(dtype, False, seed=1)
     before = [(a.clone(), b.clone()) for a, b in zip(changed, read)]
     rows = batched(zip(changed, read), tensor_of=lambda row: row[0], kind_of=lambda row: None)
@@ -45,7 +45,7 @@ def test_every_element_is_met_once_beside_its_own(dtype: torch.dtype, transposed
         assert torch.equal(b, old_b)
 
 
-def test_kinds_and_dtypes_stay_apart_and_batches_are_bounded() -> None:
+def test_batches_have_one_kind_and_dtype_and_bounded_size() -> None:
     items = [(torch.zeros(size, dtype=dtype), kind) for size in (1, 10, 9_999, 1 << 14, 1 << 15) for kind in "ab"
              for dtype in (torch.float32, torch.bfloat16) for _ in range(50)]  # fmt: skip
     batches = batched(items, tensor_of=lambda item: item[0], kind_of=lambda item: item[1])
@@ -56,7 +56,7 @@ def test_kinds_and_dtypes_stay_apart_and_batches_are_bounded() -> None:
     assert len(batches) < 300
 
 
-def test_an_interrupted_pass_leaves_what_it_was_at() -> None:
+def test_an_interrupted_pass_leaves_whole_chunks() -> None:
     small = [torch.ones(3), torch.ones(2)]
     walk = pieces(small, written=(0,))
     (piece,) = next(walk)
@@ -70,7 +70,7 @@ def test_an_interrupted_pass_leaves_what_it_was_at() -> None:
     {}, {"store_delta": False}, {"update": "snapshot"}, {"variant": "pytorch"}, {"update": "decoupled"},
     {"variant": "multiplicative"},
 ], ids=str)  # fmt: skip
-def test_together_or_each_alone_gives_the_same_numbers(
+def test_batched_and_single_passes_are_equal(
     options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Small parameters, worked on together, do what they do one by one, and pieces what whole tensors do."""

@@ -147,10 +147,10 @@ def on_each_rank(case: str, layout: str, fault: Any) -> int:
 
 
 @pytest.mark.parametrize(("layout", "world_size", "fault"), quick_first(LAYOUTS, GRADIENTS), ids=str)
-def test_a_gradient_that_is_not_finite(layout: str, world_size: int, fault: Gradient) -> None:
+def test_injected_nonfinite_gradients(layout: str, world_size: int, fault: Gradient) -> None:
     assert run(on_each_rank, world_size, "gradient", layout, fault) == [world_size] * world_size
 
 
 @pytest.mark.parametrize(("layout", "world_size", "where"), quick_first(NO_PIPELINE, list(ERRORS)), ids=str)
-def test_an_error_in_the_middle_of_a_step(layout: str, world_size: int, where: str) -> None:
+def test_injected_errors_in_a_step(layout: str, world_size: int, where: str) -> None:
     assert run(on_each_rank, world_size, "error", layout, where) == [world_size] * world_size

@@ -55,7 +55,7 @@ def set_gradients(parameters: list[Tensor], step: int) -> None:
 
 
 @pytest.mark.parametrize(("base", "options", "dtype"), CASES, ids=str)
-def test_whichever_operator_fails(
+def test_a_step_that_fails_at_any_operator_rolls_back(
     base: str, options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chunks, "SMALL", 10)  # the first two together, the others each alone
@@ -110,7 +110,7 @@ def test_whichever_operator_fails(
     ("AdamW", {}), ("AdamW, fused", {"nonfinite": "ignore"}), ("SGD, coupled decay", {"store_delta": False}),
     ("AdamW", {"update": "snapshot"}), ("AdamW", {"variant": "pytorch"}), ("AdamW", {"variant": "multiplicative"}),
 ], ids=str)  # fmt: skip
-def test_a_first_step_that_fails_at_any_operator_leaves_no_trace(
+def test_a_first_step_that_fails_at_any_operator_leaves_no_state(
     base: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chunks, "SMALL", 10)

@@ -48,7 +48,7 @@ def root_mean_square(x: Tensor) -> float:
     "options",
     [{}, {"update": "snapshot"}, {"store_delta": False}, {"variant": "pytorch"}, {"variant": "multiplicative"}],
 )
-def test_what_is_kept_in_what(dtype: torch.dtype, options: dict[str, Any]) -> None:
+def test_dtypes_of_the_state(dtype: torch.dtype, options: dict[str, Any]) -> None:
     wide, _ = problem()
     parameters = [p.detach().to(dtype).requires_grad_() for p in wide]
     optimizer = Mechanic(SGD(parameters, lr=1.0, momentum=0.9), s_init=1e-2, **{"variant": "optax", **options})
@@ -118,7 +118,7 @@ def test_follows_the_float32_run(name: str, dtype: torch.dtype, of_x: float, of_
 @pytest.mark.parametrize(("name", "options"), [
     ("SGD", {"store_delta": False}), ("AdamW, lr 0.001", {"update": "snapshot"}),
 ], ids=str)  # fmt: skip
-def test_does_not_follow_it_where_the_docs_say_so(name: str, options: dict[str, Any]) -> None:
+def test_diverges_from_it_where_the_docs_say_so(name: str, options: dict[str, Any]) -> None:
     assert follow(name, torch.bfloat16, options)[0] > 100
 
 
@@ -126,7 +126,7 @@ def test_does_not_follow_it_where_the_docs_say_so(name: str, options: dict[str, 
 @pytest.mark.parametrize(("name", "dtype"), [
     *((name, torch.bfloat16) for name in BASES), ("SGD, momentum", torch.float16), ("AdamW", torch.float16),
 ])  # fmt: skip
-def test_is_the_base_in_low_precision_summed_without_loss(name: str, dtype: torch.dtype) -> None:
+def test_equals_the_low_precision_base_with_an_exact_sum(name: str, dtype: torch.dtype) -> None:
     """What Mechanic adds to a base optimizer in low precision is one rounding a step, of x."""
     bowl = Bowl(dtype, size=0.02)
     x, update = bowl.start.clone().requires_grad_(), torch.zeros_like(bowl.start).requires_grad_()
@@ -174,7 +174,7 @@ def moved(parameter: Tensor) -> float:
     return (parameter != start.to(parameter.dtype)).double().mean().item()
 
 
-def test_the_first_steps_are_not_lost() -> None:
+def test_does_not_lose_the_first_steps() -> None:
     """They are too small to show in bfloat16, but are there when the scale has grown."""
     wide, expected = first_steps(lambda ps: Mechanic(adamw(ps), variant="optax"), torch.float32)
     assert moved(wide) > 0.999
@@ -186,7 +186,7 @@ def test_the_first_steps_are_not_lost() -> None:
     assert optimizer.scale.item() == pytest.approx(expected.scale.item(), rel=1e-3)
 
 
-def test_the_first_steps_are_lost_where_delta_is_recomputed() -> None:
+def test_loses_the_first_steps_without_a_stored_delta() -> None:
     narrow, optimizer = first_steps(lambda ps: Mechanic(adamw(ps), store_delta=False, variant="optax"), torch.bfloat16)
     assert moved(narrow) < 0.03
     assert optimizer.scale.item() < 1e-6, "it started at six times that, and float32 is at 3.2e-6 by then"
@@ -252,7 +252,7 @@ def test_float32_parameters_under_a_mixed_precision_policy() -> None:
         assert_learns_as_in_float32(found)
 
 
-def test_a_grad_scaler_takes_no_float16_gradients() -> None:
+def test_grad_scaler_refuses_float16_gradients() -> None:
     """Torch's rule, which the docs pass on."""
     parameter = torch.ones(3, dtype=torch.float16, requires_grad=True)
     optimizer = Mechanic(SGD([parameter], lr=1.0), variant="optax")

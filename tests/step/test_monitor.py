@@ -44,7 +44,7 @@ def run(steps: int, zero: bool = False, **options: Any) -> tuple[Mechanic, list[
 @pytest.mark.parametrize(
     "options", [{}, {"nonfinite": "ignore"}, {"variant": "pytorch"}, {"nonfinite": "skip"}], ids=str
 )
-def test_a_scale_that_has_not_left_its_start(options: dict[str, Any]) -> None:
+def test_warns_about_a_scale_that_does_not_grow(options: dict[str, Any]) -> None:
     assert run(PATIENCE - 1, zero=True, **options)[1] == []
     _, said = run(2 * PATIENCE, zero=True, **options)
     assert len(said) == 1
@@ -53,18 +53,18 @@ def test_a_scale_that_has_not_left_its_start(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"nonfinite": "ignore"}, {"variant": "pytorch"}], ids=str)
 @pytest.mark.parametrize("lr", [1e-4, 1.0, 1e3])
-def test_a_run_that_learns_is_not_spoken_of(lr: float, options: dict[str, Any]) -> None:
+def test_does_not_warn_about_a_growing_scale(lr: float, options: dict[str, Any]) -> None:
     optimizer, said = run(PATIENCE + 10, lr=lr, **options)
     assert said == []
     assert optimizer.scale > 0
 
 
-def test_a_start_that_was_right_is_not_taken_for_stuck() -> None:
+def test_does_not_warn_about_a_correct_initial_scale() -> None:
     learned = run(PATIENCE)[0].scale.item()
     assert run(PATIENCE + 10, s_init=learned)[1] == []
 
 
-def test_a_scale_that_runs_away() -> None:
+def test_warns_once_about_a_runaway_scale() -> None:
     parameter = torch.ones(10, requires_grad=True)
     optimizer = Mechanic(torch.optim.SGD([parameter], lr=1.0), s_decay=0.0, variant="optax")
     heard = Listener()
@@ -75,7 +75,7 @@ def test_a_scale_that_runs_away() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"variant": "pytorch"}, {"store_delta": False}], ids=str)
-def test_s_max_holds_the_scale_and_says_so_once(options: dict[str, Any]) -> None:
+def test_s_max_bounds_the_scale_and_warns_once(options: dict[str, Any]) -> None:
     free, said = run(100, **options)
     assert said == []
     bound = free.scale.item() / 3
@@ -86,7 +86,7 @@ def test_s_max_holds_the_scale_and_says_so_once(options: dict[str, Any]) -> None
     assert run(100, s_max=100.0, **options)[0].scale == free.scale
 
 
-def test_where_the_host_does_not_hear_of_the_scale_it_asks_now_and_then() -> None:
+def test_polls_the_scale_without_host_syncs_in_each_step() -> None:
     parameter = torch.ones(10, requires_grad=True)
     optimizer = Mechanic(torch.optim.SGD([parameter], lr=1.0), s_decay=0.0, nonfinite="ignore", variant="optax")
     heard, said_after = Listener(), []

@@ -98,7 +98,7 @@ def backward(parameters: list[Tensor], loss: Any, step: int) -> None:
 @pytest.mark.parametrize("change", [nothing, *CHANGES])
 @pytest.mark.parametrize("variant", TUNERS)
 @pytest.mark.parametrize("options", [{}, {"store_delta": False}, {"nonfinite": "ignore"}], ids=str)
-def test_a_run_goes_on_like_one_that_makes_its_plan_anew(change: Change, variant: str, options: dict[str, Any]) -> None:
+def test_a_cached_plan_equals_a_new_plan_in_each_step(change: Change, variant: str, options: dict[str, Any]) -> None:
     """Which a resumed run does: it has all of the state, and no plan."""
     parameters, loss = problem()
     optimizer = Mechanic(make(parameters), variant=variant, s_init=1e-3, **options)
@@ -153,7 +153,7 @@ class TestPlanner:
         assert self.made(planner) is first
 
     @pytest.mark.parametrize("change", CHANGES)
-    def test_makes_another(self, change: Change) -> None:
+    def test_replaces_the_plan(self, change: Change) -> None:
         parameters, base, planner = self.planner("multiplicative")
         first = self.made(planner)
         change(parameters, base)

@@ -80,7 +80,7 @@ def test_equals_the_reference_under_a_schedule(
 
 
 @pytest.mark.parametrize("bases", [adamw, sgd])
-def test_the_base_learning_rate_is_no_matter(bases: Bases) -> None:
+def test_is_independent_of_the_base_learning_rate(bases: Bases) -> None:
     found = []
     for lr in (1e-6, 1.0, 1e2):
         parameters, loss = problem()
@@ -108,13 +108,13 @@ def final_loss(bases: Bases, lr: float, variant: str | None) -> float:
 
 
 @pytest.mark.parametrize("bases", [adamw, sgd])
-def test_it_ends_about_where_the_best_of_a_sweep_does(bases: Bases) -> None:
+def test_matches_the_best_of_a_sweep(bases: Bases) -> None:
     best = min(final_loss(bases, 2.0**power, None) for power in range(-12, 2))
     assert final_loss(bases, 1.0, "multiplicative") < 1.25 * best < 0.5 * final_loss(bases, 1.0, "optax")
 
 
 @pytest.mark.parametrize("bases", [adamw, sgd])
-def test_in_a_long_run_at_a_constant_learning_rate_the_scale_comes_to_rest(bases: Bases) -> None:
+def test_scale_settles_in_a_long_run_at_a_constant_rate(bases: Bases) -> None:
     parameters, loss = problem()
     optimizer = Mechanic(bases(parameters, 1.0), variant="multiplicative")
     scales = train(parameters, loss, optimizer, schedule=lambda step: 1.0, steps=1200)
@@ -122,7 +122,7 @@ def test_in_a_long_run_at_a_constant_learning_rate_the_scale_comes_to_rest(bases
     assert max(scales[800:]) < 1.5 * min(scales[800:])
 
 
-def test_once_there_is_a_scale_the_host_asks_for_nothing() -> None:
+def test_has_no_host_sync_once_the_scale_is_set() -> None:
     class Asked(TorchDispatchMode):
         count = 0
 
@@ -144,7 +144,7 @@ def test_once_there_is_a_scale_the_host_asks_for_nothing() -> None:
     assert counts[1:] == [0, 0]
 
 
-def test_rebased_or_without_gradients_it_keeps_its_scale() -> None:
+def test_rebase_and_missing_gradients_keep_the_scale() -> None:
     parameters, loss = problem()
     optimizer = Mechanic(sgd(parameters, 1.0), variant="multiplicative")
     train(parameters, loss, optimizer)
@@ -157,14 +157,14 @@ def test_rebased_or_without_gradients_it_keeps_its_scale() -> None:
     assert all(torch.equal(p, x) for p, x in zip(parameters, before))
 
 
-def test_a_scale_that_is_bounded_is_bounded_from_the_first_step() -> None:
+def test_s_max_bounds_the_first_step() -> None:
     parameters, loss = problem()
     optimizer = Mechanic(adamw(parameters, 1.0), variant="multiplicative", s_max=1e-5)
     assert max(train(parameters, loss, optimizer)) == pytest.approx(1e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"store_delta": False}, {"nonfinite": "ignore"}], ids=str)
-def test_a_scale_that_has_fallen_far_is_measured_from_where_it_is(options: dict[str, Any]) -> None:
+def test_a_large_fall_of_the_scale_rebases(options: dict[str, Any]) -> None:
     """Too far by a scale that was too large, the parameters could not come back by the small one learned from that."""
     target = torch.arange(1.0, 5.0, dtype=torch.float64)
     parameter = target.clone().mul_(0.5).requires_grad_()
@@ -211,7 +211,7 @@ def displacement(optimizer: Mechanic, parameter: Tensor) -> Tensor:
 @pytest.mark.parametrize("options", [{}, {"store_delta": True}, {"nonfinite": "ignore"}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(("share", "goes_back"), [(1.0, False), (0.99, True), (0.9, False)])
-def test_a_restart_goes_back_only_where_the_learning_rate_has_just_begun_to_fall(
+def test_rolls_back_only_at_the_first_fall_of_the_learning_rate(
     share: float, goes_back: bool, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
     expected, without = fallen(share, dtype, has_fallen=False, **options)
@@ -238,9 +238,7 @@ def test_a_restart_goes_back_only_where_the_learning_rate_has_just_begun_to_fall
 
 
 @pytest.mark.parametrize(("nonfinite", "passes"), [("raise", 0), ("ignore", 3)])
-def test_a_host_that_reads_the_scale_goes_through_the_parameters_only_for_a_restart(
-    nonfinite: str, passes: int
-) -> None:
+def test_reads_parameters_only_for_a_restart_when_the_host_syncs(nonfinite: str, passes: int) -> None:
     parameters, loss = problem()
     optimizer = Mechanic(sgd(parameters, 1.0), variant="multiplicative", nonfinite=nonfinite)
     with FailsAt(None, name="lerp_") as written:  # as x_ref is, and nothing of SGD's
@@ -249,7 +247,7 @@ def test_a_host_that_reads_the_scale_goes_through_the_parameters_only_for_a_rest
 
 
 @pytest.mark.parametrize("share", [1.0, 0.99])
-def test_a_restart_can_be_interrupted_anywhere(share: float) -> None:
+def test_a_restart_may_be_interrupted_at_any_operator(share: float) -> None:
     counts = []
     for has_fallen in (False, True):
         parameters, optimizer = fallen(share, has_fallen=has_fallen)
@@ -273,7 +271,7 @@ def test_a_restart_can_be_interrupted_anywhere(share: float) -> None:
 
 @pytest.mark.parametrize("start", [1e-3, 1e-8])
 @pytest.mark.parametrize("bases", [adamw, sgd])
-def test_a_warm_up_may_begin_at_next_to_nothing(bases: Bases, start: float) -> None:
+def test_a_warm_up_may_start_near_zero(bases: Bases, start: float) -> None:
     """Or the first scale, which is made for the first update, would be far too large for the second."""
     parameters, loss = problem()
     base = bases(parameters, 1.0)
@@ -293,7 +291,7 @@ def test_a_warm_up_may_begin_at_next_to_nothing(bases: Bases, start: float) -> N
 
 
 @pytest.mark.parametrize("nonfinite", ["raise", "ignore"])
-def test_parameters_of_two_dtypes_have_their_group_s_weight_decay(nonfinite: str) -> None:
+def test_groups_of_two_dtypes_use_their_weight_decay(nonfinite: str) -> None:
     moved = []
     for together in (True, False):
         wide = torch.full((4,), 2.0, requires_grad=True)
@@ -312,7 +310,7 @@ def test_parameters_of_two_dtypes_have_their_group_s_weight_decay(nonfinite: str
 
 
 @pytest.mark.parametrize("nonfinite", ["raise", "skip", "ignore"])
-def test_an_error_where_the_scale_begins_leaves_it_to_the_next_step(nonfinite: str) -> None:
+def test_an_error_at_the_initial_scale_defers_it_to_the_next_step(nonfinite: str) -> None:
     scales = []
     for fails in (False, True):
         parameters, loss = problem()
@@ -331,7 +329,7 @@ def test_an_error_where_the_scale_begins_leaves_it_to_the_next_step(nonfinite: s
     assert scales[1] == pytest.approx(scales[0], rel=0.5)  # the base has seen one gradient twice
 
 
-def test_hooks_of_the_base_optimizer_see_the_learning_rate_that_is_theirs() -> None:
+def test_base_hooks_see_the_unscaled_learning_rate() -> None:
     found = []
     for hooked in (False, True):
         parameters, loss = problem()
@@ -363,7 +361,7 @@ def test_learning_rates_may_be_tensors_of_any_shape(lr: Any) -> None:
     assert optimizer.param_groups[0]["lr"] is lr
 
 
-def test_a_rebase_right_after_a_load_goes_on_alike() -> None:
+def test_rebase_after_a_load_continues_bit_for_bit() -> None:
     parameters, loss = problem()
     optimizer = Mechanic(sgd(parameters, 1.0), variant="multiplicative")
     train(parameters, loss, optimizer)
