@@ -1,4 +1,4 @@
-"""Stopped and started again, a run is the run that was not stopped."""
+"""A resumed run equals an uninterrupted one bit for bit; checkpoints are kept and refused as documented."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ LAYOUTS = [
 
 def interrupt_and_compare(layout: str, base: str, directory: str, at: int) -> None:
     torch.manual_seed(dist.get_rank())
-    undisturbed = Run(layout, base, directory)
-    undisturbed.train(at)
-    undisturbed.checkpointer.save(at)
-    undisturbed.train(8)
+    uninterrupted = Run(layout, base, directory)
+    uninterrupted.train(at)
+    uninterrupted.checkpointer.save(at)
+    uninterrupted.train(8)
 
     torch.manual_seed(1234)
     resumed = Run(layout, base, directory)
-    resumed.train(2)  # whatever it did before is forgotten
+    resumed.train(2)  # load must discard this
     resumed.checkpointer.load()
     assert resumed.counter.step == at
     resumed.train(8)
-    assert_identical(resumed.result(), undisturbed.result())
+    assert_identical(resumed.result(), uninterrupted.result())
 
 
 @pytest.mark.parametrize("base", ["adamw", "sgd"])
@@ -100,7 +100,7 @@ def test_retention_keeps_the_latest_save(tmp_path: Path) -> None:
 
 
 def refuse_and_accept(directory: str) -> None:
-    """A path as a string; other betas; a parameter that never had a gradient; Delta stored or not."""
+    """A path as a string; other betas; a parameter without gradients; Delta stored or not."""
     torch.manual_seed(0)
     model = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
 
@@ -117,7 +117,7 @@ def refuse_and_accept(directory: str) -> None:
     for _ in range(3):
         train(optimizer, "used")
     path = started.save(3)
-    train(optimizer, "used")  # so that the parameters are not those of the checkpoint
+    train(optimizer, "used")  # so that the parameters differ from the checkpoint
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(ValueError, match="other betas"):
         make(betas=(0.5, 0.6, 0.7, 0.8, 0.85, 0.95))[0].load()

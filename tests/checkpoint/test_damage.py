@@ -1,4 +1,4 @@
-"""No damaged checkpoint is loaded in silence, and a good one is found behind it."""
+"""A damaged checkpoint is never loaded silently, and fallback loads an older intact one."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def save_three(directory: str) -> list[tuple[float, dict[str, torch.Tensor]]]:
 
 
 @functools.cache
-def good() -> tuple[tempfile.TemporaryDirectory[str], list[Any]]:
+def intact() -> tuple[tempfile.TemporaryDirectory[str], list[Any]]:
     """Checkpoints of two ranks, and the state at each."""
     directory = tempfile.TemporaryDirectory(prefix="manic-damage-")
     return directory, run(save_three, 2, directory.name)[0]
@@ -45,17 +45,17 @@ def good() -> tuple[tempfile.TemporaryDirectory[str], list[Any]]:
 
 @pytest.fixture
 def copies(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(good()[0].name, tmp_path / "run"))
+    return Path(shutil.copytree(intact()[0].name, tmp_path / "run"))
 
 
 @functools.cache
-def alone() -> Run:
-    """One run that all that is damaged is loaded into."""
+def single_run() -> Run:
+    """One run that every damaged checkpoint is loaded into."""
     return Run("single", "adamw", "unused")
 
 
-def at(directory: Path) -> Run:
-    fresh = alone()
+def run_in(directory: Path) -> Run:
+    fresh = single_run()
     fresh.checkpointer = type(fresh.checkpointer)(
         directory,
         fresh.setup.model,
@@ -70,7 +70,7 @@ def folder(directory: Path, step: int) -> Path:
 
 
 def damage(directory: Path, step: int, rng: random.Random) -> str:
-    """Damage one file of a checkpoint so that its bytes are others, and give what was done."""
+    """Damage one file of a checkpoint so that its bytes change; return a description."""
     others = [other for other in STEPS if other != step]
     while True:
         file = rng.choice(sorted(folder(directory, step).iterdir()))
@@ -106,7 +106,7 @@ def damage(directory: Path, step: int, rng: random.Random) -> str:
 def test_never_loads_a_damaged_checkpoint(seed: int, copies: Path, caplog: pytest.LogCaptureFixture) -> None:
     rng = random.Random(seed)
     what = damage(copies, STEPS[-1], rng)
-    fresh = at(copies)
+    fresh = run_in(copies)
     before = fresh.result()
     with pytest.raises(DamagedCheckpointError) as caught:
         fresh.checkpointer.load()
@@ -116,14 +116,14 @@ def test_never_loads_a_damaged_checkpoint(seed: int, copies: Path, caplog: pytes
     with caplog.at_level(logging.WARNING):
         assert fresh.checkpointer.load(fallback=True) == str(folder(copies, STEPS[-2]))
     assert what.split()[-1] in caplog.text
-    assert_identical(fresh.result(), good()[1][-2])
+    assert_identical(fresh.result(), intact()[1][-2])
 
 
 def test_size_check_detects_a_truncated_file(copies: Path) -> None:
     file = folder(copies, 6) / "__1_0.distcp"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(DamagedCheckpointError, match=r"__1_0\.distcp has \d+ bytes; \d+ were written"):
-        at(copies).checkpointer.load(verify="size")
+        run_in(copies).checkpointer.load(verify="size")
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -134,21 +134,21 @@ def test_size_check_detects_a_damaged_index(seed: int, copies: Path) -> None:
     content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     file.write_bytes(content)
     with pytest.raises(DamagedCheckpointError, match=r"\.metadata differs from what was written"):
-        at(copies).checkpointer.load(verify="size")
+        run_in(copies).checkpointer.load(verify="size")
 
 
 def test_detects_a_checkpoint_in_the_folder_of_another_step(copies: Path) -> None:
     shutil.rmtree(folder(copies, 6))
     shutil.copytree(folder(copies, 2), folder(copies, 6))
     with pytest.raises(DamagedCheckpointError, match=r"its manifest.json is of step 2"):
-        at(copies).checkpointer.load()
+        run_in(copies).checkpointer.load()
 
 
 def test_lists_every_checkpoint_if_none_is_intact(copies: Path) -> None:
     for step in STEPS:
         (folder(copies, step) / "__0_0.distcp").unlink()
     with pytest.raises(DamagedCheckpointError) as caught:
-        at(copies).checkpointer.load(fallback=True)
+        run_in(copies).checkpointer.load(fallback=True)
     for step in STEPS:
         assert f"step_{step:08d} is damaged: __0_0.distcp is missing" in str(caught.value)
 
@@ -158,16 +158,16 @@ def test_an_unverified_unreadable_file_is_damage(name: str, copies: Path) -> Non
     file = folder(copies, 6) / name
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(DamagedCheckpointError, match=r"step_00000006.*cannot be read"):
-        at(copies).checkpointer.load(verify="off")
+        run_in(copies).checkpointer.load(verify="off")
 
 
 def test_loads_without_a_manifest_only_with_verify_off(copies: Path) -> None:
     (folder(copies, 6) / MANIFEST).unlink()
     with pytest.raises(DamagedCheckpointError, match='pass verify="off"'):
-        at(copies).checkpointer.load()
-    fresh = at(copies)
+        run_in(copies).checkpointer.load()
+    fresh = run_in(copies)
     fresh.checkpointer.load(verify="off")
-    assert_identical(fresh.result(), good()[1][-1])
+    assert_identical(fresh.result(), intact()[1][-1])
 
 
 def test_a_read_error_is_damage(copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +179,7 @@ def test_a_read_error_is_damage(copies: Path, monkeypatch: pytest.MonkeyPatch) -
         return whole(files, name)
 
     monkeypatch.setattr(Files, "read", read)
-    fresh = at(copies)
+    fresh = run_in(copies)
     with pytest.raises(DamagedCheckpointError, match=r"manifest.json cannot be read: .*Input/output error"):
         fresh.checkpointer.load()
     assert fresh.checkpointer.load(fallback=True) == str(folder(copies, 4))
@@ -194,14 +194,14 @@ def test_syncs_every_file_after_its_last_write(tmp_path: Path, monkeypatch: pyte
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    saved = at(tmp_path).checkpointer.save(1)
+    saved = run_in(tmp_path).checkpointer.save(1)
     for file in Path(str(saved)).iterdir():
         name = ".metadata.tmp" if file.name == ".metadata" else file.name
         assert synced[name] == file.stat().st_size
 
 
 def test_a_failed_listing_after_a_save_does_not_fail_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    fresh = at(Path("unused"))
+    fresh = run_in(Path("unused"))
     url = "memory://test-damage/run"
     checkpointer = type(fresh.checkpointer)(url, fresh.setup.model, fresh.setup.optimizer, keep_latest=1)
     checkpointer.save(1)
@@ -223,18 +223,18 @@ def test_refuses_a_newer_format(copies: Path) -> None:
     content.pop("sha256")
     path.write_bytes(render({**content, "format": 2, "what is new": 1}))
     with pytest.raises(ValueError, match=r"format 2.*install a newer version"):
-        at(copies).checkpointer.load()
+        run_in(copies).checkpointer.load()
 
 
 def test_fallback_requires_latest(copies: Path) -> None:
     with pytest.raises(ValueError, match="fallback=True requires"):
-        at(copies).checkpointer.load(6, fallback=True)
+        run_in(copies).checkpointer.load(6, fallback=True)
     with pytest.raises(ValueError, match="verify must be"):
-        at(copies).checkpointer.load(verify="sha256")  # type: ignore[arg-type]
+        run_in(copies).checkpointer.load(verify="sha256")  # type: ignore[arg-type]
 
 
-def fall_back_and_go_on(directory: str) -> tuple[str, list[int], Any]:
-    """Rank 1's file of the newest checkpoint is damaged: the run goes back, on, and saves over the same steps."""
+def fall_back_and_continue(directory: str) -> tuple[str, list[int], Any]:
+    """Rank 1's file of the newest checkpoint is damaged: the run falls back, continues, and saves the same steps."""
     resumed = Run("fsdp2", "adamw", directory)
     with pytest.raises(DamagedCheckpointError, match=r"__1_0\.distcp"):
         resumed.checkpointer.load()
@@ -249,8 +249,8 @@ def test_a_save_after_a_fallback_replaces_the_damaged_checkpoint(copies: Path) -
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    for loaded, steps, result in run(fall_back_and_go_on, 2, str(copies)):
+    for loaded, steps, result in run(fall_back_and_continue, 2, str(copies)):
         assert loaded == str(folder(copies, 4))
         assert steps == STEPS
-        assert_identical(result, good()[1][-1])
+        assert_identical(result, intact()[1][-1])
     assert (copies / ".damaged_step_00000006").is_dir()

@@ -1,4 +1,4 @@
-"""A checkpoint's folder appears whole or not at all, on a local disk and behind a URL that knows no renaming."""
+"""Folders are published atomically, on a local disk and behind a URL without renames."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_abandon_removes_the_folder(url: str) -> None:
     save(directory, 1)
     Files(directory.begin(2)).write("content", b"half")
     directory.abandon(2)
-    directory.abandon(7)  # of which there is nothing
+    directory.abandon(7)  # does not exist
     fs, root = fsspec.core.url_to_fs(url)
     assert [Path(path).name for path in fs.ls(root, detail=False)] == ["step_00000001"]
 

@@ -1,4 +1,4 @@
-"""python -m manic.inspect tells what is in a checkpoint, from its files alone, and whether they are sound."""
+"""python -m manic.inspect describes a checkpoint from its files alone, and detects damage."""
 
 from __future__ import annotations
 

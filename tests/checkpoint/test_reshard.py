@@ -1,4 +1,4 @@
-"""A checkpoint of any layout on any number of ranks is the same run in any other, to the rounding of the reductions."""
+"""A checkpoint resumes in any layout on any number of ranks, equal to the rounding of the reductions."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def train_and_save(layout: str, directory: str, variant: str) -> Trained:
 
 def load_and_train(layout: str, directory: str, variant: str) -> Trained:
     resumed = Run(layout, "adamw", directory, noise=False, setting={"variant": variant})
-    if layout in ("ddp", "zero1"):  # DDP's first backward sums in another order than all later ones
-        resumed.rehearse()
+    if layout in ("ddp", "zero1"):  # DDP's first backward sums in another order than later ones
+        resumed.backward()
     resumed.checkpointer.load()
     return resumed.train(AFTER), resumed.setup.gather()
 
@@ -58,7 +58,7 @@ def load_each(layout: str, sources: dict[tuple[str, int], tuple[str, Trained]], 
 
 @functools.cache
 def saved(layout: str, world_size: int, variant: str) -> tuple[tempfile.TemporaryDirectory[str], Trained]:
-    """A checkpoint of this layout, and what became of the run that went on; made once."""
+    """A checkpoint of this layout, and the result of the uninterrupted run; cached."""
     folder = tempfile.TemporaryDirectory(prefix="manic-reshard-")
     return folder, run(train_and_save, world_size, layout, folder.name, variant)[0]
 

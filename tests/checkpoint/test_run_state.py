@@ -1,4 +1,4 @@
-"""What a run's state is called in a checkpoint, however its model is wrapped, and what comes back of its objects."""
+"""Names of a run's state in a checkpoint, for every wrapper of the model, and the state of further objects."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def net() -> nn.Module:
 
 @ranks(1)
 def test_parameter_names_have_no_wrapper_prefixes() -> None:
-    """Also fails when torch renames _get_fqns, or it comes to mean something else."""
+    """Also fails if torch renames _get_fqns or changes its meaning."""
     expected = [name for name, _ in net().named_parameters()]
     wrapped = net()
     wrapped["_orig"] = checkpoint_wrapper(wrapped["_orig"])
@@ -35,7 +35,7 @@ def test_parameter_names_have_no_wrapper_prefixes() -> None:
 
 
 class Box:
-    """An object whose state is whatever it was given."""
+    """An object with any state."""
 
     def __init__(self, state: Any = None) -> None:
         self.state = {} if state is None else state

@@ -1,4 +1,4 @@
-"""A pickle gets tensors, plain data and DCP's index out of us, and nothing that it asks for is called or changed."""
+"""Unpickling yields only tensors, plain data and DCP's index; other globals are neither called nor changed."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_pickles_cannot_change_or_inspect_classes(content: bytes) -> None:
 
 
 class Reaching:
-    """Asks for a function by way of a class that is admitted."""
+    """Names a function through an allowed class."""
 
     def __reduce__(self) -> Any:
         return getattr, (Metadata, "__init__")
@@ -119,11 +119,11 @@ def test_refuses_other_objects_as_index(thing: Any) -> None:
 
 
 class Position(int):
-    """A number, as torch allows in an optimizer's state, and of a class that nobody knows."""
+    """A number, as torch accepts in an optimizer's state, of a class that is not allowed."""
 
 
 class Loader:
-    """An object whose state is whatever it was given."""
+    """An object with any state."""
 
     def __init__(self, state: Any = None) -> None:
         self.state = state
@@ -136,7 +136,7 @@ class Loader:
 
 
 class Net(nn.Linear):
-    """Has a state beside its tensors."""
+    """Has extra state besides its tensors."""
 
     def __init__(self, extra: Any = 0) -> None:
         super().__init__(2, 2)
@@ -150,7 +150,7 @@ class Net(nn.Linear):
 
 
 class Marking(torch.optim.SGD):
-    """Has a state that is no tensor."""
+    """Has state that is not a tensor."""
 
     mark: Any = 0
 
@@ -187,8 +187,8 @@ def test_does_not_save_what_a_load_would_refuse(state: Any, name: str, tmp_path:
 
 
 @pytest.fixture
-def admitted() -> Iterator[None]:
-    """The way out that the message names."""
+def allowed() -> Iterator[None]:
+    """Allow the class as the message advises."""
     torch.serialization.add_safe_globals([Position])
     yield
     _forget()
@@ -201,7 +201,7 @@ def _forget() -> None:
 
 
 @pytest.mark.parametrize("where", ["object", "beside tensors", "model", "optimizer"])
-def test_loads_only_allowed_classes(where: str, admitted: None, tmp_path: Path) -> None:
+def test_loads_only_allowed_classes(where: str, allowed: None, tmp_path: Path) -> None:
     def make(state: Any, average: float) -> tuple[Checkpointer, Net, Loader, Marking]:
         model = Net(state if where == "model" else 0)
         both = {"average": torch.full((2,), average), "at": state}
@@ -271,7 +271,7 @@ def test_schedulers_of_torch_are_plain_data(name: str, tmp_path: Path) -> None:
 
 def test_random_states_are_plain_data(tmp_path: Path) -> None:
     one = checkpointer(tmp_path)
-    np.random.standard_normal()  # leaves one behind
+    np.random.standard_normal()  # caches a second number
     one.save(1)
     expected = random.random(), np.random.standard_normal(3).tolist(), np.random.rand(3).tolist(), torch.rand(3)
     one.load()
@@ -283,7 +283,7 @@ def test_random_states_are_plain_data(tmp_path: Path) -> None:
 def test_reads_a_random_state_with_an_array_if_arrays_are_allowed(
     tmp_path: Path,
 ) -> None:
-    """As it was saved by earlier versions."""
+    """As earlier versions saved it."""
     one = checkpointer(tmp_path)
     folder = Path(str(one.save(1)))
     put(folder, "random.0.numpy", saved(np.random.get_state()))
@@ -300,7 +300,7 @@ def test_reads_a_random_state_with_an_array_if_arrays_are_allowed(
 
 
 class Bomb:
-    """Goes off when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -319,7 +319,7 @@ def test_restricts_the_index_of_one_rank(tmp_path: Path) -> None:
     storage = reader.read_metadata(rank=0).storage_meta
     assert storage is not None
     assert storage.load_id == reader.load_id
-    (tmp_path / "a" / "__0.metadata").write_bytes(pickle.dumps(Bomb(tmp_path / "went off")))
+    (tmp_path / "a" / "__0.metadata").write_bytes(pickle.dumps(Bomb(tmp_path / "executed")))
     with pytest.raises(dcp.api.CheckpointException, match=r"names _?io\.open"):
         dcp.load(loaded, storage_reader=Files(tmp_path / "a").reader())
-    assert not (tmp_path / "went off").exists()
+    assert not (tmp_path / "executed").exists()

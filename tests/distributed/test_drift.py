@@ -1,4 +1,4 @@
-"""Ranks that drift apart are found out, with the first rank and parameter; ranks that don't are left in peace."""
+"""check_consistency names the first rank and parameter that drifted, and passes without drift."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from support.layouts import Setup, setup
 from support.snapshots import differing, everyone, everything, take_steps
 from support.tuners import rows_of, state_of
 
-# Layouts in which some elements are on several ranks, and the ranks that hold those of a parameter there.
-COPIES = {
+# Layouts with replicas, and the ranks that hold the replicas of a parameter.
+REPLICAS = {
     ("ddp", 2): [0, 1], ("ddp", 3): [0, 1, 2], ("hsdp", 4): [0, 2], ("tp", 2): [0, 1], ("tp+fsdp2", 4): [0, 1],
     ("fsdp1-hybrid", 4): [0, 2],
 }  # fmt: skip
 
 
 def shared_parameter(layout: str, mechanic: Mechanic) -> Tensor:
-    """A parameter of which there are copies."""
+    """A parameter that has replicas."""
     parameters = mechanic.param_groups[0]["params"]
     for number, parameter in enumerate(parameters):
         is_matrix_of_tp = layout in ("tp", "tp+fsdp2") and number < 3  # up.weight, up.bias and down.weight are split
@@ -38,7 +38,7 @@ def shared_parameter(layout: str, mechanic: Mechanic) -> Tensor:
 
 def check_layout(layout: str) -> None:
     prepared = setup(layout, "adamw", torch.float64, s_init=1e-3)
-    prepared.mechanic.check_consistency()  # before the first step, too
+    prepared.mechanic.check_consistency()  # also before the first step
     take_steps(prepared, 0, 3)
     before = everything(prepared)
     prepared.mechanic.check_consistency()
@@ -76,14 +76,14 @@ def drift(layout: str, holders: list[int], what: str) -> None:
     assert found, message
     if len(holders) > 2:
         assert int(found[1]) == odd
-    else:  # with two copies, nobody can tell which is wrong
+    else:  # of two replicas, either may be the wrong one
         assert {int(found[1]), int(found[2])} == set(holders), message
 
 
 @pytest.mark.parametrize("what", ["the value", "x_ref", "Delta"])
-@pytest.mark.parametrize(("layout", "world_size"), COPIES)
+@pytest.mark.parametrize(("layout", "world_size"), REPLICAS)
 def test_detects_one_flipped_bit_on_one_rank(layout: str, world_size: int, what: str) -> None:
-    run(drift, world_size, layout, COPIES[layout, world_size], what)
+    run(drift, world_size, layout, REPLICAS[layout, world_size], what)
 
 
 def two_parameters() -> list[Tensor]:
@@ -128,7 +128,7 @@ def test_checks_every_n_steps() -> None:
 @ranks(2)
 @pytest.mark.parametrize("variant", ["optax", "pytorch"])
 def test_ranks_check_together_after_a_failed_step(variant: str) -> None:
-    """The steps of both count, so that none checks while another steps."""
+    """Failed steps count too, so that no rank checks while another steps."""
     base = torch.optim.SGD(two_parameters(), lr=1.0)
     optimizer = Mechanic(base, check_every=2, variant=variant, s_init=0.1)
     step_on_ones(optimizer)
@@ -139,7 +139,7 @@ def test_ranks_check_together_after_a_failed_step(variant: str) -> None:
         raise OSError("out of luck")
 
     if dist.get_rank() == 1 and variant == "pytorch":
-        # The other rank waits for this one's second sums, after the base step; so x is being written by then.
+        # The other rank waits for this rank's second sums, after the base step, so this rank fails while it writes x.
         with pytest.raises(OSError, match="out of luck"), FailsAt(1, OSError("out of luck"), "addcmul"):
             step_on_ones(optimizer)
     elif dist.get_rank() == 1:
@@ -155,7 +155,7 @@ def test_ranks_check_together_after_a_failed_step(variant: str) -> None:
 
 @ranks(2)
 def test_a_check_changes_nothing() -> None:
-    """Neither for parameters that are frozen for a while, nor for ones that were just added."""
+    """Also for parameters that are frozen temporarily or were just added."""
     results = []
     for checks in (False, True):
         parameters = two_parameters()
@@ -169,7 +169,7 @@ def test_a_check_changes_nothing() -> None:
                 optimizer.check_consistency()
             if step == 4:
                 with torch.no_grad():
-                    added.fill_(0.5)  # weights that are loaded late
+                    added.fill_(0.5)  # weights loaded after add_param_group
             for p in (*parameters, *([added] if step >= 4 else [])):
                 p.grad = p.detach() + 1.0 if p.requires_grad else None
             optimizer.step()
@@ -195,7 +195,7 @@ def test_an_edit_on_all_ranks_is_not_drift() -> None:
 
 @ranks(2)
 def test_compares_only_ranks_of_the_group() -> None:
-    """Two models side by side, each in a group of its own, are not compared with each other."""
+    """Two models with separate groups are not compared with each other."""
     groups = [dist.new_group([rank]) for rank in range(2)]
     rank = dist.get_rank()
     model = nn.Linear(2 + rank, 2)

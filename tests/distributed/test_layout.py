@@ -1,4 +1,4 @@
-"""What a rank holds, without ranks."""
+"""Layout and local tensors, mostly on one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks that do not fit together: one clear error on every rank, at the first step, and nothing has changed."""
+"""Mismatched ranks raise the same error on every rank at the first step, and change nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def parameters(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> 
 
 
 def assert_all_ranks_raise(optimizer: torch.optim.Optimizer, words: str) -> None:
-    """Step, and see the same error on all ranks and the parameters where they were."""
+    """Step; all ranks must raise the same error and leave the parameters unchanged."""
     held = [p for group in optimizer.param_groups for p in group["params"]]
     before = [p.detach().clone() for p in held]
     for p in held:
@@ -96,7 +96,7 @@ def test_another_base_optimizer() -> None:
 @ranks(2)
 @pytest.mark.parametrize("other", [2, 0])
 def test_ranks_that_loaded_different_checkpoints(other: int) -> None:
-    """Or of which one found none: on a disk that is not shared, say."""
+    """Also if one rank found none, for example on an unshared disk."""
     alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
     (source,) = parameters((3,))
     donor = Mechanic(torch.optim.SGD([source], lr=1.0), process_group=alone, s_init=0.1, variant="optax")
@@ -165,7 +165,7 @@ def test_refuses_a_group_that_holds_part_of_the_model() -> None:
 
 @ranks(4)
 def test_accepts_a_group_that_holds_one_replica() -> None:
-    """HSDP with the sharding group alone: each replica sums for itself, and all find the same."""
+    """HSDP with the sharding group alone: each replica sums separately, with equal results."""
     torch.manual_seed(0)
     model = nn.Linear(6, 6).double()
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))

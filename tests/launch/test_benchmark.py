@@ -1,4 +1,4 @@
-"""The benchmarks run, and what they count is what manic promises."""
+"""The benchmarks run, and their counts match the documentation."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_the_table_takes_the_mean_over_seeds_and_the_best_of_the_grid() -> None:
     assert "D-Adaptation" not in table
 
 
-# Of the peers the tests install mechanic-pytorch alone; the extra "bench" has the others.
+# The extra "test" installs only mechanic-pytorch of the peers; the extra "bench" installs the others.
 PEERS = {"Prodigy": "prodigyopt", "D-Adaptation": "dadaptation", "Schedule-Free": "schedulefree"}
 
 
@@ -158,7 +158,7 @@ def test_every_method_trains_and_a_stopped_benchmark_continues(
     benchmark.main()
     whole = results.read_text().splitlines()
     assert {json.loads(line)["method"] for line in whole} == set(methods)
-    assert all(4.5 < json.loads(line)["loss"] < 6.0 for line in whole)  # of 256 equally likely bytes it is 5.55
+    assert all(4.5 < json.loads(line)["loss"] < 6.0 for line in whole)  # 256 equally likely bytes have 5.55
     assert image.stat().st_size > 1000
 
     ran: list[tuning.Run] = []
@@ -178,7 +178,7 @@ def test_lion_updates_by_signs() -> None:
     parameter.grad = torch.tensor([3.0, -0.2])
     optimizer.step()
     torch.testing.assert_close(parameter.detach(), torch.tensor([0.95 - 0.1, -0.95 + 0.1]))
-    parameter.grad = torch.tensor([-0.4, 0.2])  # not enough to turn the average, of 0.01 of what was
+    parameter.grad = torch.tensor([-0.4, 0.2])  # does not change the sign of the stored average
     optimizer.step()
-    # 0.9 * 0.03 - 0.1 * 0.4 < 0: but it is enough for the one that is shown
+    # but changes that of the update's average: 0.9 * 0.03 - 0.1 * 0.4 < 0
     torch.testing.assert_close(parameter.detach(), torch.tensor([0.85 * 0.95 + 0.1, -0.85 * 0.95 - 0.1]))

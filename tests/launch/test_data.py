@@ -1,4 +1,4 @@
-"""The corpus of the main job: real text, the same batches on any number of ranks."""
+"""The corpus of launch/train.py: real text, and batches that do not depend on the number of ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The main job: it trains, in every mode, and a run that was stopped or killed goes on as if it had not been."""
+"""launch/train.py trains in every mode, and a stopped or killed run resumes equal to an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ADAMW = [(mode, "adamw") for mode in MODES]
 
 
 @functools.cache
-def alone(base: str, variant: str) -> dict[int, dict[str, Any]]:
+def single_process(base: str, variant: str) -> dict[int, dict[str, Any]]:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -50,7 +50,7 @@ def test_every_mode_trains_equally_and_resumes_bit_for_bit(
     run(job, world_size, *arguments, *saving, "--metrics", str(tmp_path / "whole.jsonl"))
     whole = records(tmp_path / "whole.jsonl")
     assert sorted(whole) == list(range(1, 9))
-    for step, record in alone(base, variant).items():
+    for step, record in single_process(base, variant).items():
         assert whole[step]["loss"] == pytest.approx(record["loss"], rel=2e-4), step
         assert whole[step]["scale"] == pytest.approx(record["scale"], rel=2e-2), step
 
@@ -118,11 +118,11 @@ def test_refuses_a_checkpoint_of_another_run(tmp_path: Path) -> None:
     for arguments, words in (
         (["--layers", "1"], "another model"),
         (["--width", "64"], "has shape"),
-        (["--seed", "5"], "made with --seed 0"),
-        (["--batch-size", "16"], "made with --batch-size 8"),
+        (["--seed", "5"], "the checkpoint has --seed 0"),
+        (["--batch-size", "16"], "the checkpoint has --batch-size 8"),
         (["--resume", "never"], "already holds a run"),
         (["--variant", "pytorch"], "of variant optax"),
-        (["--tuner", "none"], "made with --tuner mechanic"),
+        (["--tuner", "none"], "the checkpoint has --tuner mechanic"),
         (["--resume", str(tmp_path / "step_00000001")], "up to step 2"),
     ):
         with pytest.raises(RankError) as caught:
@@ -132,7 +132,7 @@ def test_refuses_a_checkpoint_of_another_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
 def test_resumes_bit_for_bit_after_a_signal(number: signal.Signals, tmp_path: Path) -> None:
-    """Started by torchrun, as a user does."""
+    """Started by torchrun."""
     arguments = ["--steps", "40", "--checkpoint-every", "7"]
     run(job, 2, *arguments, "--metrics", str(tmp_path / "whole.jsonl"))
     whole = records(tmp_path / "whole.jsonl")
@@ -155,7 +155,7 @@ def test_resumes_bit_for_bit_after_a_signal(number: signal.Signals, tmp_path: Pa
         finally:
             kill_all(process)
     done = sorted(records(file))
-    assert len(done) < 40, "it was over before the signal came"
+    assert len(done) < 40, "the run ended before the signal arrived"
     if number != signal.SIGKILL:
         assert "stopped after step" in (tmp_path / "first.txt").read_text()
         assert (tmp_path / "run" / f"step_{done[-1]:08d}").is_dir()

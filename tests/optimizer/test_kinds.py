@@ -1,4 +1,4 @@
-"""What is known of base optimizers' updates, and of torch's names that tell it."""
+"""Properties of base optimizers' updates, and the names in torch that they are read from."""
 
 from __future__ import annotations
 

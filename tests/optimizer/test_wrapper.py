@@ -1,4 +1,4 @@
-"""State dicts, and what torch's checkpointing does to a fresh optimizer."""
+"""State dicts, and torch's checkpointing of a new optimizer."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from support.tuners import rows_of, state_of
 BASES = {
     "adamw": lambda ps: adamw(ps),
     "sgd": lambda ps: torch.optim.SGD(ps, lr=1.0),
-    "adagrad": lambda ps: torch.optim.Adagrad(ps, lr=1.0),  # has a state from the start
-    "nadam": lambda ps: torch.optim.NAdam(ps, lr=1.0),  # its step changes more than a count
-    "asgd": lambda ps: torch.optim.ASGD(ps, lr=1.0),  # remembers the learning rate it started with
+    "adagrad": lambda ps: torch.optim.Adagrad(ps, lr=1.0),  # has state before its first step
+    "nadam": lambda ps: torch.optim.NAdam(ps, lr=1.0),  # its step changes more than a counter
+    "asgd": lambda ps: torch.optim.ASGD(ps, lr=1.0),  # stores its initial learning rate
     "list": lambda ps: [torch.optim.SGD(ps[:1], lr=1.0, momentum=0.9), adamw(ps[1:])],
 }
 
 
 class Model(nn.Module):
-    """The two matrices of ``problem`` as a module, which gives them names."""
+    """The two matrices of ``problem`` as a module with parameter names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def test_resumes_bit_for_bit(base: str, options: dict[str, Any]) -> None:
     train(optimizer, model.loss, 7, start=7)
 
     other, resumed = make(base, **options)
-    for _ in range(2):  # loading twice, or over a run of its own, makes no difference
+    for _ in range(2):  # loading twice, or after own steps, gives the same run
         train(resumed, other.loss, 2)
         other.load_state_dict(saved["model"])
         resumed.load_state_dict(state_dict=copy.deepcopy(saved["optimizer"]))
@@ -86,7 +86,7 @@ def test_reading_the_state_of_a_new_optimizer_changes_nothing(base: str, flat: b
     assert optimizer.scale == expected.scale
     assert_identical(tensors([model.a, model.b]), tensors([undisturbed.a, undisturbed.b]))
 
-    # And a run that is resumed from what was saved then is the same run too.
+    # A run resumed from that state equals it too.
     other, resumed = make(base)
     set_optimizer_state_dict(other, resumed, saved, options=options)
     train(resumed, other.loss, 8)
@@ -115,7 +115,7 @@ def test_a_plain_adamw_checkpoint_keeps_its_moments_and_resets_the_tuner() -> No
     assert optimizer.state[other.a]["step"] == 5
     assert torch.equal(optimizer.state[other.a]["exp_avg"], plain.state[model.a]["exp_avg"])
     before = other.a.detach().clone()
-    get_optimizer_state_dict(other, optimizer)  # a checkpoint before the first step must not lose the moments
+    get_optimizer_state_dict(other, optimizer)  # must not lose the moments before the first step
     train(optimizer, other.loss, 1, start=5)
     assert optimizer.state[other.a]["step"] == 6
     assert torch.equal(optimizer.state[other.a]["mechanic_x_ref"], before)
@@ -138,7 +138,7 @@ def test_a_plain_state_dict_loaded_into_the_base_resets_the_tuner() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("store_delta", [True, False])
 def test_accepts_parameters_that_start_at_zero(store_delta: bool, dtype: torch.dtype, steps: int) -> None:
-    """Their displacement is all that they are: it has the rounding of small numbers, or of a Delta made anew."""
+    """x equals its displacement, with the rounding of small numbers or of a recomputed Delta."""
     generator = torch.Generator().manual_seed(0)
     x = torch.zeros(50, dtype=dtype, requires_grad=True)
     optimizer = Mechanic(torch.optim.SGD([x], lr=1e-3), store_delta=store_delta, variant="optax")
@@ -156,7 +156,7 @@ def test_accepts_parameters_that_start_at_zero(store_delta: bool, dtype: torch.d
 
 @pytest.mark.parametrize("rows", [7, 8])
 def test_refuses_a_tuner_of_an_older_schema(rows: int) -> None:
-    """Its rows were r, m, v, s, the number of updates, the betas, the variant and, later, the steps left out."""
+    """Its rows were r, m, v, s, the number of updates, the betas, the variant and, later, the skipped steps."""
     model, optimizer = make("adamw")
     train(optimizer, model.loss, 5)
     saved, before = copy.deepcopy(optimizer.state_dict()), state_of(optimizer).clone()
@@ -199,7 +199,7 @@ def test_refuses_parameters_that_do_not_match_the_state_until_rebase(change: str
 
 
 def test_accepts_a_parameter_at_an_earlier_scale() -> None:
-    """variant="pytorch" leaves parameters without a gradient alone, while S goes on."""
+    """variant="pytorch" does not change parameters without a gradient, while S changes."""
     model, optimizer = make("adamw", variant="pytorch")
     train(optimizer, model.loss, 3)
     for _ in range(3):
@@ -317,7 +317,7 @@ def test_loads_a_checkpoint_of_another_precision() -> None:
             p.grad = torch.ones_like(p)
         resumed.step()
         assert resumed.state[other.a]["mechanic_x_ref"].dtype == dtype
-        model, optimizer = other, resumed  # and out of it again
+        model, optimizer = other, resumed  # load from this precision next
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "plain", "mechanic"])
@@ -373,7 +373,7 @@ def test_runs_load_hooks() -> None:
 
 
 def test_writes_to_state_reach_the_base() -> None:
-    """ZeroRedundancyOptimizer assigns to state, and into the dicts in it."""
+    """ZeroRedundancyOptimizer assigns to state and to the dicts in it."""
     model, optimizer = make("list")
     train(optimizer, model.loss, 1)
     optimizer.state[model.b] = {"step": torch.tensor(7.0)}
