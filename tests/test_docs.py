@@ -1,4 +1,4 @@
-"""Every Python block in the README and the docs runs, on two ranks, and what it builds trains."""
+"""Every Python block in the README and the docs runs on two ranks, and its optimizer trains."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def leave_a_run_of_mechanic_pytorch() -> None:
 
 
 def execute(page: str, index: int) -> None:
-    """Run a block among the names that a reader has by then."""
+    """Run a block with the names that the docs assume."""
     box = [tempfile.mkdtemp()]
     dist.broadcast_object_list(box)
     here = Path.cwd()

@@ -1,4 +1,4 @@
-"""On CUDA: the same numbers as on a CPU, no host sync in a step, NCCL on whatever GPUs there are."""
+"""On CUDA: results equal to the CPU's, no host sync in a step, and NCCL on all GPUs."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_replays_of_a_captured_step_equal_eager_steps(options: dict[str, Any]) -
             p.grad = torch.zeros_like(p)
         take_step = optimizer.step
         for step in range(12):
-            if capture and step == 4:  # the state is there, and what compiles is compiled
+            if capture and step == 4:  # the state exists, and lazy compilation is done
                 torch.cuda.synchronize()
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):

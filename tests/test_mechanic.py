@@ -1,4 +1,4 @@
-"""Mechanic is an Optimizer: whatever torch does with one, it does with this."""
+"""Mechanic as a torch.optim.Optimizer: steps, hooks, schedulers, copies, and errors."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class TestStep:
         parameters, loss = problem()
         optimizer = Mechanic(adamw(parameters), variant="optax")
         with torch.no_grad():
-            parameters[0].fill_(0.25)  # pretrained weights arrive after the optimizer was built
+            parameters[0].fill_(0.25)  # pretrained weights, loaded after construction
         train(optimizer, loss, 1)
         assert torch.equal(optimizer.state[parameters[0]]["mechanic_x_ref"], torch.full((6, 5), 0.25).double())
 
@@ -85,7 +85,7 @@ class TestStep:
         alone, alone_loss = problem()
         one = Mechanic(torch.optim.AdamW(alone, lr=1.0), variant="optax")
         train(one, alone_loss, 30)
-        assert joint.scale.item() == pytest.approx(one.scale.item(), rel=1e-12)  # the sums are in another order
+        assert joint.scale.item() == pytest.approx(one.scale.item(), rel=1e-12)  # sums in another order
         for p, q in zip(tensors(parameters), tensors(alone)):
             torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
 
@@ -175,7 +175,7 @@ class TestStep:
         tuner.error = RuntimeError("connection closed by peer")
         with pytest.raises(RuntimeError, match="closed by peer"):
             optimizer.step()
-        atol = 1e-15 if nonfinite == "raise" else 2e-3  # the update has arrived in Delta, at the scale as it was
+        atol = 1e-15 if nonfinite == "raise" else 2e-3  # Delta has the update, at the old scale
         for p, q in zip(parameters, before):
             torch.testing.assert_close(p.detach(), q, rtol=1e-15, atol=atol)
 
@@ -183,7 +183,7 @@ class TestStep:
     def test_an_interrupt_while_parameters_are_written_leaves_iterates(
         self, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(chunks, "SMALL", -1)  # one parameter after the other
+        monkeypatch.setattr(chunks, "SMALL", -1)  # no batches
         parameters, loss = problem()
         optimizer = Mechanic(adamw(parameters), s_init=1e-3, **{"variant": "optax", **options})
         train(optimizer, loss, 5)
@@ -192,7 +192,7 @@ class TestStep:
         with pytest.raises(KeyboardInterrupt), FailsAt(2, KeyboardInterrupt(), "addcmul.out"):
             optimizer.step()
         for p, q in zip(parameters, before):
-            torch.testing.assert_close(p.detach(), q, rtol=0.2, atol=0.2)  # a step moves by 0.01; an update is 1
+            torch.testing.assert_close(p.detach(), q, rtol=0.2, atol=0.2)  # a step's displacement is 0.01, an update 1
         train(optimizer, loss, 1, start=6)
 
     @pytest.mark.parametrize("options", [{}, {"update": "snapshot"}, {"store_delta": False}], ids=str)
@@ -237,7 +237,7 @@ class TestStep:
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-class TestPlaceAmongOptimizers:
+class TestOptimizerInterface:
     @pytest.mark.parametrize("held", ["wrapper", "base"])
     def test_schedulers_drive_it_before_and_after_a_load(self, held: str) -> None:
         parameters, loss = problem()
@@ -332,7 +332,7 @@ class TestPlaceAmongOptimizers:
             )
         else:
             optimizer = mechanize(torch.optim.AdamW, s_init=1e-3, variant="optax")(parameters, lr=1.0)
-        CosineAnnealingLR(optimizer, T_max=10)  # which puts its own step on the object
+        CosineAnnealingLR(optimizer, T_max=10)  # replaces the object's step
         train(optimizer, loss, 5)
         twin = copy.deepcopy(optimizer) if how == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
         twin_parameters = [p for group in twin.param_groups for p in group["params"]]

@@ -1,4 +1,4 @@
-"""A run of mechanic-pytorch goes on with manic as if nothing had happened."""
+"""Mechanic continues a run of mechanic-pytorch with equal steps."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MORE_STEPS = 25
 
 @pytest.fixture(autouse=True)
 def _double_precision() -> Iterator[None]:
-    """The package keeps its tuner in the default dtype."""
+    """The package stores its tuner in the default dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     yield
@@ -76,7 +76,7 @@ def old_run(problem: str, base: str, steps: int = STEPS, leave_out: str | None =
     return run
 
 
-def take_over(old: Run, base: str, state_dict: dict[str, Any], **other_options: Any) -> Run:
+def convert_run(old: Run, base: str, state_dict: dict[str, Any], **other_options: Any) -> Run:
     loaded, options = from_mechanic_pytorch(state_dict)
     options |= other_options
     new = Run(old.problem, base, old.parameters, lambda cls, groups, kw: Mechanic(cls(groups, **kw), **options))
@@ -91,7 +91,7 @@ def saved_and_loaded(state_dict: dict[str, Any], weights_only: bool = True) -> d
     return torch.load(file, weights_only=weights_only)
 
 
-def assert_goes_on_alike(new: Run, old: Run, tolerance: float = 1e-10, steps: int = MORE_STEPS) -> None:
+def assert_continues_equally(new: Run, old: Run, tolerance: float = 1e-10, steps: int = MORE_STEPS) -> None:
     assert new.scale == pytest.approx(old.scale, rel=tolerance, abs=0.0)
     for _ in range(steps):
         old.step()
@@ -107,27 +107,27 @@ def assert_goes_on_alike(new: Run, old: Run, tolerance: float = 1e-10, steps: in
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_converts_a_live_optimizer_to_1e_10(problem: str, base: str, store_delta: bool) -> None:
     old = old_run(problem, base, store_delta=store_delta)
-    assert_goes_on_alike(take_over(old, base, copy.deepcopy(old.optimizer.state_dict())), old)
+    assert_continues_equally(convert_run(old, base, copy.deepcopy(old.optimizer.state_dict())), old)
 
 
 @pytest.mark.parametrize("weights_only", [True, False])
 @pytest.mark.parametrize("base", BASES)
 def test_converts_a_saved_state_dict_to_1e_10(base: str, weights_only: bool) -> None:
     old = old_run("network", base)
-    assert_goes_on_alike(take_over(old, base, saved_and_loaded(old.optimizer.state_dict(), weights_only)), old)
+    assert_continues_equally(convert_run(old, base, saved_and_loaded(old.optimizer.state_dict(), weights_only)), old)
 
 
 def test_converts_a_state_that_the_package_cannot_step() -> None:
     old = old_run("network", "momentum")
     stuck = Run("network", "momentum", old.parameters, lambda cls, groups, kw: peer.mechanize(cls)(groups, **kw))
     stuck.optimizer.load_state_dict(saved_and_loaded(old.optimizer.state_dict()))
-    assert_goes_on_alike(take_over(old, "momentum", stuck.optimizer.state_dict()), old)
+    assert_continues_equally(convert_run(old, "momentum", stuck.optimizer.state_dict()), old)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 25])
 def test_converts_after_any_number_of_steps(steps: int) -> None:
     old = old_run("network", "momentum", steps)
-    assert_goes_on_alike(take_over(old, "momentum", saved_and_loaded(old.optimizer.state_dict())), old)
+    assert_continues_equally(convert_run(old, "momentum", saved_and_loaded(old.optimizer.state_dict())), old)
 
 
 @pytest.mark.parametrize("store_delta", [False, True])
@@ -136,34 +136,34 @@ def test_converts_nondefault_settings(store_delta: bool) -> None:
     old = old_run("network", "adamw", **settings)
     _, options = from_mechanic_pytorch(old.optimizer.state_dict())
     assert options == {**settings, "variant": "pytorch"}
-    assert_goes_on_alike(take_over(old, "adamw", saved_and_loaded(old.optimizer.state_dict())), old)
+    assert_continues_equally(convert_run(old, "adamw", saved_and_loaded(old.optimizer.state_dict())), old)
 
 
 def test_store_delta_starts_from_the_recomputed_delta() -> None:
     old = old_run("network", "momentum")
-    new = take_over(old, "momentum", saved_and_loaded(old.optimizer.state_dict()), store_delta=True)
-    assert_goes_on_alike(new, old, steps=1)  # later steps differ: the package divides by S + eps anew in each
+    new = convert_run(old, "momentum", saved_and_loaded(old.optimizer.state_dict()), store_delta=True)
+    assert_continues_equally(new, old, steps=1)  # later steps differ: the package divides by S + eps in each
     assert all("mechanic_delta" in new.optimizer.state[p] for p in new.parameters.values())
 
 
 @pytest.mark.parametrize("base", ["sgd", "adamw", "adam, two groups"])
 def test_a_parameter_without_a_gradient_is_trained_later(base: str) -> None:
     old = old_run("network", base, leave_out="w1")
-    new = take_over(old, base, saved_and_loaded(old.optimizer.state_dict()))
+    new = convert_run(old, base, saved_and_loaded(old.optimizer.state_dict()))
     assert new.parameters["w1"] not in new.optimizer.state
-    copy.deepcopy(new.optimizer)  # base optimizers expect their own state where there is any
-    assert_goes_on_alike(new, old)
+    copy.deepcopy(new.optimizer)  # base optimizers expect their keys in any state
+    assert_continues_equally(new, old)
 
 
 def test_a_converted_run_can_be_saved_and_loaded() -> None:
     old = old_run("network", "adamw")
-    first = take_over(old, "adamw", saved_and_loaded(old.optimizer.state_dict()))
+    first = convert_run(old, "adamw", saved_and_loaded(old.optimizer.state_dict()))
     again = Run(
         "network", "adamw", first.parameters,
         lambda cls, groups, kw: Mechanic(cls(groups, **kw), variant="pytorch", store_delta=False),
     )  # fmt: skip
     again.optimizer.load_state_dict(saved_and_loaded(first.optimizer.state_dict()))
-    assert_goes_on_alike(again, old)
+    assert_continues_equally(again, old)
 
 
 def test_does_not_change_the_state_dict() -> None:
@@ -176,15 +176,15 @@ def test_does_not_change_the_state_dict() -> None:
 def test_a_float32_run_continues_from_its_rounded_settings() -> None:
     torch.set_default_dtype(torch.float32)
     old = old_run("network", "adamw", store_delta=True)
-    new = take_over(old, "adamw", saved_and_loaded(old.optimizer.state_dict()))
+    new = convert_run(old, "adamw", saved_and_loaded(old.optimizer.state_dict()))
     assert new.scale == pytest.approx(old.scale, rel=1e-6)
     mechanic = old.optimizer.state["_mechanic"]
     for name, parameter in old.parameters.items():
         mine = new.optimizer.state[new.parameters[name]]
         assert torch.equal(mine["mechanic_x_ref"], mechanic[parameter]["ref"])
         assert torch.equal(mine["mechanic_delta"], mechanic[parameter]["delta"])
-    assert_goes_on_alike(new, old, tolerance=1e-5)
-    # Betas that were rounded to float32 are those of the default.
+    assert_continues_equally(new, old, tolerance=1e-5)
+    # Betas rounded to float32 match the default.
     loaded, _ = from_mechanic_pytorch(old.optimizer.state_dict())
     Mechanic(AdamW(old.parameters.values()), variant="pytorch").load_state_dict(loaded)
 

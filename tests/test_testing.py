@@ -1,4 +1,4 @@
-"""The ranks themselves: what passes, what fails, and how soon."""
+"""manic.testing: results, failures, timeouts and reuse of processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def reduce(value: float) -> tuple[int, float]:
 
 
 def fail_on_rank_one() -> None:
-    print(f"a word from rank {dist.get_rank()}")
+    print(f"output of rank {dist.get_rank()}")
     if dist.get_rank() == 1:
         raise ValueError("the reason")
     dist.barrier()
@@ -61,7 +61,7 @@ def test_decorator_keeps_other_decorators() -> None:
 @ranks(2)
 def test_a_skip_on_a_rank_skips_the_test() -> None:
     if dist.get_rank() == 1:
-        pytest.skip("rank 1 would rather not")
+        pytest.skip("skipped on rank 1")
 
 
 def test_reuses_processes() -> None:
@@ -69,7 +69,7 @@ def test_reuses_processes() -> None:
     start = time.monotonic()
     second = run(process_id, 2)
     assert first == second
-    assert time.monotonic() - start < 30.0  # it takes a twentieth of a second; starting new ones takes seconds
+    assert time.monotonic() - start < 30.0  # takes 0.05 s; new processes take seconds
 
 
 def test_reports_a_failing_ranks_traceback_and_output() -> None:
@@ -78,7 +78,7 @@ def test_reports_a_failing_ranks_traceback_and_output() -> None:
     text = str(caught.value)
     assert "rank 1: Traceback" in text
     assert "ValueError: the reason" in text
-    assert "a word from rank 1" in text
+    assert "output of rank 1" in text
     assert run(process_id, 2)
 
 

@@ -1,4 +1,4 @@
-"""A pass over many tensors meets every element once, however they are sized and laid out, and changes nothing else."""
+"""A pass over many tensors visits every element once, for all sizes and strides, and changes nothing else."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def test_batches_have_one_kind_and_dtype_and_bounded_size() -> None:
     assert len(batches) < 300
 
 
-def test_an_interrupted_pass_leaves_whole_chunks() -> None:
+def test_an_interrupted_pass_does_not_write_its_chunk() -> None:
     small = [torch.ones(3), torch.ones(2)]
     walk = pieces(small, written=(0,))
     (piece,) = next(walk)
     piece.zero_()
-    walk.close()  # what a for loop does that is left by an exception
+    walk.close()  # as an exception in a for loop does
     assert all((tensor == 1).all() for tensor in small)
 
 
@@ -73,7 +73,7 @@ def test_an_interrupted_pass_leaves_whole_chunks() -> None:
 def test_batched_and_single_passes_are_equal(
     options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Small parameters, worked on together, do what they do one by one, and pieces what whole tensors do."""
+    """Batches of small parameters equal single ones, and pieces equal whole tensors."""
     runs = []
     for small, piece in ((1 << 14, 1 << 20), (-1, 1 << 40), (100, 1000)):
         monkeypatch.setattr(chunks, "SMALL", small)

@@ -1,4 +1,4 @@
-"""What becomes of parameters that something else changes between two steps."""
+"""Parameters that are changed between two steps, outside the optimizer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def merge_an_adapter(parameters: list[Tensor]) -> None:
 
 def exchange_storage(parameters: list[Tensor]) -> None:
     for p in parameters:
-        p.data = p.data * 0.5  # as frameworks do that swap weights
+        p.data = p.data * 0.5  # as frameworks that swap weights do
 
 
 EDITS: list[Edit] = [clip, load_another_model, merge_an_adapter, exchange_storage]
@@ -46,7 +46,7 @@ def train(optimizer: Mechanic, loss: Any, steps: range) -> None:
 
 
 def edited(edit: Edit, **options: Any) -> tuple[list[Tensor], Any, Mechanic, list[Tensor]]:
-    """Train, edit, and return where the edit has put the parameters."""
+    """Train, edit, and return the edited values of the parameters last."""
     parameters, loss = problem()
     optimizer = Mechanic(torch.optim.AdamW(parameters, lr=1.0), s_init=1e-3, **{"variant": "optax", **options})
     train(optimizer, loss, range(8))

@@ -1,4 +1,4 @@
-"""Gradients that are not finite: what each mode promises, on one process. On ranks: test_faults.py."""
+"""Nonfinite gradients in each mode, on one process. On ranks: test_faults.py."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_skipped_first_step_does_not_set_x_ref() -> None:
     parameters, loss, optimizer = make(nonfinite="skip")
     train(parameters, loss, optimizer, [0], bad={0: math.nan})
     with torch.no_grad():
-        parameters[0].mul_(2.0)  # weights that are loaded late, say
+        parameters[0].mul_(2.0)  # for example weights loaded late
     start = parameters[0].detach().clone()
     train(parameters, loss, optimizer, [1])
     assert torch.equal(optimizer.state[parameters[0]]["mechanic_x_ref"], start)
@@ -94,13 +94,13 @@ def test_a_nonfinite_parameter_raises_despite_skip(mode: str, when: str, variant
     train(parameters, loss, optimizer, range(3))
     if when == "after it":
         loss(3).backward()
-        if variant == "pytorch":  # whose sums of the position come after the base step
+        if variant == "pytorch":  # it sums the parameters after the base step
             parameters[0].grad[0, 0] = math.nan  # type: ignore[index]
     with torch.no_grad():
         parameters[0][0, 0] = math.nan
     if when == "before backward":
         optimizer.zero_grad()
-        loss(3).backward()  # and its gradients are not finite either
+        loss(3).backward()  # its gradients are nonfinite too
     with pytest.raises(NonfiniteError, match=r"1 of 30 local elements of the value of parameter 0.*go back to a c"):
         optimizer.step()
 
@@ -119,7 +119,7 @@ def test_a_skipped_first_step_leaves_no_state(mode: str) -> None:
     with contextlib.suppress(NonfiniteError):
         train(parameters, loss, optimizer, [0], bad={0: math.nan})
     assert len(optimizer.state) == 0
-    assert not optimizer.state  # what torch's checkpointing asks before it lets a state be created
+    assert not optimizer.state  # torch's checkpointing creates a state if this is false
 
 
 @pytest.mark.parametrize("mode", ["raise", "skip"])
@@ -131,7 +131,7 @@ def test_a_skipped_step_after_a_load_does_not_reset_the_state(mode: str) -> None
     with torch.no_grad():
         for p, x in zip(others, saved[0]):
             p.copy_(x)
-    resumed.optimizers[0].load_state_dict(saved[1])  # behind its back
+    resumed.optimizers[0].load_state_dict(saved[1])  # not through the wrapper
     with contextlib.suppress(NonfiniteError):
         train(others, other_loss, resumed, [8], bad={8: math.nan})
     train(others, other_loss, resumed, range(9, 12))
@@ -148,7 +148,7 @@ def test_ignore_continues_and_keeps_the_tuner_finite(options: dict[str, Any]) ->
     scale = optimizer.scale
     train(parameters, loss, optimizer, [4], bad={4: math.inf})
     assert optimizer.scale == scale
-    assert not parameters[1].isfinite().all(), "the base optimizer was to get the gradient as it is"
+    assert not parameters[1].isfinite().all(), "the base optimizer must get the unchanged gradient"
     train(parameters, loss, optimizer, range(5, 8))
     assert state_of(optimizer).isfinite().all()
     assert optimizer.metrics()["nonfinite_steps"] == 4
@@ -170,7 +170,7 @@ def test_the_three_modes_agree_on_finite_gradients() -> None:
 @settings(deadline=None, max_examples=200)
 @given(steps=st.lists(st.tuples(*[st.floats(width=64)] * 5), min_size=1, max_size=12), s_init=st.floats(1e-30, 1e10))
 def test_nonfinite_sums_do_not_reach_the_tuner(variant: str, steps: list[tuple[float, ...]], s_init: float) -> None:
-    """Any floats: infinities, nans, subnormals, numbers whose squares have no room."""
+    """For any floats: infinities, nans, subnormals, and numbers whose squares overflow."""
     betas = (0.99,) if variant == "multiplicative" else (0.9, 0.999, 0.999999)
     tuner = make_tuner(variant, betas=betas, s_init=s_init)
     state = TunerState(tuner)

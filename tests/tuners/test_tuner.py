@@ -1,4 +1,4 @@
-"""The tuners alone: a state and sums in, a proposal out."""
+"""The tuners alone: proposals from a state and sums."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Driven:
         self.tuner, self.state = tuner, TunerState(tuner)
 
     def learn(self, **sums: float) -> Tensor:
-        """Take a step: what is not given is 1, or 0 for <Delta, x>; the late sums are among them."""
+        """Take a step; sums not given are 1, or 0 for <Delta, x>, including late sums."""
         names = (*self.tuner.sums, *(name for name in self.tuner.late_sums if name in sums or name == "delta_x"))
         if "x_square" in self.tuner.late_sums:
             names = (*names, "x_square")
@@ -70,14 +70,14 @@ def test_equals_the_reference_on_any_rewards(variant: str, hs: list[float], s_in
 def test_multiplicative_equals_its_reference(steps: list[tuple[float, ...]], beta: float) -> None:
     tuner = driven("multiplicative", betas=(beta,))
     reference = MultiplicativeReference([], None, 1e-4, beta)  # type: ignore[arg-type]
-    # The first step has no displacement yet, and a learning rate of 0: nothing but the scale comes of it.
+    # The first step has no displacement and a learning rate of 0, so it only sets the scale.
     reference.scale = tuner.learn(update_square=4.0, x_square=9.0, delta_square=0.0, lr=0.0).item()
     reference.learn(1.0, 1.0, 0.0, 0.0)
     assert reference.scale == pytest.approx(1e-4 * 3.0 / 2.0)
-    for cosine, way, gradient, lr in steps:
-        delta_grad = cosine * way * gradient
-        scale = tuner.learn(delta_grad=delta_grad, grad_square=gradient**2, delta_square=way**2, lr=lr)
-        reference.learn(delta_grad, gradient**2, way**2, lr)
+    for cosine, delta, gradient, lr in steps:
+        delta_grad = cosine * delta * gradient
+        scale = tuner.learn(delta_grad=delta_grad, grad_square=gradient**2, delta_square=delta**2, lr=lr)
+        reference.learn(delta_grad, gradient**2, delta**2, lr)
         reference.restart(lr)
         assert scale.item() == pytest.approx(reference.scale, rel=1e-9)
         assert tuner.tuner.rows(tuner.state.tensor)["peak"].item() == pytest.approx(reference.peak, rel=1e-9)
@@ -153,7 +153,7 @@ class TestSavedStates:
 
 
 class TestOptions:
-    """An option that the variant does not have is an error, not a silence."""
+    """Options that the variant does not have are refused."""
 
     @pytest.mark.parametrize(("variant", "options", "message"), [
         ("multiplicative", {"s_decay": 0.01}, r"does not have the option\(s\) s_decay; it has"),
@@ -162,7 +162,7 @@ class TestOptions:
         ("adagrad", {}, "variant must be one of"),
         ("optax", {"betas": ()}, "betas must be one or more numbers strictly between 0 and 1"),
     ])  # fmt: skip
-    def test_is_refused(self, variant: str, options: dict[str, Any], message: str) -> None:
+    def test_refuses_options_of_other_variants(self, variant: str, options: dict[str, Any], message: str) -> None:
         parameters, _ = problem()
         base = torch.optim.SGD(parameters, lr=1.0)
         with pytest.raises(ValueError, match=message):

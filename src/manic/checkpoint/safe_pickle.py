@@ -178,17 +178,17 @@ def _is_plain(value: Any) -> bool:
 class _StandIn:
     """Replaces a class in a pickle: creates instances, and does not let the pickle change the class."""
 
-    made: type
+    target: type
 
     def __new__(cls) -> Any:
-        return object.__new__(cls.made)
+        return object.__new__(cls.target)
 
     def __setstate__(self, state: Any) -> None:
         """Never runs; its presence makes pickle's BUILD on this class fail instead of setting attributes."""
 
 
-def _stand_in(made: type) -> type:
-    return type(made.__name__, (_StandIn,), {"made": made})
+def _stand_in(target: type) -> type:
+    return type(target.__name__, (_StandIn,), {"target": target})
 
 
 class _Properties(TensorProperties):

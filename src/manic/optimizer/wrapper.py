@@ -176,7 +176,7 @@ class OptimizerWrapper(Optimizer):
         """Store the wrapper's tensor in groups that lack it; adopt one that was loaded into a base optimizer."""
         live = self._own.tensor
         if self._shared and self.param_groups and not any(self.GROUP_KEY in group for group in self.param_groups):
-            self._own.load(None)  # a base optimizer loaded a state dict of its own class
+            self._own.load(None)  # a base optimizer loaded a plain state dict
         for group in self.param_groups:
             found = group.get(self.GROUP_KEY)
             if found is not live and isinstance(found, Tensor):
