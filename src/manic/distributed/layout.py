@@ -122,7 +122,7 @@ class Layout:
 
     @property
     def world_size(self) -> int:
-        """How many ranks there are to reduce over."""
+        """Number of ranks to reduce over."""
         group = self.group
         return 1 if group is None else dist.get_world_size(group)
 
