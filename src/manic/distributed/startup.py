@@ -1,7 +1,7 @@
 """Startup check: ranks compare their parameters and settings; if they differ, all raise the same error.
 
-Runs at the first step, after parameters were added and after a load. It is the only communication besides the step's
-all_reduce and the drift check. It infers only one setting: how often FSDP1's shards are replicated.
+Runs at the first step, after parameters were added and after a load; other steps do not compare ranks unless the
+drift check does. It infers only one setting: how often FSDP1's shards are replicated.
 """
 
 from __future__ import annotations

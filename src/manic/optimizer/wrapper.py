@@ -132,7 +132,7 @@ class OptimizerWrapper(Optimizer):
 
     @property
     def own_keys(self) -> frozenset[str]:
-        """Keys of ``state`` and param groups that a checkpoint may lack; the wrapper's state is then reset."""
+        """Keys of ``state`` and param groups that a checkpoint may lack; the wrapper continues without, or is reset."""
         return frozenset((*self.STATE_KEYS, self.GROUP_KEY))
 
     def check_param_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
