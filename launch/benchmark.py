@@ -1,4 +1,4 @@
-"""What manic costs: a step, the host's share of it, thousands of ranks, checkpoints; and one run against a sweep.
+"""Benchmarks of manic: step time, host time, thousands of ranks, checkpoints, and one run against a sweep.
 
 python launch/benchmark.py step --params 25M
 python launch/benchmark.py host
@@ -65,7 +65,8 @@ def run_latency(options: argparse.Namespace) -> None:
     for delay in options.delays:
         at_once, late = step.latency_left(options.params, delay, options.repeats)
         print(
-            f"all_reduce of {1e3 * delay:.1f} ms: a step takes {1e3 * late:.1f} ms, {1e3 * at_once:.1f} ms without it"
+            f"all_reduce of {1e3 * delay:.1f} ms: a step takes {1e3 * late:.1f} ms, {1e3 * at_once:.1f} ms without "
+            "the delay"
         )
 
 
@@ -80,8 +81,8 @@ def run_train(options: argparse.Namespace) -> None:
 def run_scale(options: argparse.Namespace) -> None:
     """The subcommand."""
     print(
-        "Rank 0's step, float32; hops up and down a tree of nodes of "
-        f"{options.node} ranks, {1e6 * options.hop:g} us each by assumption",
+        f"Rank 0's step, float32; hops up and down a tree of nodes of {options.node} ranks, assumed to take "
+        f"{1e6 * options.hop:g} us each",
         scale.table(options.models, options.ranks, options.repeats, options.node, options.hop),
         sep="\n\n",
     )
@@ -100,25 +101,25 @@ def run_tuning(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Print a table."""
+    """Run a subcommand and print its table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
-    add = commands.add_parser("step", help="time of the optimizer step")
+    add = commands.add_parser("step", help="time and memory of the optimizer step")
     add.set_defaults(run=run_step)
     add.add_argument("--params", choices=step.SIZES, default="25M")
     add.add_argument("--methods", nargs="+", choices=step.METHODS, default=list(step.METHODS))
     add.add_argument("--repeats", type=int, default=20)
     add.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add.add_argument("--json", metavar="FILE", help="write the figures there")
-    add.add_argument("--plot", metavar="FILE", help="draw the ratios there")
-    add = commands.add_parser("host", help="the host's time of a step over many small DTensors, on simulated ranks")
+    add.add_argument("--json", metavar="FILE", help="write the results to this file")
+    add.add_argument("--plot", metavar="FILE", help="plot the ratios to this file")
+    add = commands.add_parser("host", help="host time of a step over many small DTensors, on simulated ranks")
     add.set_defaults(run=run_host)
     add.add_argument("--methods", nargs="+", choices=host.METHODS, default=list(host.METHODS))
     add.add_argument("--layers", type=int, default=32, help="blocks of a Llama-like model, nine tensors each")
-    add.add_argument("--ranks", type=int, default=64, help="over which the tensors are sharded")
+    add.add_argument("--ranks", type=int, default=64, help="number of ranks that the tensors are sharded over")
     add.add_argument("--repeats", type=int, default=30)
-    add.add_argument("--json", metavar="FILE", help="write the figures there")
-    add = commands.add_parser("latency", help="how much of an all_reduce's latency a step waits for, on a CPU")
+    add.add_argument("--json", metavar="FILE", help="write the results to this file")
+    add = commands.add_parser("latency", help="the part of an all_reduce's latency that a step waits for, on a CPU")
     add.set_defaults(run=run_latency)
     add.add_argument("--params", choices=step.SIZES, default="25M")
     add.add_argument("--delays", type=float, nargs="+", default=[0.002, 0.005, 0.1], help="seconds")
@@ -128,14 +129,14 @@ def main() -> None:
     add.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     add.add_argument("--steps", type=int, default=100)
     add.add_argument("--repeats", type=int, default=3)
-    add.add_argument("--options", default="", help="of launch/train.py, in one string")
-    add = commands.add_parser("scale", help="a step on thousands of ranks, without hardware")
+    add.add_argument("--options", default="", help="options of launch/train.py, in one string")
+    add = commands.add_parser("scale", help="cost of a step on thousands of simulated ranks")
     add.set_defaults(run=run_scale)
     add.add_argument("--models", choices=scale.MODELS, nargs="+", default=list(scale.MODELS))
     add.add_argument("--ranks", type=int, nargs="+", default=[64, 1024, 16384])
     add.add_argument("--repeats", type=int, default=5)
-    add.add_argument("--node", type=int, default=8, help="ranks of a node, for the model of the all_reduce's latency")
-    add.add_argument("--hop", type=float, default=10e-6, help="seconds from one node to the next, for that model")
+    add.add_argument("--node", type=int, default=8, help="ranks per node, for the model of the all_reduce's latency")
+    add.add_argument("--hop", type=float, default=10e-6, help="seconds per message between nodes, for that model")
     add = commands.add_parser("checkpoint", help="size, time and memory of checkpoints, on CPU ranks")
     add.set_defaults(run=run_checkpoint)
     add.add_argument("--params", choices=checkpoint.SIZES, nargs="+", default=["25M", "124M"])
@@ -147,9 +148,9 @@ def main() -> None:
     add.add_argument("--tasks", choices=TASKS, nargs="+", default=list(TASKS))
     add.add_argument("--methods", choices=tuning.METHODS, nargs="+", default=list(tuning.METHODS))
     add.add_argument("--seeds", type=int, default=3)
-    add.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time, each on one thread")
-    add.add_argument("--results", type=Path, required=True, metavar="FILE", help="is read, and gets what it lacks")
-    add.add_argument("--plot", type=Path, metavar="FILE", help="draw losses and scales there")
+    add.add_argument("--processes", type=int, default=os.cpu_count(), help="concurrent runs, each on one thread")
+    add.add_argument("--results", type=Path, required=True, metavar="FILE", help="read; missing runs are appended")
+    add.add_argument("--plot", type=Path, metavar="FILE", help="plot losses and scales to this file")
     options = parser.parse_args()
     options.run(options)
 

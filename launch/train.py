@@ -1,9 +1,9 @@
-"""Train a byte-level GPT on any number of ranks, with its learning rate found for it.
+"""Train a byte-level GPT on any number of ranks, with a learned learning rate.
 
 torchrun --standalone --nproc-per-node 2 launch/train.py
 
-Without --data it trains on the source of Python's standard library. Stop it with Ctrl-C and start it again with
-the same --checkpoint-dir, on any number of ranks: it goes on where it was.
+Without --data it trains on the source of Python's standard library. Stop it with Ctrl-C; a restart with the same
+--checkpoint-dir, on any number of ranks, resumes the run.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--steps", type=int, default=600, help="optimizer steps in all")
+    add("--steps", type=int, default=600, help="optimizer steps of the whole run")
     add("--batch-size", type=int, default=16, help="sequences per step, over all ranks")
     add("--seq-len", type=int, default=128, help="tokens per sequence")
     add("--layers", type=int, default=4)
@@ -55,22 +55,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--base-optimizer", choices=BASES, default="adamw")
     add("--tuner", choices=("mechanic", "none"), default="mechanic")
     add("--variant", choices=tuple(TUNERS), default=DEFAULT)
-    add("--nonfinite", choices=("raise", "skip", "ignore"), default="raise", help="what to do with such gradients")
-    add("--check-every", type=int, default=0, help="steps after which ranks see whether they drift apart; 0: never")
+    add("--nonfinite", choices=("raise", "skip", "ignore"), default="raise", help="reaction to nonfinite gradients")
+    add("--check-every", type=int, default=0, help="steps between checks that ranks have not drifted apart; 0: never")
     add("--parallel", choices=MODES, default="fsdp2")
-    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the computation; parameters are fp32")
+    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="dtype of the computation; parameters are fp32")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--data", type=Path, help="file or folder of text, or .u16 file of tokens (default: the standard library)")
     add("--seed", type=int, default=0)
     add("--checkpoint-dir", help="where to save checkpoints, a path or a URL (default: nowhere)")
     add("--checkpoint-every", type=int, default=100, help="steps")
-    add("--keep-latest", type=int, default=2, help="checkpoints")
-    add("--keep-every", type=int, help="steps whose multiples are kept as well (default: none)")
-    add("--async-save", action="store_true", help="go on training while a checkpoint is written")
-    add("--on-save-error", choices=("raise", "warn"), default="raise", help="stop, or go on without that checkpoint")
-    add("--resume", default="auto", help="auto, never, or the path of a checkpoint or of a folder of them")
+    add("--keep-latest", type=int, default=2, help="number of checkpoints to keep")
+    add("--keep-every", type=int, help="also keep checkpoints of multiples of this step (default: none)")
+    add("--async-save", action="store_true", help="continue training while a checkpoint is written")
+    add("--on-save-error", choices=("raise", "warn"), default="raise", help="stop, or continue without the checkpoint")
+    add("--resume", default="auto", help="auto, never, or the path of a checkpoint or a folder of checkpoints")
     add("--verify", choices=("full", "size", "off"), default="full", help="how much of a checkpoint to check")
-    add("--metrics", type=Path, help="JSON lines; a plot goes beside it")
+    add("--metrics", type=Path, help="file of JSON lines; a plot is saved beside it")
     add("--tensorboard", type=Path, help="folder for TensorBoard's events")
     add("--log-every", type=int, default=10, help="steps")
     add("--eval-every", type=int, default=100, help="steps; 0: at the end only")
@@ -86,7 +86,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 class StopSignal:
-    """Ctrl-C or SIGTERM, on whatever rank it arrives, as something that all ranks learn at the same step."""
+    """Ctrl-C or SIGTERM on any rank, seen by all ranks at the same step."""
 
     def __init__(self) -> None:
         self._seen = torch.zeros(1, dtype=torch.int32)
@@ -94,17 +94,17 @@ class StopSignal:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: Any) -> None:
-        self._seen.fill_(1)  # again and again, for a terminal and torchrun both send it
+        self._seen.fill_(1)  # may arrive twice: from the terminal and from torchrun
 
-    def everywhere(self) -> bool:
-        """Whether any rank has been told to stop; a collective on the host, which does not wait for a GPU."""
+    def on_any_rank(self) -> bool:
+        """Whether any rank has received the signal; a collective on the CPU, without a host sync."""
         seen = self._seen.clone()
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
         return bool(seen)
 
 
 def set_up(choice: str) -> torch.device:
-    """Join the process group, of one rank if torchrun did not start this, and return this rank's device."""
+    """Initialise the process group, of one rank without torchrun, and return this rank's device."""
     cuda = torch.cuda.is_available() if choice == "auto" else choice == "cuda"
     if cuda and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device")
@@ -127,16 +127,16 @@ def next_token_loss(parallel: Parallel, tokens: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
-def rehearse(parallel: Parallel, tokens: Tensor) -> None:
-    """Let DDP see the order in which gradients come, which it sums in from the second step on.
+def rebuild_ddp_buckets(parallel: Parallel, tokens: Tensor) -> None:
+    """Let DDP rebuild its buckets in the order in which gradients arrive, as it does after the first backward.
 
-    Otherwise the first step after a resume would sum in another order than the same step of a run that went on.
+    Otherwise the first step after a resume would sum in another order than the same step of an uninterrupted run.
     """
     next_token_loss(parallel, tokens).backward()
     parallel.model.zero_grad()
 
 
-def over_ranks(loss: Tensor, parallel: Parallel) -> float:
+def mean_over_ranks(loss: Tensor, parallel: Parallel) -> float:
     """The mean of the ranks' losses."""
     total = loss.detach().clone()
     if parallel.data_size > 1:
@@ -155,7 +155,7 @@ def evaluate(corpus: Corpus, parallel: Parallel, options: argparse.Namespace, de
         for index in range(EVAL_BATCHES)
     ]
     parallel.model.train()
-    return over_ranks(torch.stack(losses).mean(), parallel)
+    return mean_over_ranks(torch.stack(losses).mean(), parallel)
 
 
 def resume(
@@ -164,17 +164,17 @@ def resume(
     options: argparse.Namespace,
     progress: Progress,
 ) -> None:
-    """Load what --resume asks for."""
+    """Load the checkpoint that --resume selects."""
     choice = options.resume
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         choice = "auto" if checkpointer and on_first_rank(checkpointer.latest) is not None else choice
     if checkpointer is None:
         if choice not in ("never", "auto"):
-            raise ValueError("--resume PATH needs a --checkpoint-dir to go on saving to")
+            raise ValueError("--resume PATH needs a --checkpoint-dir to save to")
         return
     latest = on_first_rank(checkpointer.latest)
     if choice == "auto":
-        if latest is not None:  # one that is damaged costs the steps since the one before it, and no more
+        if latest is not None:  # if the latest is damaged, load an older one
             checkpointer.load(verify=options.verify, fallback=True)
         return
     if choice != "never":
@@ -186,17 +186,17 @@ def resume(
             raise FileNotFoundError(f"--resume {choice}: neither a checkpoint nor a folder of checkpoints") from None
     if latest is not None and (choice == "never" or latest > progress.step):
         raise ValueError(
-            f"--resume {choice}: {checkpointer.directory} holds a run already, up to step {latest}; choose another "
+            f"--resume {choice}: {checkpointer.directory} already holds a run, up to step {latest}; choose another "
             "--checkpoint-dir"
         )
 
 
 class Progress:
-    """How far the run is. The next batch follows from it, and from the seed."""
+    """The number of steps taken, which with the seed determines the next batch."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.step = 0
-        # With another of these it would not be the same run.
+        # A checkpoint with other values of these is of another run.
         names = "seed batch_size seq_len heads base_optimizer tuner variant lr weight_decay schedule clip"
         self.identity = {name: getattr(options, name) for name in names.split()}
 
@@ -208,14 +208,14 @@ class Progress:
             if state[name] != value:
                 flag = name.replace("_", "-")
                 raise ValueError(
-                    f"the checkpoint was made with --{flag} {state[name]}, this run has --{flag} {value}; pass the "
-                    "same, or start anew in another --checkpoint-dir"
+                    f"the checkpoint has --{flag} {state[name]}, this run has --{flag} {value}; pass the same, or "
+                    "start a new run in another --checkpoint-dir"
                 )
         self.step = state["step"]
 
 
 def train(options: argparse.Namespace, device: torch.device) -> None:
-    """The main job."""
+    """Train, resume, evaluate and save as ``options`` say."""
     stop = StopSignal()
     corpus = Corpus(options.data, options.seq_len)
     torch.manual_seed(options.seed)
@@ -234,7 +234,7 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
 
     part = parallel.part(options.batch_size)
     if options.parallel in ("ddp", "zero1"):
-        rehearse(parallel, corpus.batch(options.seed, 0, options.batch_size, part).to(device))
+        rebuild_ddp_buckets(parallel, corpus.batch(options.seed, 0, options.batch_size, part).to(device))
     progress = Progress(options)
     report: Report | None = None
 
@@ -256,14 +256,14 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
 
     if dist.get_rank() == 0:
         report = Report(options.steps, progress.step, options.metrics, options.tensorboard)
-        report.say(
+        report.message(
             f"{size:,} parameters, {corpus.tokens.numel():,} tokens, {dist.get_world_size()} rank(s), "
             f"--parallel {options.parallel}, {device.type}; unigram entropy {corpus.unigram_entropy():.4f} nats"
         )
         if progress.step:
-            report.say(f"resumed at step {progress.step}")
+            report.message(f"resumed at step {progress.step}")
         if progress.step >= options.steps:
-            report.say("nothing left to train; pass more --steps, or another --checkpoint-dir for a new run")
+            report.message("nothing left to train; pass more --steps, or another --checkpoint-dir for a new run")
 
     since, since_step, last_loss = time.perf_counter(), progress.step, math.nan
     stopped = False
@@ -281,13 +281,13 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
         for each in schedulers:
             each.step()
         progress.step += 1
-        stopped = stop.everywhere()
+        stopped = stop.on_any_rank()
 
         last = stopped or progress.step == options.steps
         if report is not None:
             report.advance()
         if progress.step % options.log_every == 0 or last:
-            last_loss = over_ranks(loss, parallel)
+            last_loss = mean_over_ranks(loss, parallel)
             metrics = {name: value.item() for name, value in mechanic.metrics().items()} if mechanic else {}
             now = time.perf_counter()
             if report is not None:
@@ -313,19 +313,19 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
     if stopped and progress.step < options.steps:
         if report is not None:
             where = f"; saved in {options.checkpoint_dir}" if saved else "; not saved"
-            report.say(f"stopped after step {progress.step}{where}")
+            report.message(f"stopped after step {progress.step}{where}")
             report.close()
         return
     eval_loss = evaluate(corpus, parallel, options, device)
     if report is not None:
         report.record({"step": progress.step, "eval_loss": eval_loss})
         trained = "" if math.isnan(last_loss) else f"train loss {last_loss:.4f}, "
-        report.say(f"{trained}held-out loss {eval_loss:.4f}")
+        report.message(f"{trained}held-out loss {eval_loss:.4f}")
         report.close()
 
 
 def main() -> int:
-    """Run, and turn a user's mistake into one line on every rank."""
+    """Run; report a ValueError or OSError in one line on every rank."""
     options = parse()
     try:
         train(options, set_up(options.device))
@@ -343,6 +343,6 @@ if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: a thread of torch's that is still there at the interpreter's end has been seen to abort the rank,
-    # and torchrun would take the finished run for a failed one.
+    # Instead of sys.exit: a thread of torch may abort the rank at the interpreter's end, and torchrun would then report
+    # the finished run as failed.
     os._exit(code)

@@ -1,11 +1,11 @@
-# Make .venv and install manic in it with the extras named by $1. For the other scripts to source.
-# Set PYTHON to choose the interpreter, PIP_EXTRA_INDEX_URL to choose where torch comes from.
+# Create .venv and install manic in it with the extras in $1. Sourced by the other scripts.
+# Set PYTHON to choose the interpreter, PIP_EXTRA_INDEX_URL to choose the index for torch.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ ! -x .venv/bin/python ]; then
     "${PYTHON:-python3}" -c 'import sys; assert sys.version_info >= (3, 11), "manic needs Python 3.11 or newer"'
     "${PYTHON:-python3}" -m venv .venv
 fi
-# Without an NVIDIA GPU, PyTorch's CPU build is a tenth of the download.
+# Without an NVIDIA GPU, use PyTorch's CPU build, a tenth of the download.
 cpu_index=https://download.pytorch.org/whl/cpu
 if [ "$(uname)" = Linux ] && [ -z "${PIP_EXTRA_INDEX_URL:-}" ] && ! command -v nvidia-smi >/dev/null &&
     curl --silent --fail --head --max-time 5 --output /dev/null "$cpu_index/torch/"; then

@@ -1,4 +1,4 @@
-"""Every Python block in the README and the docs runs, on two ranks, and what it builds trains."""
+"""Every Python block in the README and the docs runs on two ranks, and its optimizer trains."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def leave_a_run_of_mechanic_pytorch() -> None:
 
 
 def execute(page: str, index: int) -> None:
-    """Run a block among the names that a reader has by then."""
+    """Run a block with the names that the docs assume."""
     box = [tempfile.mkdtemp()]
     dist.broadcast_object_list(box)
     here = Path.cwd()
@@ -97,7 +97,7 @@ def test_block_runs(page: str, index: int) -> None:
     run(execute, 2, page, index)
 
 
-def test_reliability_counts_what_is_tried() -> None:
+def test_reliability_page_counts_the_tests() -> None:
     rows = [line.split("|") for line in (ROOT / "docs" / "reliability.md").read_text().splitlines()]
     counts = {row[1].split(":")[0].strip(): (row[2].strip(), row[3].strip()) for row in rows if len(row) == 6}
     tried, quick = fault_cases.tried(), fault_cases.tried(quick=True)
@@ -108,6 +108,6 @@ def test_reliability_counts_what_is_tried() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_have_targets(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
         assert target.startswith("https://") or (page.parent / target).exists(), target

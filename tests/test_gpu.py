@@ -1,4 +1,4 @@
-"""On CUDA: the same numbers as on a CPU, no host sync in a step, NCCL on whatever GPUs there are."""
+"""On CUDA: results equal to the CPU's, no host sync in a step, and NCCL on all GPUs."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_equals_the_cpu(options: dict[str, Any]) -> None:
     [{}, {"store_delta": False}, {"variant": "pytorch"}, {"variant": "multiplicative"}, {"update": "snapshot"}],
     ids=str,
 )
-def test_a_step_does_not_wait_for_the_device(options: dict[str, Any], dtype: torch.dtype) -> None:
+def test_a_step_has_no_host_sync(options: dict[str, Any], dtype: torch.dtype) -> None:
     optimizer, parameters = train("cuda", dtype, steps=2, **options, **NO_WAIT)
     set_gradients(parameters, 3)
     torch.cuda.synchronize()
@@ -81,7 +81,7 @@ def test_a_step_does_not_wait_for_the_device(options: dict[str, Any], dtype: tor
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_a_captured_step_replays_to_the_same_numbers(options: dict[str, Any]) -> None:
+def test_replays_of_a_captured_step_equal_eager_steps(options: dict[str, Any]) -> None:
     runs = []
     for capture in (False, True):
         parameters = [p.detach().float().cuda().requires_grad_() for p in problem()[0]]
@@ -92,7 +92,7 @@ def test_a_captured_step_replays_to_the_same_numbers(options: dict[str, Any]) ->
             p.grad = torch.zeros_like(p)
         take_step = optimizer.step
         for step in range(12):
-            if capture and step == 4:  # the state is there, and what compiles is compiled
+            if capture and step == 4:  # the state exists, and lazy compilation is done
                 torch.cuda.synchronize()
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
@@ -108,7 +108,7 @@ def test_a_captured_step_replays_to_the_same_numbers(options: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("mode", ["raise", "skip"])
-def test_a_step_that_waits_refuses_to_be_captured(mode: str) -> None:
+def test_a_step_with_a_host_sync_refuses_capture(mode: str) -> None:
     optimizer, parameters = train("cuda", torch.float32, steps=2, nonfinite=mode)
     set_gradients(parameters, 3)
     torch.cuda.synchronize()
@@ -117,7 +117,7 @@ def test_a_step_that_waits_refuses_to_be_captured(mode: str) -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_a_gradient_that_is_not_finite_is_found_on_the_device(options: dict[str, Any]) -> None:
+def test_detects_a_nonfinite_gradient_on_the_device(options: dict[str, Any]) -> None:
     optimizer, parameters = train("cuda", torch.float32, steps=3, nonfinite="skip", **options)
     before = [p.detach().clone() for p in parameters]
     set_gradients(parameters, 3)
@@ -129,7 +129,7 @@ def test_a_gradient_that_is_not_finite_is_found_on_the_device(options: dict[str,
         assert torch.equal(p.detach(), x)
 
 
-def test_a_model_that_is_moved_after_the_optimizer_was_built() -> None:
+def test_follows_a_model_moved_after_construction() -> None:
     results = []
     for moved in (False, True):
         model = torch.nn.Linear(4, 4).double()
@@ -161,7 +161,7 @@ def test_fsdp2_over_nccl_equals_one_gpu() -> None:
 
 
 @pytest.mark.parametrize("parallel", ["fsdp2", "ddp", "fsdp1"])
-def test_the_main_job_over_nccl(parallel: str, tmp_path: Path) -> None:
+def test_train_script_over_nccl(parallel: str, tmp_path: Path) -> None:
     text = torchrun(
         str(HERE.parent / "launch" / "train.py"), "--device", "cuda", "--dtype", "bf16", "--parallel", parallel,
         "--steps", "60", "--checkpoint-dir", str(tmp_path), "--checkpoint-every", "30",

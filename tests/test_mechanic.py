@@ -1,4 +1,4 @@
-"""Mechanic is an Optimizer: whatever torch does with one, it does with this."""
+"""Mechanic as a torch.optim.Optimizer: steps, hooks, schedulers, copies, and errors."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ class TestStep:
         parameters, loss = problem()
         optimizer = Mechanic(adamw(parameters), variant="optax")
         with torch.no_grad():
-            parameters[0].fill_(0.25)  # pretrained weights arrive after the optimizer was built
+            parameters[0].fill_(0.25)  # pretrained weights, loaded after construction
         train(optimizer, loss, 1)
         assert torch.equal(optimizer.state[parameters[0]]["mechanic_x_ref"], torch.full((6, 5), 0.25).double())
 
-    def test_gradients_are_left_as_they_were(self) -> None:
+    def test_does_not_change_gradients(self) -> None:
         parameters, loss = problem()
         optimizer = Mechanic(torch.optim.SGD(parameters, lr=1.0, weight_decay=0.5), variant="optax")
         loss(0).backward()
@@ -85,11 +85,11 @@ class TestStep:
         alone, alone_loss = problem()
         one = Mechanic(torch.optim.AdamW(alone, lr=1.0), variant="optax")
         train(one, alone_loss, 30)
-        assert joint.scale.item() == pytest.approx(one.scale.item(), rel=1e-12)  # the sums are in another order
+        assert joint.scale.item() == pytest.approx(one.scale.item(), rel=1e-12)  # sums in another order
         for p, q in zip(tensors(parameters), tensors(alone)):
             torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
 
-    def test_a_group_with_lr_zero_stays_and_lrs_differ_by_group(self) -> None:
+    def test_learning_rates_are_per_group_and_may_be_zero(self) -> None:
         parameters, loss = problem()
         start = tensors(parameters)
         groups = [{"params": parameters[:1], "lr": 0.0}, {"params": parameters[1:], "lr": 2.0}]
@@ -127,7 +127,7 @@ class TestStep:
             expected = state["mechanic_x_ref"] + optimizer.scale * state["mechanic_delta"] if follows else before
             torch.testing.assert_close(parameters[0].detach(), expected, rtol=1e-14, atol=1e-14)
 
-    def test_frozen_parameters_are_left_alone_and_may_be_thawed(self) -> None:
+    def test_skips_frozen_parameters_until_they_are_trainable(self) -> None:
         parameters, loss = problem()
         parameters[0].requires_grad_(False)
         optimizer = Mechanic(adamw(parameters), s_init=1e-2, variant="optax")
@@ -145,7 +145,7 @@ class TestStep:
         optimizer.step()
         assert torch.equal(parameters[0], again)
 
-    def test_an_error_in_the_base_step_leaves_everything_as_it_was(self) -> None:
+    def test_an_error_in_the_base_step_rolls_back(self) -> None:
         class Fails(torch.optim.SGD):
             def step(self, closure: Any = None) -> None:  # type: ignore[override]
                 super().step()
@@ -165,7 +165,7 @@ class TestStep:
             assert torch.is_grad_enabled()
 
     @pytest.mark.parametrize("nonfinite", ["raise", "ignore"])  # before the base step, and after it
-    def test_an_error_in_the_tuner_puts_the_parameters_back(self, nonfinite: Any) -> None:
+    def test_an_error_in_the_tuner_restores_the_parameters(self, nonfinite: Any) -> None:
         parameters, loss = problem()
         tuner = FailingTuner(s_init=1e-2)
         optimizer = Mechanic(torch.optim.SGD(parameters, lr=1e-3), variant=tuner, nonfinite=nonfinite)
@@ -175,7 +175,7 @@ class TestStep:
         tuner.error = RuntimeError("connection closed by peer")
         with pytest.raises(RuntimeError, match="closed by peer"):
             optimizer.step()
-        atol = 1e-15 if nonfinite == "raise" else 2e-3  # the update has arrived in Delta, at the scale as it was
+        atol = 1e-15 if nonfinite == "raise" else 2e-3  # Delta has the update, at the old scale
         for p, q in zip(parameters, before):
             torch.testing.assert_close(p.detach(), q, rtol=1e-15, atol=atol)
 
@@ -183,7 +183,7 @@ class TestStep:
     def test_an_interrupt_while_parameters_are_written_leaves_iterates(
         self, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(chunks, "SMALL", -1)  # one parameter after the other
+        monkeypatch.setattr(chunks, "SMALL", -1)  # no batches
         parameters, loss = problem()
         optimizer = Mechanic(adamw(parameters), s_init=1e-3, **{"variant": "optax", **options})
         train(optimizer, loss, 5)
@@ -192,7 +192,7 @@ class TestStep:
         with pytest.raises(KeyboardInterrupt), FailsAt(2, KeyboardInterrupt(), "addcmul.out"):
             optimizer.step()
         for p, q in zip(parameters, before):
-            torch.testing.assert_close(p.detach(), q, rtol=0.2, atol=0.2)  # a step moves by 0.01; an update is 1
+            torch.testing.assert_close(p.detach(), q, rtol=0.2, atol=0.2)  # a step's displacement is 0.01, an update 1
         train(optimizer, loss, 1, start=6)
 
     @pytest.mark.parametrize("options", [{}, {"update": "snapshot"}, {"store_delta": False}], ids=str)
@@ -237,7 +237,7 @@ class TestStep:
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-class TestPlaceAmongOptimizers:
+class TestOptimizerInterface:
     @pytest.mark.parametrize("held", ["wrapper", "base"])
     def test_schedulers_drive_it_before_and_after_a_load(self, held: str) -> None:
         parameters, loss = problem()
@@ -290,7 +290,7 @@ class TestPlaceAmongOptimizers:
         train(optimizer, loss, 5, start=6)
         assert not torch.equal(parameters[1].detach(), before)
 
-    def test_add_param_group_with_several_bases_goes_to_the_one_it_is_said_to(self) -> None:
+    def test_add_param_group_with_several_bases_is_refused(self) -> None:
         parameters, loss = problem()
         extra = torch.ones(3, dtype=torch.float64, requires_grad=True)
         bases = [torch.optim.SGD(parameters[:1], lr=1.0), adamw(parameters[1:])]
@@ -301,7 +301,7 @@ class TestPlaceAmongOptimizers:
         train(optimizer, lambda step: loss(step) + extra.sum(), 3)
         assert "mechanic_x_ref" in optimizer.state[extra]
 
-    def test_a_parameter_added_twice_is_refused(self) -> None:
+    def test_refuses_a_parameter_added_twice(self) -> None:
         parameters, loss = problem()
         bases = [torch.optim.SGD(parameters[:1], lr=1.0), adamw(parameters[1:])]
         optimizer = Mechanic(bases, variant="optax")
@@ -322,7 +322,7 @@ class TestPlaceAmongOptimizers:
 
     @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
     @pytest.mark.parametrize("bases", ["one", "two", "mechanized"])
-    def test_copies_go_on_like_the_original(self, how: str, bases: str) -> None:
+    def test_copies_continue_like_the_original(self, how: str, bases: str) -> None:
         parameters, loss = problem()
         if bases == "one":
             optimizer = Mechanic(adamw(parameters), variant="optax")
@@ -332,7 +332,7 @@ class TestPlaceAmongOptimizers:
             )
         else:
             optimizer = mechanize(torch.optim.AdamW, s_init=1e-3, variant="optax")(parameters, lr=1.0)
-        CosineAnnealingLR(optimizer, T_max=10)  # which puts its own step on the object
+        CosineAnnealingLR(optimizer, T_max=10)  # replaces the object's step
         train(optimizer, loss, 5)
         twin = copy.deepcopy(optimizer) if how == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
         twin_parameters = [p for group in twin.param_groups for p in group["params"]]
@@ -412,7 +412,7 @@ class TestMechanize:
         assert is_mechanized(Mechanic(adamw(parameters), variant="optax"))
         assert not is_mechanized(adamw(parameters))
 
-    def test_logs_every_so_often(self) -> None:
+    def test_logs_every_n_steps(self) -> None:
         parameters, loss = problem()
         seen: list[dict[str, Any]] = []
         optimizer = mechanize(torch.optim.SGD, log_func=seen.append, log_every=3, variant="optax")(parameters, lr=1.0)
@@ -450,7 +450,7 @@ class TestBadInput:
         with pytest.raises(ValueError, match="at least one optimizer"):
             Mechanic([], variant="optax")
 
-    def test_what_cannot_be_wrapped(self) -> None:
+    def test_refuses_unsupported_optimizers(self) -> None:
         parameters, _ = problem()
         with pytest.raises(TypeError, match="LBFGS"):
             Mechanic(torch.optim.LBFGS(parameters), variant="optax")

@@ -1,4 +1,4 @@
-"""The two variants are the two published implementations, step for step."""
+"""The variants "optax" and "pytorch" equal the two published implementations in every step."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_pytorch_variant_equals_mechanic_pytorch(
         return optimizer.state["_mechanic"]["s"].sum().clamp(min=0.0).item()
 
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # it keeps the tuner in the default dtype
+    torch.set_default_dtype(dtype)  # the package stores its tuner in the default dtype
     try:
         expected = trajectory(problem, base, theirs, their_scale, dtype)
     finally:

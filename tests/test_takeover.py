@@ -1,4 +1,4 @@
-"""A run of mechanic-pytorch goes on with manic as if nothing had happened."""
+"""Mechanic continues a run of mechanic-pytorch with equal steps."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MORE_STEPS = 25
 
 @pytest.fixture(autouse=True)
 def _double_precision() -> Iterator[None]:
-    """The package keeps its tuner in the default dtype."""
+    """The package stores its tuner in the default dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     yield
@@ -76,7 +76,7 @@ def old_run(problem: str, base: str, steps: int = STEPS, leave_out: str | None =
     return run
 
 
-def take_over(old: Run, base: str, state_dict: dict[str, Any], **other_options: Any) -> Run:
+def convert_run(old: Run, base: str, state_dict: dict[str, Any], **other_options: Any) -> Run:
     loaded, options = from_mechanic_pytorch(state_dict)
     options |= other_options
     new = Run(old.problem, base, old.parameters, lambda cls, groups, kw: Mechanic(cls(groups, **kw), **options))
@@ -91,7 +91,7 @@ def saved_and_loaded(state_dict: dict[str, Any], weights_only: bool = True) -> d
     return torch.load(file, weights_only=weights_only)
 
 
-def assert_goes_on_alike(new: Run, old: Run, tolerance: float = 1e-10, steps: int = MORE_STEPS) -> None:
+def assert_continues_equally(new: Run, old: Run, tolerance: float = 1e-10, steps: int = MORE_STEPS) -> None:
     assert new.scale == pytest.approx(old.scale, rel=tolerance, abs=0.0)
     for _ in range(steps):
         old.step()
@@ -105,91 +105,91 @@ def assert_goes_on_alike(new: Run, old: Run, tolerance: float = 1e-10, steps: in
 @pytest.mark.parametrize("store_delta", [False, True])
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_a_live_run_is_taken_over_to_1e_10(problem: str, base: str, store_delta: bool) -> None:
+def test_converts_a_live_optimizer_to_1e_10(problem: str, base: str, store_delta: bool) -> None:
     old = old_run(problem, base, store_delta=store_delta)
-    assert_goes_on_alike(take_over(old, base, copy.deepcopy(old.optimizer.state_dict())), old)
+    assert_continues_equally(convert_run(old, base, copy.deepcopy(old.optimizer.state_dict())), old)
 
 
 @pytest.mark.parametrize("weights_only", [True, False])
 @pytest.mark.parametrize("base", BASES)
-def test_a_saved_run_is_taken_over_to_1e_10(base: str, weights_only: bool) -> None:
+def test_converts_a_saved_state_dict_to_1e_10(base: str, weights_only: bool) -> None:
     old = old_run("network", base)
-    assert_goes_on_alike(take_over(old, base, saved_and_loaded(old.optimizer.state_dict(), weights_only)), old)
+    assert_continues_equally(convert_run(old, base, saved_and_loaded(old.optimizer.state_dict(), weights_only)), old)
 
 
-def test_what_the_package_loaded_and_can_not_step_is_taken_over() -> None:
+def test_converts_a_state_that_the_package_cannot_step() -> None:
     old = old_run("network", "momentum")
     stuck = Run("network", "momentum", old.parameters, lambda cls, groups, kw: peer.mechanize(cls)(groups, **kw))
     stuck.optimizer.load_state_dict(saved_and_loaded(old.optimizer.state_dict()))
-    assert_goes_on_alike(take_over(old, "momentum", stuck.optimizer.state_dict()), old)
+    assert_continues_equally(convert_run(old, "momentum", stuck.optimizer.state_dict()), old)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 25])
-def test_it_does_not_matter_how_long_the_run_was(steps: int) -> None:
+def test_converts_after_any_number_of_steps(steps: int) -> None:
     old = old_run("network", "momentum", steps)
-    assert_goes_on_alike(take_over(old, "momentum", saved_and_loaded(old.optimizer.state_dict())), old)
+    assert_continues_equally(convert_run(old, "momentum", saved_and_loaded(old.optimizer.state_dict())), old)
 
 
 @pytest.mark.parametrize("store_delta", [False, True])
-def test_settings_other_than_the_default_come_along(store_delta: bool) -> None:
+def test_converts_nondefault_settings(store_delta: bool) -> None:
     settings = {"betas": (0.8, 0.95, 0.999), "s_init": 1e-4, "s_decay": 0.3, "eps": 1e-6, "store_delta": store_delta}
     old = old_run("network", "adamw", **settings)
     _, options = from_mechanic_pytorch(old.optimizer.state_dict())
     assert options == {**settings, "variant": "pytorch"}
-    assert_goes_on_alike(take_over(old, "adamw", saved_and_loaded(old.optimizer.state_dict())), old)
+    assert_continues_equally(convert_run(old, "adamw", saved_and_loaded(old.optimizer.state_dict())), old)
 
 
-def test_a_delta_that_is_stored_from_then_on_starts_as_the_package_has_it() -> None:
+def test_store_delta_starts_from_the_recomputed_delta() -> None:
     old = old_run("network", "momentum")
-    new = take_over(old, "momentum", saved_and_loaded(old.optimizer.state_dict()), store_delta=True)
-    assert_goes_on_alike(new, old, steps=1)  # later steps differ: the package divides by S + eps anew in each
+    new = convert_run(old, "momentum", saved_and_loaded(old.optimizer.state_dict()), store_delta=True)
+    assert_continues_equally(new, old, steps=1)  # later steps differ: the package divides by S + eps in each
     assert all("mechanic_delta" in new.optimizer.state[p] for p in new.parameters.values())
 
 
 @pytest.mark.parametrize("base", ["sgd", "adamw", "adam, two groups"])
-def test_a_parameter_without_a_gradient_so_far_joins_later(base: str) -> None:
+def test_a_parameter_without_a_gradient_is_trained_later(base: str) -> None:
     old = old_run("network", base, leave_out="w1")
-    new = take_over(old, base, saved_and_loaded(old.optimizer.state_dict()))
+    new = convert_run(old, base, saved_and_loaded(old.optimizer.state_dict()))
     assert new.parameters["w1"] not in new.optimizer.state
-    copy.deepcopy(new.optimizer)  # base optimizers expect their own state where there is any
-    assert_goes_on_alike(new, old)
+    copy.deepcopy(new.optimizer)  # base optimizers expect their keys in any state
+    assert_continues_equally(new, old)
 
 
-def test_a_taken_over_run_is_saved_and_loaded_like_any_other() -> None:
+def test_a_converted_run_can_be_saved_and_loaded() -> None:
     old = old_run("network", "adamw")
-    first = take_over(old, "adamw", saved_and_loaded(old.optimizer.state_dict()))
+    first = convert_run(old, "adamw", saved_and_loaded(old.optimizer.state_dict()))
     again = Run(
         "network", "adamw", first.parameters,
         lambda cls, groups, kw: Mechanic(cls(groups, **kw), variant="pytorch", store_delta=False),
     )  # fmt: skip
     again.optimizer.load_state_dict(saved_and_loaded(first.optimizer.state_dict()))
-    assert_goes_on_alike(again, old)
+    assert_continues_equally(again, old)
 
 
-def test_the_state_dict_is_left_as_it_was() -> None:
+def test_does_not_change_the_state_dict() -> None:
     state_dict = old_run("network", "adamw").optimizer.state_dict()
     keys = copy.deepcopy([list(state_dict["state"][0]), list(state_dict["state"]), list(state_dict["param_groups"][0])])
     from_mechanic_pytorch(state_dict)
     assert [list(state_dict["state"][0]), list(state_dict["state"]), list(state_dict["param_groups"][0])] == keys
 
 
-def test_a_run_in_single_precision_goes_on_from_its_own_numbers() -> None:
+def test_a_float32_run_continues_from_its_rounded_settings() -> None:
     torch.set_default_dtype(torch.float32)
     old = old_run("network", "adamw", store_delta=True)
-    new = take_over(old, "adamw", saved_and_loaded(old.optimizer.state_dict()))
+    new = convert_run(old, "adamw", saved_and_loaded(old.optimizer.state_dict()))
     assert new.scale == pytest.approx(old.scale, rel=1e-6)
     mechanic = old.optimizer.state["_mechanic"]
     for name, parameter in old.parameters.items():
         mine = new.optimizer.state[new.parameters[name]]
         assert torch.equal(mine["mechanic_x_ref"], mechanic[parameter]["ref"])
         assert torch.equal(mine["mechanic_delta"], mechanic[parameter]["delta"])
-    assert_goes_on_alike(new, old, tolerance=1e-5)
-    # Betas that were rounded to float32 are those of the default.
+    assert_continues_equally(new, old, tolerance=1e-5)
+    # Betas rounded to float32 match the default.
     loaded, _ = from_mechanic_pytorch(old.optimizer.state_dict())
     Mechanic(AdamW(old.parameters.values()), variant="pytorch").load_state_dict(loaded)
 
 
-def test_a_delta_too_small_to_be_seen_in_x_is_kept() -> None:
+def test_keeps_a_delta_below_the_rounding_of_x() -> None:
     parameter = torch.full((3,), 1e12, requires_grad=True)
     optimizer = peer.mechanize(SGD, store_delta=True)([parameter], lr=1.0)
     parameter.grad = torch.full((3,), 2.0)
@@ -211,13 +211,13 @@ def lose_a_parameter(state_dict: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("make", "words"), [
-    (lambda: {"model": {}, "optimizer": {}}, r"no optimizer's state dict.*expected.*got \['model', 'optimizer'\]"),
-    (lambda: AdamW([torch.ones(1)]), "no optimizer's state dict.*expected.*got AdamW.*pass"),
-    (lambda: AdamW([torch.ones(1)]).state_dict(), "no state dict of mechanic-pytorch.*expected '_mechanic'.*Load"),
-    (lambda: old_run("network", "adamw", 0).optimizer.state_dict(), "expected '_mechanic'.*after its first step"),
+    (lambda: {"model": {}, "optimizer": {}}, r"not an optimizer's state dict.*expected.*got \['model', 'optimizer'\]"),
+    (lambda: AdamW([torch.ones(1)]), "not an optimizer's state dict.*expected.*got AdamW.*pass"),
+    (lambda: AdamW([torch.ones(1)]).state_dict(), "not a state dict of mechanic-pytorch.*expected '_mechanic'.*Load"),
+    (lambda: old_run("network", "adamw", 0).optimizer.state_dict(), "expected '_mechanic'.*in the first step"),
     (lambda: broken(lambda state: state["state"]["_mechanic"].pop("reward")), r"lacks \['reward'\].*expected.*pass"),
     (lambda: broken(lose_a_parameter), "reference points of 2 parameters.*have 3.*Expected.*pass"),
 ], ids=["checkpoint", "optimizer", "plain", "no step yet", "incomplete", "a parameter less"])  # fmt: skip
-def test_what_is_no_state_of_the_package_is_refused_in_words(make: Callable[[], Any], words: str) -> None:
+def test_refuses_other_states(make: Callable[[], Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         from_mechanic_pytorch(make())

@@ -1,4 +1,4 @@
-"""The ranks themselves: what passes, what fails, and how soon."""
+"""manic.testing: results, failures, timeouts and reuse of processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def reduce(value: float) -> tuple[int, float]:
 
 
 def fail_on_rank_one() -> None:
-    print(f"a word from rank {dist.get_rank()}")
+    print(f"output of rank {dist.get_rank()}")
     if dist.get_rank() == 1:
         raise ValueError("the reason")
     dist.barrier()
@@ -41,48 +41,48 @@ def process_id() -> int:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_results_come_back_by_rank(world_size: int) -> None:
+def test_returns_results_by_rank(world_size: int) -> None:
     assert run(reduce, world_size, 1.5) == [(rank, 1.5 * world_size) for rank in range(world_size)]
 
 
 @ranks(2)
 @pytest.mark.parametrize("value", [3])
-def test_the_decorator_passes_parameters(value: int) -> None:
+def test_decorator_passes_parameters(value: int) -> None:
     assert value == 3
     assert dist.get_world_size() == 2
 
 
 @ranks(1)
 @torch.no_grad()
-def test_other_decorators_stay_on() -> None:
+def test_decorator_keeps_other_decorators() -> None:
     assert not torch.is_grad_enabled()
 
 
 @ranks(2)
-def test_a_skip_on_a_rank_is_a_skip() -> None:
+def test_a_skip_on_a_rank_skips_the_test() -> None:
     if dist.get_rank() == 1:
-        pytest.skip("rank 1 would rather not")
+        pytest.skip("skipped on rank 1")
 
 
-def test_ranks_stay_warm() -> None:
+def test_reuses_processes() -> None:
     first = run(process_id, 2)
     start = time.monotonic()
     second = run(process_id, 2)
     assert first == second
-    assert time.monotonic() - start < 30.0  # it takes a twentieth of a second; starting new ones takes seconds
+    assert time.monotonic() - start < 30.0  # takes 0.05 s; new processes take seconds
 
 
-def test_a_failing_rank_is_named_with_its_traceback_and_output() -> None:
+def test_reports_a_failing_ranks_traceback_and_output() -> None:
     with pytest.raises(RankError) as caught:
         run(fail_on_rank_one, 2)
     text = str(caught.value)
     assert "rank 1: Traceback" in text
     assert "ValueError: the reason" in text
-    assert "a word from rank 1" in text
+    assert "output of rank 1" in text
     assert run(process_id, 2)
 
 
-def test_a_hanging_rank_is_killed_and_shows_where_it_hung() -> None:
+def test_kills_a_hanging_rank_and_reports_its_stack() -> None:
     start = time.monotonic()
     with pytest.raises(RankError, match="hang_on_rank_one"):
         run(hang_on_rank_one, 2, timeout=2.0)
@@ -90,13 +90,13 @@ def test_a_hanging_rank_is_killed_and_shows_where_it_hung() -> None:
     assert run(reduce, 2, 1.0)[0] == (0, 2.0)
 
 
-def test_a_dead_rank_is_reported() -> None:
+def test_reports_a_dead_rank() -> None:
     with pytest.raises(RankError, match=r"rank 1: died \(exit code 7\)"):
         run(die_on_rank_one, 2)
     assert run(reduce, 2, 1.0)[0] == (0, 2.0)
 
 
-def test_what_cannot_run_is_said_at_once() -> None:
+def test_refuses_bad_arguments() -> None:
     with pytest.raises(ValueError, match="top level of a module"):
         run(lambda: None, 2)
     with pytest.raises(ValueError, match="world_size must be positive"):

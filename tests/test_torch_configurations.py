@@ -1,4 +1,4 @@
-"""Every configuration in which torch tests its own optimizers: the step is Algorithm 1 around it, or it is refused."""
+"""In every configuration in which torch tests its optimizers, the step equals Algorithm 1 or is refused."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from support.problems import problem, reference_of
 
 STEPS = 10
 S_INIT = 1.0
-# By name: words of the reason.
-REFUSED = {"LBFGS": "no first-order optimizer", "SparseAdam": "gradients are sparse"}
+# By name: part of the reason.
+REFUSED = {"LBFGS": "evaluates the loss at many points", "SparseAdam": "gradients are sparse"}
 NAMES = sorted(
     name
     for name, value in vars(torch.optim).items()
     if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer
 )
 
-# In a process of its own, because the import changes settings of torch for good and may start CUDA. Expecttest, which
-# torch's own tests compare outputs with, is nothing that configurations need.
+# Run in a separate process, because the import changes settings of torch and may initialize CUDA. The configurations do
+# not need expecttest, which the module imports.
 READ = """
 import pickle, sys, types, unittest
 try:
@@ -39,7 +39,7 @@ except ImportError:
 from torch.testing._internal.common_optimizers import optim_db
 found = {}
 for info in optim_db:
-    # What is listed for CUDA alone has options in it that a CPU takes too, if it need not be capturable.
+    # Configurations listed for CUDA alone also work on a CPU without capturable.
     inputs = [one for device in ("cpu", "cuda") for one in info.optim_inputs_func(device=device)]
     inputs = {one.desc: {k: v for k, v in one.kwargs.items() if k != "capturable"} for one in inputs}
     fused = "fused" in info.supported_impls and "cpu" in info.supports_fused_on
@@ -51,7 +51,7 @@ with open(sys.argv[1], "wb") as file:
 
 @pytest.fixture(scope="session")
 def database(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, dict[str, Any]], list[str]]]:
-    """By optimizer: its options by description, and the implementations it supports."""
+    """By optimizer: options by description, and supported implementations."""
     path = tmp_path_factory.mktemp("configurations") / "configurations.pickle"
     result = subprocess.run([sys.executable, "-c", READ, str(path)], capture_output=True, text=True, check=False)
     if result.returncode:
@@ -62,7 +62,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[s
 
 
 def configurations(database: Any, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Description and options of every configuration that torch has for ``name``, in every implementation."""
+    """Description and options of each of torch's configurations of ``name``, in every implementation."""
     if name not in database:
         pytest.skip(f"this torch has no test configurations for {name}")
     inputs, implementations = database[name]
@@ -74,7 +74,7 @@ def configurations(database: Any, name: str) -> Iterator[tuple[str, dict[str, An
 
 
 def widened(value: Any) -> Any:
-    """Tensors among options in float64: torch computes with them in their own dtype."""
+    """Options with tensors in float64, because torch computes with them in their dtype."""
     if isinstance(value, tuple):
         return tuple(map(widened, value))
     return value.double() if isinstance(value, Tensor) else value
@@ -87,10 +87,10 @@ def make(name: str, parameters: list[Tensor], options: dict[str, Any]) -> Optimi
 
 @dataclass
 class Trajectory:
-    """What the reference did around a base optimizer, step by step."""
+    """The reference's steps around a base optimizer."""
 
     gradients: list[list[Tensor | None]] = field(default_factory=list)
-    """Where it was; after the first steps one parameter has none for once."""
+    """The gradients at its iterates; in one step, one parameter has none."""
     scales: list[float] = field(default_factory=list)
     parameters: list[list[Tensor]] = field(default_factory=list)
 
@@ -112,9 +112,9 @@ class Trajectory:
         return trajectory
 
     def compare(self, optimizer: Mechanic, parameters: list[Tensor], rtol: float, description: str) -> None:
-        """Give ``optimizer`` the same gradients; it must come by the same scales and parameters."""
+        """Give ``optimizer`` the same gradients; assert that its scales and parameters are equal."""
 
-        def say(message: str) -> str:
+        def describe(message: str) -> str:
             return f"{description}: {message}"
 
         for gradients, scale, expected in zip(self.gradients, self.scales, self.parameters):
@@ -123,11 +123,11 @@ class Trajectory:
             optimizer.step()
             assert optimizer.scale.item() == pytest.approx(scale, rel=rtol, abs=0), description
             for parameter, right in zip(parameters, expected):
-                torch.testing.assert_close(parameter.detach(), right, rtol=rtol, atol=rtol, msg=say)
+                torch.testing.assert_close(parameter.detach(), right, rtol=rtol, atol=rtol, msg=describe)
 
 
 def is_refused(name: str, options: dict[str, Any]) -> bool:
-    """Whether the base optimizer by itself does not take its options together."""
+    """Whether the base optimizer refuses the combination of options."""
     try:
         make(name, problem()[0], options)
     except (ValueError, RuntimeError):
@@ -143,17 +143,17 @@ def test_equals_the_reference(name: str, variant: str, database: Any) -> None:
         if "differentiable" in options or is_refused(name, options):
             continue
         if variant == "pytorch" and ("foreach" in options or "fused" in options):
-            continue  # it takes snapshots, whatever the implementation
+            continue  # it takes snapshots in every implementation
         trajectory = Trajectory.of(name, options, variant)
         moved = [(a - b).abs().max().item() for a, b in zip(trajectory.parameters[0], trajectory.parameters[-1])]
-        assert min(moved) > 1e-4, f"{description}: nothing has moved, so that the comparison shows nothing"
+        assert min(moved) > 1e-4, f"{description}: the displacement is too small for a comparison"
         parameters, _ = problem()
         optimizer = Mechanic(make(name, parameters, options), variant=variant, s_init=S_INIT)
         trajectory.compare(optimizer, parameters, 1e-9, description)
         compared += 1
 
-        # Recomputing Delta divides by S + eps, which is a relative eps / S off. It divides by the wrong S where a
-        # parameter was left where another S had put it, as "pytorch" leaves those without a gradient.
+        # Recomputing Delta divides by S + eps, a relative error of eps / S. With "pytorch", a parameter without a
+        # gradient stays at the position of an earlier S, and Delta would be divided by another S.
         if variant == "pytorch":
             trajectory = Trajectory.of(name, options, variant, every_gradient=True)
         parameters, _ = problem()
@@ -163,7 +163,7 @@ def test_equals_the_reference(name: str, variant: str, database: Any) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_mechanic_cannot_do_is_refused_when_it_is_built(name: str, database: Any) -> None:
+def test_refuses_unsupported_optimizers_at_construction(name: str, database: Any) -> None:
     for _, options in configurations(database, name):
         parameters, _ = problem()
         if name in REFUSED:
@@ -174,5 +174,5 @@ def test_what_mechanic_cannot_do_is_refused_when_it_is_built(name: str, database
                 Mechanic(make(name, parameters, options), variant="optax")
 
 
-def test_no_optimizer_of_torch_is_left_out(database: Any) -> None:
+def test_covers_every_optimizer_of_torch(database: Any) -> None:
     assert set(database) <= set(NAMES)

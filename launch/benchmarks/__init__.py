@@ -1,1 +1,1 @@
-"""What launch/benchmark.py measures: a module for each sub-command, and what they share."""
+"""The benchmarks of launch/benchmark.py: one module for each subcommand, and shared ones."""

@@ -1,4 +1,4 @@
-"""What a checkpoint of Mechanic(AdamW) under FSDP2 costs: bytes, seconds, seconds that training waits, host memory."""
+"""Cost of a checkpoint of Mechanic(AdamW) with FSDP2: bytes, seconds, seconds that training waits, host memory."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from manic.checkpoint import Checkpointer
 from manic.testing import run
 
 SEQ_LEN = 64
-# Width and number of blocks of a GPT with about so many parameters.
+# Width and number of blocks of a GPT, by approximate number of parameters.
 SIZES = {"1M": (128, 5), "25M": (512, 8), "124M": (768, 17), "1B": (2048, 20)}
 
 
 def measure(width: int, layers: int, directory: str | None, repeats: int) -> dict[str, float]:
-    """Called on every rank; times are medians of ``repeats``, in seconds, and sizes are in bytes."""
+    """Measure on every rank; times are medians of ``repeats`` in seconds, sizes are in bytes."""
     box = [tempfile.mkdtemp(dir=directory)]
     dist.broadcast_object_list(box)
     folder = Path(box[0])
@@ -43,7 +43,7 @@ def measure(width: int, layers: int, directory: str | None, repeats: int) -> dic
     steps = iter(range(1000))
     try:
         found: dict[str, float] = {}
-        checkpointer.save(next(steps))  # the process group and the first pages
+        checkpointer.save(next(steps))  # creates the process group and touches the first pages
         before = reset_peak()
         found["save"] = median(lambda: checkpointer.save(next(steps)), repeats)
         found["save_memory"] = peak() - before
@@ -64,7 +64,7 @@ def measure(width: int, layers: int, directory: str | None, repeats: int) -> dic
 
 
 def median(action: Callable[[], Any], repeats: int, after: Callable[[], Any] = lambda: None) -> float:
-    """Of the seconds that it takes; ``after`` is not counted."""
+    """Median duration of ``action`` in seconds; ``after`` is not counted."""
     seconds = []
     for _ in range(repeats):
         dist.barrier()
@@ -76,7 +76,7 @@ def median(action: Callable[[], Any], repeats: int, after: Callable[[], Any] = l
 
 
 def table(sizes: dict[str, tuple[int, int]], ranks: list[int], directory: str | None, repeats: int) -> str:
-    """One line for each size and number of ranks, as Markdown."""
+    """A Markdown table with one line for each size and number of ranks."""
     heads = [
         "parameters", "ranks", "on disk", "largest shard", "`save`", "`async_save` blocks", "share", "`load`",
         '`load`, `verify="size"`', "memory of `save`", "of `async_save`",
@@ -85,7 +85,7 @@ def table(sizes: dict[str, tuple[int, int]], ranks: list[int], directory: str | 
     for size, (width, layers) in sizes.items():
         for world_size in ranks:
             each = run(measure, world_size, width, layers, directory, repeats, timeout=1800)
-            # The slowest rank is what a run waits for.
+            # A run waits for its slowest rank.
             worst = {key: max(found[key] for found in each) for key in each[0]}
             cells = [
                 size, str(world_size), megabytes(worst["bytes"]), megabytes(worst["shard"]),
@@ -98,5 +98,5 @@ def table(sizes: dict[str, tuple[int, int]], ranks: list[int], directory: str | 
 
 
 def megabytes(count: float) -> str:
-    """In units of a million bytes."""
+    """A number of bytes in MB."""
     return f"{count / 1e6:,.0f} MB"

@@ -1,4 +1,4 @@
-"""What the Python of a step costs the host: many DTensors of few elements, on one rank of a simulated group."""
+"""Host time of a step's Python code: many DTensors of few elements, on one rank of a simulated group."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from manic import Mechanic
 
 WARM_UP = 5
 REFERENCE = "AdamW, fused"
-# Of the shards on a rank: small enough that the kernels' time is nothing beside the host's.
+# Shapes of the shards on a rank: so small that kernel time is negligible.
 _MATRIX, _VECTOR = (2, 4), (2,)
 _IN_BLOCK = [_MATRIX] * 7 + [_VECTOR] * 2
 
@@ -45,21 +45,21 @@ METHODS: dict[str, Callable[[Sequence[DTensor]], Optimizer]] = {
 
 @dataclass
 class Cost:
-    """Of one method."""
+    """Cost of one method."""
 
     seconds: float | None = None
-    """Of a step on the host: the median; ``None`` if the method raised."""
+    """Median host time of a step; ``None`` if the method raised."""
     error: str | None = None
-    """What it raised."""
+    """The error that it raised."""
 
 
 class Run:
-    """One method on parameters of its own, laid out as FSDP2 shards a Llama-like model over a mesh of one dimension.
+    """One method on its parameters, sharded as FSDP2 shards a Llama-like model over a mesh of one dimension.
 
     Args:
         method: A name in :data:`METHODS`.
-        mesh: The ranks.
-        layers: Blocks of the model, each of seven matrices and two norms; beside them are embedding, norm and head.
+        mesh: The mesh to shard over.
+        layers: Number of blocks, each of seven matrices and two norms, besides embedding, norm and head.
     """
 
     def __init__(self, method: str, mesh: DeviceMesh, layers: int) -> None:
@@ -70,17 +70,17 @@ class Run:
         ]
         self.seconds: list[float] = []
         self.error: str | None = None
-        """What the method raised, which is a row of the table, beside the methods that work."""
+        """The error that the method raised; shown in its row of the table."""
         try:
             self._optimizer = METHODS[method](self._parameters)
         except Exception as error:
             self.error = _name(error)
 
     def step(self) -> None:
-        """Take a step and time it, unless the method has raised before."""
+        """Run and time a step, unless the method has raised before."""
         if self.error is not None:
             return
-        for parameter in self._parameters:  # backward makes a new DTensor each time
+        for parameter in self._parameters:  # as backward, which creates a new DTensor each time
             parameter.grad = DTensor.from_local(
                 1e-3 * self._random(parameter.to_local().shape),
                 parameter.device_mesh,
@@ -103,18 +103,21 @@ def _name(error: Exception) -> str:
 
 
 def count(layers: int) -> int:
-    """How many parameters a model of so many blocks has."""
+    """Number of parameter tensors of a model with ``layers`` blocks."""
     return len(_IN_BLOCK) * layers + 3
 
 
 def measure(methods: Sequence[str], layers: int, world_size: int, repeats: int) -> dict[str, Cost]:
-    """All methods side by side in this process: they take turns, so that a slow moment of the machine meets all.
+    """Measure all methods in this process; their steps alternate, so that noise of the machine affects all equally.
 
     Args:
         methods: Names in :data:`METHODS`.
-        layers: Blocks of the model.
-        world_size: Ranks that torch's fake backend simulates; this process is rank 0.
+        layers: Number of blocks.
+        world_size: Number of ranks that torch's fake backend simulates; this process is rank 0.
         repeats: Timed steps of each method, after :data:`WARM_UP`.
+
+    Returns:
+        The costs, by method.
     """
     dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
     try:
@@ -132,18 +135,18 @@ def measure(methods: Sequence[str], layers: int, world_size: int, repeats: int) 
 
 
 def ratio(costs: dict[str, Cost], method: str) -> float | None:
-    """Over the reference, where both have a time."""
+    """A method's time over the reference's; ``None`` if either raised."""
     of_method, of_reference = costs[method].seconds, costs[REFERENCE].seconds
     return None if of_method is None or of_reference is None else of_method / of_reference
 
 
 def as_json(costs: dict[str, Cost]) -> dict[str, Any]:
-    """With the ratio to the reference."""
+    """The costs with their ratio to the reference."""
     return {method: {**asdict(cost), "ratio": ratio(costs, method)} for method, cost in costs.items()}
 
 
 def table(costs: dict[str, Cost]) -> str:
-    """As Markdown."""
+    """A Markdown table of the costs."""
     lines = ["| | host time of a step | over fused AdamW |", "| --- | --- | --- |"]
     for method, cost in costs.items():
         if cost.seconds is None:

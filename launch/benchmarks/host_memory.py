@@ -1,4 +1,4 @@
-"""What the process holds in host memory, from Linux's /proc/self."""
+"""Host memory of the process, from Linux's /proc/self."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from pathlib import Path
 
 
 def reset_peak() -> int:
-    """Forget the largest host memory so far; return what is held now."""
+    """Reset the peak; return the current resident memory in bytes."""
     Path("/proc/self/clear_refs").write_text("5")
     return held()
 
 
 def held() -> int:
-    """Bytes that are held now."""
+    """Current resident memory in bytes."""
     return _status("VmRSS")
 
 
 def peak() -> int:
-    """The most that was held since :func:`reset_peak`, in bytes."""
+    """Peak resident memory since :func:`reset_peak`, in bytes."""
     return _status("VmHWM")
 
 

@@ -1,7 +1,7 @@
-"""What a step asks of one rank of many, found without hardware: a process group that only pretends, tensors of no data.
+"""Cost of a step on one rank of many, without hardware: fake process group, meta tensors.
 
-A step runs as it would on rank 0 of a Llama-3-shaped model: what it allocates, calls and communicates is counted, and
-the host's time measured, but no number is computed. Speeds of devices and networks are not in it.
+Runs the step of rank 0 of a Llama-3-shaped model: counts its allocations, operators and collectives and measures its
+host time, but computes no values. Speeds of devices and networks are not included.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.step import Calls
+from benchmarks.step import CallCounter
 from manic import Mechanic
 
 
@@ -40,7 +40,7 @@ class Llama:
     vocabulary: int = 128_256
 
     def shapes(self, stages: int) -> list[tuple[str, tuple[int, ...]]]:
-        """Kind (how tensor parallelism splits it) and shape of the parameters of the first of ``stages``."""
+        """Kind (how tensor parallelism splits it) and shape of each parameter in the first of ``stages``."""
         block = [
             ("columns", (self.width, self.width)), ("columns", (self.keys, self.width)),
             ("columns", (self.keys, self.width)), ("rows", (self.width, self.width)),
@@ -55,39 +55,39 @@ MODELS = {"8B": Llama(32, 4096, 14336), "70B": Llama(80, 8192, 28672), "405B": L
 
 
 @dataclass(frozen=True)
-class Spread:
-    """How a model is laid out over the ranks."""
+class Layout:
+    """Placement of a model over the ranks."""
 
     shard: int | None = None
-    """Ranks that FSDP2 shards over, the model being replicated over the rest (HSDP); None: all that are left."""
+    """Ranks that FSDP2 shards over, with replicas over the rest (HSDP); ``None``: all remaining ranks."""
     tensor: int = 1
     """Ranks of tensor parallelism."""
     stages: int = 1
-    """Of a pipeline."""
+    """Pipeline stages."""
 
     def fits(self, world_size: int) -> bool:
-        """Whether so many ranks can be laid out like this."""
+        """Whether the layout divides ``world_size`` ranks."""
         return world_size % ((self.shard or 1) * self.tensor * self.stages) == 0
 
     def mesh(self, world_size: int) -> DeviceMesh:
-        """Of the first stage: (replicate, shard, tensor)."""
-        left = world_size // (self.tensor * self.stages)
-        shard = self.shard or left
-        sizes = (self.stages, left // shard, shard, self.tensor)
+        """The first stage's mesh: (replicate, shard, tensor)."""
+        remaining = world_size // (self.tensor * self.stages)
+        shard = self.shard or remaining
+        sizes = (self.stages, remaining // shard, shard, self.tensor)
         whole = init_device_mesh("cpu", sizes, mesh_dim_names=("stage", "replicate", "shard", "tensor"))
         return whole["replicate", "shard", "tensor"]
 
 
-SPREADS = {
-    "FSDP2": Spread(),
-    "HSDP, shards of 64": Spread(shard=64),
-    "FSDP2 + TP 8": Spread(tensor=8),
-    "FSDP2 + TP 8 + PP 16": Spread(tensor=8, stages=16),
+LAYOUTS = {
+    "FSDP2": Layout(),
+    "HSDP, shards of 64": Layout(shard=64),
+    "FSDP2 + TP 8": Layout(tensor=8),
+    "FSDP2 + TP 8 + PP 16": Layout(tensor=8, stages=16),
 }
 
 
 class Scratch(TorchDispatchMode):
-    """Follows the bytes of storages that were made inside and still live."""
+    """Tracks the bytes of live storages that were allocated while the mode is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class Scratch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:
-            return NotImplemented  # to be asked again about the local tensors
+            return NotImplemented  # the mode is called again for the local tensors
         given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
@@ -105,31 +105,31 @@ class Scratch(TorchDispatchMode):
                 self._known.add(id(storage))
                 self.held += storage.nbytes()
                 self.peak = max(self.peak, self.held)
-                weakref.finalize(storage, self._gone, id(storage), storage.nbytes())
+                weakref.finalize(storage, self._release, id(storage), storage.nbytes())
         return result
 
-    def _gone(self, identity: int, size: int) -> None:
+    def _release(self, identity: int, size: int) -> None:
         self._known.discard(identity)
         self.held -= size
 
 
 @dataclass
 class Cost:
-    """Of one rank's step."""
+    """Cost of one rank's step."""
 
     parameters: int
-    """Elements of parameters on the rank."""
+    """Number of parameter elements on the rank."""
     base_bytes: int
-    """Of the base optimizer's state."""
+    """Bytes of the base optimizer's state."""
     own_bytes: int
-    """Of x_ref, Delta and the tuner."""
+    """Bytes of x_ref, Delta and the tuner."""
     scratch: int
-    """The most bytes that a step holds at a time over what it had, but for the base optimizer's own."""
+    """Peak bytes that a step allocates, without the base optimizer's step."""
     collectives: int
     host_seconds: float
-    """For the Python of a step, operators' dispatch included: the median."""
+    """Median host time of a step, including operator dispatch."""
     base_seconds: float
-    """The same of the base optimizer alone."""
+    """Median host time of the base optimizer's step alone."""
 
 
 def make_parameters(model: Llama, stages: int, mesh: DeviceMesh) -> list[Tensor]:
@@ -153,13 +153,13 @@ def make_parameters(model: Llama, stages: int, mesh: DeviceMesh) -> list[Tensor]
 
 
 def local_bytes(values: Any) -> int:
-    """Of the tensors among ``values`` on this rank."""
+    """Bytes of the local parts of the tensors among ``values``."""
     locals_ = (value.to_local() if isinstance(value, DTensor) else value for value in values)
     return sum(value.numel() * value.element_size() for value in locals_ if isinstance(value, Tensor))
 
 
 def host_seconds(optimizer: Optimizer, repeats: int) -> float:
-    """The median of a step, after two."""
+    """Median duration of a step in seconds, after two untimed ones."""
     seconds = []
     for _ in range(repeats + 2):
         start = time.perf_counter()
@@ -168,22 +168,22 @@ def host_seconds(optimizer: Optimizer, repeats: int) -> float:
     return statistics.median(seconds[2:])
 
 
-def measure(model: Llama, spread: Spread, world_size: int, repeats: int) -> Cost:
-    """Take steps on rank 0 of ``world_size``."""
+def measure(model: Llama, layout: Layout, world_size: int, repeats: int) -> Cost:
+    """Measure steps on rank 0 of ``world_size``."""
     dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
     try:
-        mesh = spread.mesh(world_size)
+        mesh = layout.mesh(world_size)
 
         def base() -> AdamW:
-            return AdamW(make_parameters(model, spread.stages, mesh), lr=1.0, weight_decay=0.1, foreach=True)
+            return AdamW(make_parameters(model, layout.stages, mesh), lr=1.0, weight_decay=0.1, foreach=True)
 
         base_seconds = host_seconds(base(), repeats)
         inner = base()
-        optimizer = Mechanic(inner, variant="optax", pipeline_stages=spread.stages, nonfinite="ignore")
+        optimizer = Mechanic(inner, variant="optax", pipeline_stages=layout.stages, nonfinite="ignore")
         seconds = host_seconds(optimizer, repeats)
-        with Calls() as calls:
+        with CallCounter() as calls:
             optimizer.step()
-        with Scratch() as scratch, mock.patch.object(inner, "step"):  # the wrapper's own
+        with Scratch() as scratch, mock.patch.object(inner, "step"):  # of the wrapper alone
             optimizer.step()
         parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
         entries = [(key, value) for state in inner.state.values() for key, value in state.items()]
@@ -202,33 +202,33 @@ def measure(model: Llama, spread: Spread, world_size: int, repeats: int) -> Cost
 
 
 def hops(world_size: int, node: int) -> int:
-    """Messages that wait for each other when a tree of nodes of ``node`` ranks sums a few numbers and hands them out.
+    """Sequential messages of a small all_reduce over a tree of nodes of ``node`` ranks.
 
-    Such an all_reduce is as long as its longest way: up the tree and down again, as NCCL's double binary trees go. A
-    ring's way would be 2 * (world_size - 1).
+    Its latency is that of the longest path: up the tree and down again, as in NCCL's double binary trees. A ring needs
+    2 * (world_size - 1) messages.
     """
     return 2 * math.ceil(math.log2(max(world_size / node, 1))) + (2 if world_size > 1 else 0)
 
 
 def table(models: Sequence[str], world_sizes: Sequence[int], repeats: int, node: int, hop: float) -> str:
-    """As Markdown."""
+    """A Markdown table of the costs by model, layout and number of ranks."""
     heads = [
         "model", "layout", "ranks", "parameters a rank", "AdamW's state", "manic's state", "scratch",
         "all_reduces", "host, AdamW", "host, Mechanic(AdamW)", "hops", f"all_reduce at {1e6 * hop:g} us a hop",
     ]  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     for name in models:
-        for layout, spread in SPREADS.items():
+        for layout_name, layout in LAYOUTS.items():
             for world_size in world_sizes:
-                if not spread.fits(world_size):
+                if not layout.fits(world_size):
                     continue
-                cost = measure(MODELS[name], spread, world_size, repeats)
-                way = hops(world_size, node)
+                cost = measure(MODELS[name], layout, world_size, repeats)
+                count = hops(world_size, node)
                 lines.append("| " + " | ".join([
-                    name, layout, f"{world_size:,}", f"{cost.parameters:,}", _mebibytes(cost.base_bytes),
+                    name, layout_name, f"{world_size:,}", f"{cost.parameters:,}", _mebibytes(cost.base_bytes),
                     _mebibytes(cost.own_bytes), _mebibytes(cost.scratch), str(cost.collectives),
-                    f"{1e3 * cost.base_seconds:.0f} ms", f"{1e3 * cost.host_seconds:.0f} ms", str(way),
-                    f"{1e6 * way * hop:.0f} us",
+                    f"{1e3 * cost.base_seconds:.0f} ms", f"{1e3 * cost.host_seconds:.0f} ms", str(count),
+                    f"{1e6 * count * hop:.0f} us",
                 ]) + " |")  # fmt: skip
     return "\n".join(lines)
 

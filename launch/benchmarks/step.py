@@ -1,4 +1,4 @@
-"""What an optimizer's step costs: time and memory beside fused AdamW, and what it asks of device and network."""
+"""Cost of an optimizer's step relative to fused AdamW: time, memory, kernel launches, collectives and host syncs."""
 
 from __future__ import annotations
 
@@ -107,24 +107,24 @@ REFERENCE = "AdamW, fused"
 
 @dataclass
 class Cost:
-    """Of one method."""
+    """Cost of one method."""
 
     seconds: float
-    """Of a step: the median."""
+    """Median duration of a step."""
     at_rest: float
-    """Bytes per parameter that the optimizer holds between steps, parameters and gradients not counted."""
+    """Bytes per parameter that the optimizer holds between steps, without parameters and gradients."""
     at_peak: float
-    """The most that it holds during a step."""
+    """Peak bytes per parameter during a step, without parameters and gradients."""
     collectives: int
-    """On two ranks, a step."""
+    """Collectives per step on two ranks."""
     operators: int
-    """Kernels launched, on CUDA; operators other than views, on a CPU. A step on one rank."""
+    """Kernel launches per step on CUDA, operators other than views on a CPU; on one rank."""
     syncs: int
-    """How often a step asks for a number that is on the device."""
+    """Host syncs per step."""
 
 
-class Calls(TorchDispatchMode):
-    """Counts what is called inside."""
+class CallCounter(TorchDispatchMode):
+    """Counts collectives, host syncs and other operators while the mode is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:
-            return NotImplemented  # to be asked again about the local tensors
+            return NotImplemented  # the mode is called again for the local tensors
         if func.namespace in ("c10d", "_c10d_functional"):
             self.counts["collectives"] += 1
         elif func is torch.ops.aten._local_scalar_dense.default:
@@ -154,17 +154,17 @@ def make_parameters(shapes: Shapes, device: torch.device) -> list[Tensor]:
 
 
 def count_collectives(method: str) -> int:
-    """Called on every rank, after the first steps."""
+    """Collectives of one step after the warm-up; called on every rank."""
     optimizer = METHODS[method](make_parameters(SIZES["1M"][:3], torch.device("cpu")))
     for _ in range(WARM_UP):
         optimizer.step()
-    with Calls() as calls:
+    with CallCounter() as calls:
         optimizer.step()
     return calls.counts["collectives"]
 
 
 def serve(pipe: Connection, method: str, shapes: Shapes, device_name: str, threads: int) -> None:
-    """One method in a process of its own: takes a step whenever it is told to, and sends the seconds."""
+    """Main function of one method's process: run a step for each request, and send its duration in seconds."""
     torch.set_num_threads(threads)
     device = torch.device(device_name)
     cuda = device.type == "cuda"
@@ -186,8 +186,8 @@ def serve(pipe: Connection, method: str, shapes: Shapes, device_name: str, threa
         optimizer.step()
         most = peak()
     pipe.send(None)
-    while _ordered(pipe):
-        for parameter in parameters:  # a gradient that never turns would send a learned rate to infinity
+    while _step_requested(pipe):
+        for parameter in parameters:  # with a constant gradient, a learned rate grows without bound
             assert parameter.grad is not None
             parameter.grad.neg_()
         if cuda:
@@ -197,14 +197,14 @@ def serve(pipe: Connection, method: str, shapes: Shapes, device_name: str, threa
         if cuda:
             torch.cuda.synchronize()
         pipe.send(time.perf_counter() - start)
-    # Counted after the timed steps, which the mode would slow down.
+    # Counted after the timed steps: the mode slows a step down.
     tolist = Tensor.tolist
 
-    def counted(tensor: Tensor) -> Any:  # several numbers at once, which no operator shows
+    def counted(tensor: Tensor) -> Any:  # a host sync that does not dispatch an operator
         calls.counts["syncs"] += 1
         return tolist(tensor)
 
-    with Calls() as calls, mock.patch.object(Tensor, "tolist", counted):
+    with CallCounter() as calls, mock.patch.object(Tensor, "tolist", counted):
         optimizer.step()
     launches = _cuda_launches(optimizer) if cuda else calls.counts["operators"]
     pipe.send({
@@ -213,8 +213,8 @@ def serve(pipe: Connection, method: str, shapes: Shapes, device_name: str, threa
     })  # fmt: skip
 
 
-def _ordered(pipe: Connection) -> bool:
-    """Wait for the order to take a step; False once there is nobody left to give any."""
+def _step_requested(pipe: Connection) -> bool:
+    """Wait for a request to run a step; False if the requests have ended or the other process has."""
     try:
         return bool(pipe.recv())
     except EOFError:
@@ -229,34 +229,34 @@ def _cuda_launches(optimizer: Optimizer) -> int:
 
 
 def measure(methods: Sequence[str], size: str, repeats: int, device: torch.device) -> dict[str, Cost]:
-    """All methods side by side: they take turns, so that a slow moment of the machine meets all."""
+    """Measure each method in a process; their steps alternate, so that noise of the machine affects all equally."""
     context = multiprocessing.get_context("spawn")
     threads = torch.get_num_threads()
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     pipes: dict[str, Connection] = {}
     processes = []
-    facts: dict[str, dict[str, float]] = {}
+    counts: dict[str, dict[str, float]] = {}
     try:
         for method in methods:
             pipes[method], theirs = context.Pipe()
             process = context.Process(target=serve, args=(theirs, method, SIZES[size], str(device), threads))
             process.start()
-            theirs.close()  # a child that dies is then an EOFError here
+            theirs.close()  # so that the death of the child is an EOFError here
             processes.append(process)
             pipes[method].recv()
         seconds: dict[str, list[float]] = {method: [] for method in methods}
         for _ in range(repeats):
             for method, pipe in pipes.items():
-                for _ in range(2):  # the first one finds caches full of another's numbers
+                for _ in range(2):  # the first finds the caches filled by another method
                     pipe.send(True)
                     last = pipe.recv()
                 seconds[method].append(last)
         for method, pipe in pipes.items():
             pipe.send(False)
-            facts[method] = pipe.recv()
+            counts[method] = pipe.recv()
     finally:
         for pipe in pipes.values():
-            pipe.close()  # whoever waits for an order ends
+            pipe.close()  # ends processes that wait for a request
         for process in processes:
             process.join(timeout=10)
             process.kill()
@@ -264,22 +264,22 @@ def measure(methods: Sequence[str], size: str, repeats: int, device: torch.devic
         method: Cost(
             seconds=statistics.median(seconds[method]),
             collectives=max(run(count_collectives, 2, method, timeout=300)),
-            **facts[method],
+            **counts[method],
         )
         for method in methods
     }
 
 
 def latency_left(size: str, delay: float, repeats: int) -> tuple[float, float]:
-    """Find out how much of an all_reduce's latency a step waits for.
+    """Measure a step with a delayed all_reduce, to show the part of its latency that the step does not hide.
 
     Args:
         size: A name in :data:`SIZES`.
-        delay: Seconds that the all_reduce is made to take.
-        repeats: Steps of each kind, which take turns.
+        delay: Duration of the delayed all_reduce in seconds.
+        repeats: Steps of each kind; they alternate.
 
     Returns:
-        The median of a step's seconds, with an all_reduce that is there at once and with the delayed one.
+        Median seconds of a step with an immediate all_reduce, and with the delayed one.
     """
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     try:
@@ -305,14 +305,14 @@ def latency_left(size: str, delay: float, repeats: int) -> tuple[float, float]:
 
 
 def as_json(costs: dict[str, Cost]) -> dict[str, Any]:
-    """With the ratio to the reference."""
+    """The costs with their ratio to the reference."""
     return {
         method: {**asdict(cost), "ratio": cost.seconds / costs[REFERENCE].seconds} for method, cost in costs.items()
     }
 
 
 def table(costs: dict[str, Cost], device: torch.device) -> str:
-    """As Markdown."""
+    """A Markdown table of the costs."""
     unit = "launches" if device.type == "cuda" else "operators"
     heads = ["", "step", "over fused AdamW", "B/param at rest", "at peak", unit, "all_reduces", "host syncs"]
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
@@ -326,7 +326,7 @@ def table(costs: dict[str, Cost], device: torch.device) -> str:
 
 
 def plot(costs: dict[str, Cost], title: str, path: str) -> None:
-    """Bars of the ratios."""
+    """Plot the ratios as bars."""
     import matplotlib
 
     matplotlib.use("Agg")

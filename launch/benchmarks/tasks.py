@@ -1,4 +1,4 @@
-"""What ``benchmark.py tuning`` trains: models, data, base optimizers and schedules that are not all alike."""
+"""Tasks of ``benchmark.py tuning``: different models, data, base optimizers and schedules."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from gpt.model import GPT
 from gpt.optimizers import Lion, is_norm, make_scheduler, muon_and_adamw
 
 WARM_UP = 0.05
-"""The share of a run in which the learning rate rises, in the tasks that have a schedule."""
+"""Duration of the warm-up as a share of the run, in tasks with a warm-up."""
 HELD_OUT = 256  # sequences
-_GIVEN = 0  # the seed of what is the same for all runs: splits, and the checkpoint that fine-tuning starts from
+_FIXED_SEED = 0  # for what all runs share: splits, and the pretrained weights for fine-tuning
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 Bases = Callable[[nn.Module, float], list[Optimizer]]
@@ -30,34 +30,34 @@ Bases = Callable[[nn.Module, float], list[Optimizer]]
 
 @dataclass(frozen=True)
 class Problem:
-    """A model to start from and the data that it sees."""
+    """An initial model and its data."""
 
     model: nn.Module
     batches: Batches
-    """Inputs and targets of one step after the other, without end."""
+    """Inputs and targets of each step; infinite."""
     held_out: list[tuple[Tensor, Tensor]]
-    """What the final loss is measured on; the same for every seed."""
+    """Inputs and targets of the final loss; the same for every seed."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One kind of training run, of which the learning rate alone is open."""
+    """A training run with all settings except the learning rate and the seed."""
 
     name: str
     what: str
-    """For the table."""
+    """Description for the table."""
     problem: Callable[[int], Problem]
-    """Of a seed."""
+    """Creates the problem of a seed."""
     bases: Bases
-    """The base optimizers of a model at a learning rate."""
+    """Creates the base optimizers of a model at a learning rate."""
     base: str
     steps: int
     guess: float
-    """Where the grid of learning rates begins; it grows until its best lies inside."""
+    """Center of the initial grid of learning rates, which is extended until its best is inside."""
     schedule: str = "cosine"
     has_warm_up: bool = True
     clip: float | None = 1.0
-    """The largest norm of the gradient."""
+    """Gradient clipping norm."""
 
 
 def adamw(weight_decay: float = 0.1, **settings: Any) -> Bases:
@@ -72,7 +72,7 @@ def adamw(weight_decay: float = 0.1, **settings: Any) -> Bases:
 
 
 def split_by_decay(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Parameters with weight decay, and norms and biases, without."""
+    """Parameters with weight decay, and norms and biases, which have none."""
     named = list(model.named_parameters())
     return [p for name, p in named if not is_norm(name)], [p for name, p in named if is_norm(name)]
 
@@ -112,7 +112,7 @@ def _text(
                 yield tokens[:, :-1], tokens[:, 1:]
                 step += 1
 
-        held_out = corpus.batch(_GIVEN, 0, HELD_OUT, slice(None), held_out=True)
+        held_out = corpus.batch(_FIXED_SEED, 0, HELD_OUT, slice(None), held_out=True)
         parts = [(part[:, :-1], part[:, 1:]) for part in held_out.split(32)]
         torch.manual_seed(seed)
         return Problem(make(), batches(), parts)
@@ -130,9 +130,9 @@ def _large_gpt() -> GPT:
 
 @cache
 def _pretrained() -> dict[str, Tensor]:
-    """The small GPT after 400 steps of AdamW at a sensible learning rate: what fine-tuning starts from."""
+    """Initial weights for fine-tuning: the small GPT after 400 steps of AdamW."""
     task = TASKS["gpt"]
-    problem = task.problem(_GIVEN)
+    problem = task.problem(_FIXED_SEED)
     train(task, problem, task.bases(problem.model, task.guess), task.schedule)
     return problem.model.state_dict()
 
@@ -149,7 +149,7 @@ def _digits() -> tuple[Tensor, Tensor]:
     from sklearn.datasets import load_digits
 
     found = load_digits()
-    order = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(_GIVEN))
+    order = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(_FIXED_SEED))
     return torch.tensor(found.data / 16, dtype=torch.float32)[order], torch.tensor(found.target)[order]
 
 
@@ -161,11 +161,11 @@ def _images(make: Callable[[], nn.Module], batch_size: int, noise: float = 0.3) 
         def batches() -> Batches:
             while True:
                 for part in torch.randperm(len(labels), generator=generator).split(batch_size):
-                    clean = inputs[part]  # the noise is new each time, so that there is no end to the data
+                    clean = inputs[part]  # new noise in each epoch, so that no input repeats
                     yield clean + noise * torch.randn(clean.shape, generator=generator), labels[part]
 
-        given = torch.Generator().manual_seed(_GIVEN)
-        held_out = [(unseen + noise * torch.randn(unseen.shape, generator=given), truth) for _ in range(4)]
+        fixed = torch.Generator().manual_seed(_FIXED_SEED)
+        held_out = [(unseen + noise * torch.randn(unseen.shape, generator=fixed), truth) for _ in range(4)]
         torch.manual_seed(seed)
         return Problem(make(), batches(), held_out)
 
@@ -197,7 +197,7 @@ def _linear() -> nn.Module:
 
 
 def _convex(batch_size: int) -> Callable[[int], Problem]:
-    """Logistic regression on scikit-learn's breast cancer data, standardised; its loss on the training data is held."""
+    """Logistic regression on scikit-learn's breast cancer data, standardised; evaluated on the training data."""
 
     def problem(seed: int) -> Problem:
         from sklearn.datasets import load_breast_cancer
@@ -264,14 +264,17 @@ def train(
     schedule: str | None,
     after_step: Callable[[int], None] = lambda step: None,
 ) -> float:
-    """Train ``problem.model``, and return the loss on what is held out: infinite if the run broke.
+    """Train ``problem.model``, and return its held-out loss: infinite if the run diverged.
 
     Args:
-        task: What says how long and how.
-        problem: Its own, from the start.
-        optimizers: Over the model's parameters.
-        schedule: Of the learning rates, after a warm-up; ``None``: they stay as they are.
-        after_step: Is told how many steps there were.
+        task: The settings of the run.
+        problem: A new problem of the task.
+        optimizers: Optimizers of the model's parameters.
+        schedule: Schedule of the learning rates after a warm-up; ``None``: constant, without a warm-up.
+        after_step: Called with the number of steps after each step.
+
+    Returns:
+        Mean loss over the held-out data.
     """
     warm_up = round(WARM_UP * task.steps) if task.has_warm_up else 0
     scheduled = optimizers if schedule is not None else ()
@@ -291,7 +294,7 @@ def train(
             scheduler.step()
         after_step(step + 1)
     for optimizer in optimizers:
-        if hasattr(optimizer, "eval"):  # Schedule-Free evaluates elsewhere than it trains
+        if hasattr(optimizer, "eval"):  # Schedule-Free evaluates at another point than it trains
             optimizer.eval()
     with torch.no_grad():
         loss = sum(loss_of(problem.model, *part) * part[1].numel() for part in problem.held_out)

@@ -1,4 +1,4 @@
-"""Tokens a second of launch/train.py with the tuner over without."""
+"""Tokens per second of launch/train.py with and without the tuner."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TUNERS = ("none", "mechanic")
 
 
 def speeds(tuner: str, ranks: int, steps: int, extra: Sequence[str], folder: Path) -> list[float]:
-    """Train once; tokens a second of every stretch of ten steps but the first."""
+    """Train once; return tokens per second of every ten steps, without the first ten."""
     metrics = folder / f"{tuner}.jsonl"
     metrics.unlink(missing_ok=True)
     command = [
@@ -34,7 +34,7 @@ def speeds(tuner: str, ranks: int, steps: int, extra: Sequence[str], folder: Pat
 
 
 def measure(ranks: int, steps: int, repeats: int, extra: Sequence[str]) -> dict[str, float]:
-    """Median tokens a second by tuner; the runs take turns, so that a slow moment of the machine meets both."""
+    """Median tokens per second by tuner; the runs alternate, so that noise of the machine affects both equally."""
     found: dict[str, list[float]] = {tuner: [] for tuner in TUNERS}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(repeats):
@@ -44,6 +44,6 @@ def measure(ranks: int, steps: int, repeats: int, extra: Sequence[str]) -> dict[
 
 
 def table(found: dict[str, float]) -> str:
-    """As Markdown."""
+    """A Markdown table of the speeds."""
     rows = [f"| {tuner} | {speed:,.0f} | {speed / found['none']:.3f} |" for tuner, speed in found.items()]
     return "\n".join(["| tuner | tokens/s | over none |", "| --- | --- | --- |", *rows])

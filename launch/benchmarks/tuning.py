@@ -1,4 +1,4 @@
-"""One run against a sweep of the learning rate: which runs there are, and running them."""
+"""One run against a sweep of the learning rate: selects and executes the runs."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from benchmarks.tasks import TASKS, WARM_UP, Task, train
 from manic import Mechanic, NonfiniteError
 
 SWEEP = "sweep"
-"""The bar: the base optimizer over a grid of learning rates, of which the best counts."""
+"""The reference: the base optimizer at the best of a grid of learning rates."""
 TUNER = "multiplicative"
-"""The method that is run over :data:`BASE_LRS`, too."""
+"""The method that also runs at each of :data:`BASE_LRS`."""
 BASE_LRS = (1e-6, 1e-3, 1.0, 1e2)
-_POINTS = 40  # of S, kept of a run
+_POINTS = 40  # values of S recorded per run
 
 
 @dataclass(frozen=True)
@@ -36,18 +36,18 @@ class Run:
     task: str
     method: str
     lr: float
-    """Of the base optimizer."""
+    """The base optimizer's learning rate."""
     seed: int
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to."""
+    """Result of a run."""
 
     loss: float
-    """Held out, at the end; infinite if the run broke."""
+    """Final held-out loss; infinite if the run diverged."""
     scales: list[tuple[int, float]]
-    """S after some of the steps, where there is one."""
+    """Steps, and S after them; empty for a method without S."""
     seconds: float
 
 
@@ -59,8 +59,8 @@ def _mechanic(variant: str) -> Builder:
     return lambda task, model, lr: [Mechanic(task.bases(model, lr), variant=variant)]
 
 
-class _Forgetful(Mechanic):
-    """Mechanic that goes on from where it is, Delta being 0, each time S has doubled."""
+class _RebasingMechanic(Mechanic):
+    """Mechanic that calls ``rebase()`` each time S has doubled."""
 
     _last = 0.0
 
@@ -112,13 +112,13 @@ def _schedule_free(task: Task, model: nn.Module, lr: float) -> list[Any]:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to do without the sweep, or the sweep itself."""
+    """A method that needs no sweep, or the sweep itself."""
 
     build: Builder
     bases: tuple[str, ...] = ("adamw", "sgd", "lion", "muon")
-    """The tasks' base optimizers that it has a counterpart of."""
+    """The base optimizers that it supports."""
     lrs: dict[str, float] | None = None
-    """Its documented learning rate where that is not 1, by base optimizer."""
+    """Its documented learning rate by base optimizer, if it is not 1."""
     keeps_schedule: bool = True
 
 
@@ -126,7 +126,7 @@ METHODS: dict[str, Method] = {
     SWEEP: Method(lambda task, model, lr: task.bases(model, lr)),
     TUNER: Method(_mechanic(TUNER)),
     "optax": Method(_mechanic("optax")),
-    "optax, resets": Method(lambda task, model, lr: [_Forgetful(task.bases(model, lr), variant="optax")]),
+    "optax, resets": Method(lambda task, model, lr: [_RebasingMechanic(task.bases(model, lr), variant="optax")]),
     "pytorch": Method(_mechanic("pytorch")),
     "mechanic-pytorch": Method(_mechanic_pytorch, ("adamw", "sgd", "lion")),
     "Prodigy": Method(_prodigy, ("adamw",)),
@@ -142,27 +142,27 @@ def _groups(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 def execute(run: Run) -> Result:
-    """Train once, on one thread."""
+    """Execute a run on one thread."""
     torch.set_num_threads(1)
     task, method = TASKS[run.task], METHODS[run.method]
     problem = task.problem(run.seed)
     optimizers = method.build(task, problem.model, run.lr)
     scales: list[tuple[int, float]] = []
 
-    def note(step: int) -> None:
+    def record_scale(step: int) -> None:
         if isinstance(optimizers[0], Mechanic) and step % max(1, task.steps // _POINTS) == 0:
             scales.append((step, float(optimizers[0].scale)))
 
     start = time.perf_counter()
     try:
-        loss = train(task, problem, optimizers, task.schedule if method.keeps_schedule else None, note)
+        loss = train(task, problem, optimizers, task.schedule if method.keeps_schedule else None, record_scale)
     except NonfiniteError:
         loss = math.inf
     return Result(loss, scales, time.perf_counter() - start)
 
 
 def wanted(task: Task, methods: Iterable[str], seeds: Sequence[int], results: Results) -> Iterator[Run]:
-    """The runs of a task that there should be, as far as the results so far tell: the grid grows with them."""
+    """The runs of a task that the results so far require; more results may extend the grid."""
     for name in methods:
         method = METHODS[name]
         if task.base in method.bases:
@@ -175,7 +175,7 @@ def wanted(task: Task, methods: Iterable[str], seeds: Sequence[int], results: Re
 
 
 def grid(task: Task, seeds: Sequence[int], results: Results) -> list[float]:
-    """Learning rates, each twice the one before, until the best has two worse ones on either side."""
+    """Learning rates in powers of 2, extended until two lie on either side of the best."""
     powers = list(range(-2, 3))
     while True:
         lrs = [task.guess * 2.0**power for power in powers]
@@ -192,13 +192,13 @@ def grid(task: Task, seeds: Sequence[int], results: Results) -> list[float]:
 
 
 def mean_loss(results: Results, task: str, method: str, lr: float, seeds: Sequence[int]) -> float | None:
-    """Over the seeds; ``None`` where one of them is missing."""
+    """Mean loss over the seeds; ``None`` if one is missing."""
     found = [results.get(Run(task, method, lr, seed)) for seed in seeds]
     return None if None in found else statistics.fmean(result.loss for result in found if result is not None)
 
 
 def read(file: Path) -> Results:
-    """What a results file holds: JSON lines, of which the last may be cut short."""
+    """Read a results file: JSON lines; an incomplete last line is ignored."""
     results: Results = {}
     for line in file.read_text().splitlines() if file.exists() else ():
         try:
@@ -221,19 +221,22 @@ def _line(run: Run, result: Result) -> str:
 
 
 def measure(file: Path, tasks: Sequence[str], methods: Sequence[str], seeds: Sequence[int], processes: int) -> Results:
-    """Make the runs that ``file`` lacks, appended in their order, and return what it then holds.
+    """Execute the runs missing from ``file``, append their results in order, and return all results.
 
     Args:
-        file: The results file; a run that was stopped goes on where it was.
-        tasks: Names.
-        methods: Names.
-        seeds: Of models and data.
-        processes: Runs at a time; 1: in this process.
+        file: The results file; after an interruption, the next call continues from it.
+        tasks: Names in :data:`~benchmarks.tasks.TASKS`.
+        methods: Names in :data:`METHODS`.
+        seeds: Seeds of models and data.
+        processes: Concurrent runs; 1: in this process.
+
+    Returns:
+        The results, by run.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     results = read(file)
     if file.exists() and not file.read_text().endswith("\n"):
-        with file.open("a") as lines:  # or the next line would be lost with the one that was cut short
+        with file.open("a") as lines:  # so that the next line is not appended to an incomplete one
             lines.write("\n")
     with ExitStack() as stack:
         pool: Any = None

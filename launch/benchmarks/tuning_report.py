@@ -1,4 +1,4 @@
-"""What the runs of :mod:`benchmarks.tuning` came to: a table and a picture."""
+"""Table and plot of the results of :mod:`benchmarks.tuning`."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class Row:
     best_lr: float
     best_loss: float
     excess: dict[str, float]
-    """By method: how far its loss, the mean over the seeds, lies above the best of the grid, as a share of that."""
+    """By method: its loss, mean over the seeds, relative to the best of the grid, minus 1."""
     spread: float | None
-    """Of the tuner: its largest loss over :data:`BASE_LRS` over its smallest, less 1."""
+    """The tuner's largest loss over :data:`BASE_LRS`, relative to its smallest, minus 1."""
     noise: float
-    """Of the sweep: the standard deviation of the best learning rate's loss over the seeds, as a share."""
+    """Standard deviation over the seeds of the loss at the sweep's best learning rate, relative to that loss."""
 
 
 def rows(results: Results, tasks: Sequence[str], methods: Sequence[str], seeds: Sequence[int]) -> list[Row]:
-    """Of the tasks whose sweep is complete."""
+    """Rows of the tasks whose sweep is complete."""
     found = []
     for name in tasks:
         task = TASKS[name]
@@ -44,16 +44,16 @@ def rows(results: Results, tasks: Sequence[str], methods: Sequence[str], seeds: 
             loss = mean_loss(results, name, method, lr, seeds)
             if method != SWEEP and loss is not None:
                 excess[method] = loss / best - 1.0
-        flat = [loss for lr in BASE_LRS if (loss := mean_loss(results, name, TUNER, lr, seeds)) is not None]
-        spread = max(flat) / min(flat) - 1.0 if len(flat) == len(BASE_LRS) else None
-        bars = [results[Run(name, SWEEP, best_lr, seed)].loss for seed in seeds]
-        noise = statistics.stdev(bars) / best if len(bars) > 1 else 0.0
+        tuned = [loss for lr in BASE_LRS if (loss := mean_loss(results, name, TUNER, lr, seeds)) is not None]
+        spread = max(tuned) / min(tuned) - 1.0 if len(tuned) == len(BASE_LRS) else None
+        best_losses = [results[Run(name, SWEEP, best_lr, seed)].loss for seed in seeds]
+        noise = statistics.stdev(best_losses) / best if len(best_losses) > 1 else 0.0
         found.append(Row(task, best_lr, best, excess, spread, noise))
     return found
 
 
 def table(found: Sequence[Row], methods: Sequence[str]) -> str:
-    """As Markdown: excess in percent by task and method, then the median and the worst of each method's tasks."""
+    """A Markdown table: excess in percent by task and method, then each method's median and worst over its tasks."""
     shown = [method for method in methods if method != SWEEP and any(method in row.excess for row in found)]
     lines = [
         f"| task | best lr | its loss | ± seeds | {' | '.join(shown)} | over base lr |",
@@ -87,7 +87,7 @@ def _percent(share: float | None) -> str:
 
 
 def versions() -> str:
-    """What the figures depend on."""
+    """Versions of Python and packages, and the machine type."""
     names = ("torch", "mechanic-pytorch", "prodigyopt", "dadaptation", "schedulefree", "scikit-learn")
     found = {distribution.name: distribution.version for distribution in distributions()}
     packages = ", ".join(f"{name} {found[name]}" for name in names if name in found)
@@ -95,7 +95,7 @@ def versions() -> str:
 
 
 def plot(results: Results, found: Sequence[Row], seeds: Sequence[int], image: Path) -> None:
-    """Draw loss against base learning rate, the U of the sweep and the tuner's line, and S over the steps, by task."""
+    """Plot, by task, loss against learning rate for the sweep and the tuners, and S over the steps."""
     import matplotlib
 
     matplotlib.use("Agg")

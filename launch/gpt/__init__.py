@@ -1,1 +1,1 @@
-"""What launch/train.py is made of: data, model, optimizers, the ways to spread a model over ranks, and reports."""
+"""Parts of launch/train.py: data, model, optimizers, parallelism and reports."""

@@ -1,4 +1,4 @@
-"""Real text without a download, and batches that depend on seed and step alone."""
+"""Text without a download, and batches that depend only on seed and step."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# The corpus is cut into blocks, of which every HELD_OUT-th is kept for evaluation: neighbours of training text, never
-# part of it.
+# The corpus is split into blocks; every _HELD_OUT-th block is for evaluation only.
 _BLOCK = 1 << 16
 _HELD_OUT = 20
 _UINT16_SUFFIXES = (".u16", ".uint16")
 
 
 def standard_library() -> Path:
-    """The Python source of the running interpreter's standard library: tens of megabytes of real text."""
+    """Folder of the interpreter's standard library: tens of megabytes of text."""
     return Path(sysconfig.get_paths()["stdlib"])
 
 
@@ -25,10 +24,10 @@ class Corpus:
     """Tokens, split into training and held-out blocks.
 
     Args:
-        path: A file of text, whose bytes are the tokens; a folder, whose text files are strung together; or a file
-            of little-endian uint16 tokens, named ``.u16`` or ``.uint16``. A single file is memory-mapped. ``None``: the
+        path: A text file, whose bytes are the tokens; a folder, whose text files are concatenated; or a file of
+            little-endian uint16 tokens, named ``.u16`` or ``.uint16``. A single file is memory-mapped. ``None``: the
             standard library's source.
-        seq_len: How many tokens a sequence has; one more is read, as the last one's target.
+        seq_len: Tokens per sequence; one more is read as the target of the last.
 
     Raises:
         OSError: if ``path`` cannot be read.
@@ -39,7 +38,7 @@ class Corpus:
         self.seq_len = seq_len
         folder = standard_library() if path is None else path
         if not folder.exists():
-            raise FileNotFoundError(f"--data {folder}: there is no such file or folder")
+            raise FileNotFoundError(f"--data {folder}: no such file or folder")
         if folder.is_dir():
             self.tokens = _read_folder(folder, "*.py" if path is None else "*")
         else:
@@ -57,19 +56,19 @@ class Corpus:
         self.vocabulary = 256 if not wide else 64 * (int((self.tokens.int() & 0xFFFF).max()) // 64 + 1)
 
     def batch(self, seed: int, step: int, batch_size: int, part: slice, *, held_out: bool = False) -> Tensor:
-        """Sequences of a global batch, which is the same on any number of ranks.
+        """Sequences of a global batch, which does not depend on the number of ranks.
 
         Args:
-            seed: Of the order.
-            step: Which batch.
+            seed: Seed of the order.
+            step: Index of the batch.
             batch_size: Sequences in the global batch.
-            part: Which of them to read.
-            held_out: From the held-out blocks.
+            part: The sequences to read.
+            held_out: Whether to read held-out blocks; default: training blocks.
 
         Returns:
             int64 [sequences in ``part``, seq_len + 1].
         """
-        # A generator takes 32 bits of its seed, so the three are hashed together rather than packed.
+        # A generator uses 32 bits of its seed, so the three values are hashed instead of packed.
         digest = hashlib.sha256(f"{seed}/{step}/{held_out}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
         blocks = self.held_out_blocks if held_out else self.training_blocks
@@ -83,7 +82,7 @@ class Corpus:
         return tokens if self.tokens.dtype == torch.uint8 else tokens & 0xFFFF
 
     def unigram_entropy(self) -> float:
-        """Nats per token of the held-out text for a model that knows only how frequent each token is."""
+        """Entropy of the held-out tokens' frequencies, in nats per token."""
         count = torch.zeros(self.vocabulary, dtype=torch.float64)
         for block in self.held_out_blocks.tolist():
             tokens = self._read(block * self.block, self.block)
@@ -93,7 +92,7 @@ class Corpus:
 
 
 def _read_folder(folder: Path, pattern: str) -> Tensor:
-    """The bytes of all text files in ``folder``, in the order of their names; files with a NUL byte are no text."""
+    """The bytes of all text files in ``folder``, sorted by path; files with a NUL byte are skipped."""
     pieces = []
     for file in sorted(folder.rglob(pattern)):
         if file.is_file() and "site-packages" not in file.parts and not file.name.startswith("."):
@@ -104,11 +103,11 @@ def _read_folder(folder: Path, pattern: str) -> Tensor:
 
 
 def _map_file(file: Path) -> Tensor:
-    """The tokens of a file, memory-mapped; uint16 as int16, which torch can do more with."""
+    """The tokens of a file, memory-mapped; uint16 as int16, for which torch has more operators."""
     size = file.stat().st_size
     if size == 0:
         raise ValueError(f"--data {file} is empty")
-    file.open("rb").close()  # an unreadable file is an OSError here, rather than torch's RuntimeError
+    file.open("rb").close()  # an OSError for an unreadable file, instead of torch's RuntimeError
     if file.suffix in _UINT16_SUFFIXES:
         return torch.from_file(str(file), shared=False, size=size // 2, dtype=torch.int16)
     return torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""The base optimizers, with or without the tuner around them."""
+"""Base optimizers with or without the tuner, and schedules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from manic import Mechanic, mechanize
 
 BASES = ("adamw", "sgd", "muon")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
-# The share of a run in which wsd decays.
+# Duration of the decay of wsd as a share of the run.
 _WSD_DECAY = 0.2
 
 
@@ -25,22 +25,22 @@ def make_optimizer(
     """Build the optimizer of a run.
 
     Args:
-        model: Already spread over the ranks.
+        model: The model after :func:`~gpt.parallel.parallelize`.
         base: One of :data:`BASES`.
         lr: Base learning rate, which the tuner scales.
         weight_decay: For matrices; norms have none.
         tuner: ``"mechanic"`` or ``"none"``.
-        parallel: The mode that ``model`` is in.
-        **options: Of Mechanic.
+        parallel: The parallel mode of ``model``.
+        **options: Options of Mechanic.
 
     Returns:
-        One optimizer, or Muon and AdamW where no tuner joins them.
+        One optimizer, or Muon and AdamW without a tuner.
 
     Raises:
-        ValueError: if ``base`` cannot work in that mode.
+        ValueError: if ``base`` does not support that mode.
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    # Embeddings too: they are matrices, and named alike in every mode (an FSDP1 shard of a matrix has one dimension).
+    # By name, because an FSDP1 shard of a matrix has one dimension. Embeddings have weight decay too.
     decayed = [p for name, p in trainable if not is_norm(name)]
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": weight_decay},
@@ -66,13 +66,13 @@ def make_optimizer(
 
 
 def mechanic_of(optimizer: Optimizer | list[Optimizer]) -> Mechanic | None:
-    """The tuner in what :func:`make_optimizer` made, if there is one."""
+    """The Mechanic in the result of :func:`make_optimizer`, or ``None``."""
     inner = optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
     return inner if isinstance(inner, Mechanic) else None
 
 
 def make_scheduler(optimizer: Optimizer, schedule: str, warmup: int, steps: int) -> LambdaLR:
-    """A linear warm-up over ``warmup`` steps, then ``schedule`` until ``steps``."""
+    """A scheduler with a linear warm-up over ``warmup`` steps, then ``schedule`` until ``steps``."""
 
     def factor(step: int) -> float:
         if step < warmup:
@@ -90,12 +90,12 @@ def make_scheduler(optimizer: Optimizer, schedule: str, warmup: int, steps: int)
 
 
 def is_norm(name: str) -> bool:
-    """Whether a parameter of that name has no weight decay."""
+    """Whether a parameter of that name is a norm or a bias, which have no weight decay."""
     return "norm" in name or name.endswith("bias")
 
 
 def muon_and_adamw(trainable: list[tuple[str, nn.Parameter]], lr: float, weight_decay: float) -> list[Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for the rest; updates of equal size, so that one scale fits both."""
+    """Muon for the blocks' matrices, AdamW for the rest, with updates of equal size, so that one scale fits both."""
     if not hasattr(torch.optim, "Muon"):
         raise ValueError(f"--base-optimizer muon needs torch 2.9 or newer, this is {torch.__version__}")
     matrices = [p for name, p in trainable if p.ndim == 2 and "blocks." in name]
@@ -111,13 +111,13 @@ def muon_and_adamw(trainable: list[tuple[str, nn.Parameter]], lr: float, weight_
 
 
 class Lion(Optimizer):
-    """Signs of an average of gradients (Chen et al., 2023, arXiv 2302.06675, Algorithm 2), with decoupled decay.
+    """Lion (Chen et al., 2023, arXiv 2302.06675, Algorithm 2): sign of averaged gradients, decoupled weight decay.
 
     Args:
-        params: As of any optimizer.
-        lr: The size of every element's step.
-        betas: Of the average that is taken the sign of, and of the one that is kept.
-        weight_decay: Times ``lr``, the share of each parameter that a step takes away.
+        params: Parameters or param groups.
+        lr: Size of each element's update.
+        betas: Coefficients of the average for the update and of the stored average.
+        weight_decay: Decoupled weight decay, multiplied by ``lr``.
     """
 
     def __init__(
@@ -127,9 +127,9 @@ class Lion(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Take a step along the gradients that there are."""
+        """Run a step over the parameters with a gradient."""
         for group in self.param_groups:
-            shown, kept = group["betas"]
+            beta_update, beta_average = group["betas"]
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
@@ -137,6 +137,6 @@ class Lion(Optimizer):
                 if not state:
                     state["average"] = torch.zeros_like(parameter)
                 average = state["average"]
-                update = average.lerp(parameter.grad, 1.0 - shown).sign_()
+                update = average.lerp(parameter.grad, 1.0 - beta_update).sign_()
                 parameter.mul_(1.0 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * update)
-                average.lerp_(parameter.grad, 1.0 - kept)
+                average.lerp_(parameter.grad, 1.0 - beta_average)

@@ -1,4 +1,4 @@
-"""The ways to spread a model over ranks: what a user's own script would call for each."""
+"""Parallel modes: the calls of PyTorch that place a model on the ranks in each mode."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpt.model import GPT, Block
 
-# A rank that hangs should end the others in minutes, not in the default half hour. One that dies does so at once, or
-# when the first of the others has ended.
+# A hanging rank ends the others after this timeout instead of the default 30 minutes. The death of a rank ends them
+# immediately, or when the first of them has ended.
 TIMEOUT = timedelta(minutes=5)
 MODES = ("fsdp2", "hsdp", "tp", "fsdp1", "ddp", "zero1", "none")
 
 
 @dataclass
 class Parallel:
-    """A model spread over the ranks, and which share of the batch this one takes."""
+    """A model placed on the ranks, and this rank's part of the batch."""
 
     model: nn.Module
     data_rank: int
     data_size: int
     autocast: contextlib.AbstractContextManager[Any]
-    """To be entered around a forward pass, as often as wanted."""
+    """Context of a forward pass; reusable."""
 
     def part(self, batch_size: int) -> slice:
         """This rank's sequences of the global batch."""
@@ -51,9 +51,10 @@ class Parallel:
 def make_mesh(
     device_type: str, shape: tuple[int, ...], mesh_dim_names: tuple[str, ...], timeout: timedelta = TIMEOUT
 ) -> DeviceMesh:
-    """What ``init_device_mesh`` gives, with process groups that wait no longer than ``timeout``.
+    """As ``init_device_mesh``, with process groups that have ``timeout``.
 
-    Theirs wait for torch's default, whatever the default group was told: half an hour, or ten minutes with NCCL alone.
+    Those of ``init_device_mesh`` have torch's default timeout, not the default group's: 30 minutes, or 10 with NCCL
+    alone.
     """
     ranks = torch.arange(dist.get_world_size()).view(shape)
     groups = [
@@ -64,16 +65,19 @@ def make_mesh(
 
 
 def parallelize(model: GPT, mode: str, device: torch.device, dtype: str) -> Parallel:
-    """Spread ``model``, which is the same on all ranks, over them.
+    """Place ``model``, which is equal on all ranks, on the ranks.
 
     Args:
-        model: On ``device``, in float32.
+        model: The model on ``device``, in float32.
         mode: One of :data:`MODES`. ``"none"`` trains the same model on the same batch on every rank.
-        device: This rank's.
-        dtype: ``"bf16"`` computes in bfloat16; parameters stay float32.
+        device: This rank's device.
+        dtype: ``"fp32"``, or ``"bf16"`` to compute in bfloat16; parameters are float32 in both.
+
+    Returns:
+        The placed model.
 
     Raises:
-        ValueError: if the ranks cannot be arranged so.
+        ValueError: if the mode does not support the number of ranks.
     """
     world, rank = dist.get_world_size(), dist.get_rank()
     low = torch.bfloat16 if dtype == "bf16" else None
@@ -118,10 +122,10 @@ def parallelize(model: GPT, mode: str, device: torch.device, dtype: str) -> Para
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale all gradients so that their norm over the whole model is at most ``max_norm``; return the norm before."""
+    """Scale all gradients so that their norm over the whole model is at most ``max_norm``; return the original norm."""
     if isinstance(model, FullyShardedDataParallel):
         return model.clip_grad_norm_(max_norm)
-    # One norm for each mesh: DTensors of different meshes, and plain tensors, cannot be combined.
+    # One norm for each mesh: DTensors of different meshes cannot be combined, nor DTensors and plain tensors.
     by_mesh: dict[Any, list[Tensor]] = {}
     for parameter in model.parameters():
         if parameter.grad is not None:
@@ -138,5 +142,5 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
 
 @functools.cache
 def _hybrid_shape(world: int) -> tuple[int, int]:
-    """Two replicas where the ranks can be halved."""
+    """Mesh shape (replicate, shard): two replicas if the number of ranks is even, else one."""
     return (2, world // 2) if world % 2 == 0 else (1, world)

@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind: a progress bar, JSON lines, a plot. Only rank 0 has one."""
+"""Reports of a run on rank 0: a progress bar, metrics as JSON lines, TensorBoard events and a plot."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any
 
 
 class Report:
-    """Args:
-    steps: Of the whole run.
-    done: Steps taken before this start.
-    metrics: JSON lines are appended to it; lines of steps after ``done`` are dropped first.
-    tensorboard: A folder for TensorBoard's events.
+    """Progress bar, metrics and plot of a run.
+
+    Args:
+        steps: Steps of the whole run.
+        done: Steps taken before this start.
+        metrics: File to append JSON lines to; lines of steps after ``done`` are removed first.
+        tensorboard: Folder for TensorBoard's events.
     """
 
     def __init__(self, steps: int, done: int, metrics: Path | None, tensorboard: Path | None) -> None:
@@ -31,10 +33,10 @@ class Report:
         if metrics is not None:
             metrics.parent.mkdir(parents=True, exist_ok=True)
             earlier = [record for record in read_records(metrics) if record["step"] <= done] if metrics.exists() else []
-            # By renaming: a run that is killed here must not lose what it had.
-            kept = metrics.with_name(f".{metrics.name}")
-            kept.write_text("".join(json.dumps(record) + "\n" for record in earlier))
-            kept.replace(metrics)
+            # Replaced by a rename: a kill at this point must not lose the earlier records.
+            temporary = metrics.with_name(f".{metrics.name}")
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in earlier))
+            temporary.replace(metrics)
 
     def advance(self) -> None:
         """Count a step."""
@@ -42,13 +44,13 @@ class Report:
             self._bar.update()
 
     def progress(self, what: str, done: int, total: int) -> None:
-        """Show how far a checkpoint is; called for every tensor, on any thread."""
+        """Show the progress of a checkpoint; called for every tensor, on any thread."""
         if self._bar is not None:
             share = f"{what} {100 * done // max(total, 1)}%"
             self._bar.set_description_str("" if done >= total else share, refresh=False)
 
     def record(self, record: dict[str, Any]) -> None:
-        """Show and write what is known at ``record["step"]``."""
+        """Show and write the metrics of ``record["step"]``."""
         if self._metrics is not None:
             with self._metrics.open("a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -57,21 +59,21 @@ class Report:
                 self._events.add_scalar(name, value, record["step"])
         shown = {name: f"{record[name]:.4g}" for name in ("loss", "scale", "lr", "tokens_per_s") if name in record}
         if "eval_loss" in record:
-            self.say(f"step {record['step']}: held-out loss {record['eval_loss']:.4f}")
+            self.message(f"step {record['step']}: held-out loss {record['eval_loss']:.4f}")
         elif self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
         else:
             print(f"step {record['step']}", *(f"{name} {value}" for name, value in shown.items()), flush=True)
 
-    def say(self, text: str) -> None:
-        """Print ``text`` without tearing the bar."""
+    def message(self, text: str) -> None:
+        """Print ``text`` above the progress bar."""
         if self._bar is not None:
             self._bar.write(text)
         else:
             print(text, flush=True)
 
     def close(self) -> None:
-        """Finish the bar, and draw the plot if matplotlib is there."""
+        """Close the bar, and plot the metrics if matplotlib is installed."""
         if self._bar is not None:
             self._bar.close()
         if self._events is not None:
@@ -81,7 +83,7 @@ class Report:
 
 
 def read_records(metrics: Path) -> list[dict[str, Any]]:
-    """The records of a file of JSON lines; a line that a kill cut short is left out."""
+    """The records of a file of JSON lines; incomplete lines are skipped."""
     records = []
     for line in metrics.read_text().splitlines():
         try:
@@ -92,7 +94,7 @@ def read_records(metrics: Path) -> list[dict[str, Any]]:
 
 
 def plot(metrics: Path, image: Path) -> None:
-    """Draw loss and scale against the step."""
+    """Plot loss and scale against the step."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""mechanize(AdamW): Mechanic as a class, for code that wants a class; the drop-in of mechanic-pytorch."""
+"""mechanize(AdamW): Mechanic as a class, for code that needs a class; a drop-in for mechanic-pytorch."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def mechanize(
     """Make a class that builds ``optimizer_class`` and wraps it in :class:`~manic.Mechanic`.
 
     Args:
-        optimizer_class: A class of optimizers, or a function that makes one.
+        optimizer_class: An optimizer class, or a function that creates an optimizer.
         log_func: Called with ``{"iter_count": int, "s": float}``; default: ``logging`` at level info.
-        log_every: After how many steps to call it; 0: never. Each call waits for the device.
-        **options: For :class:`~manic.Mechanic`. Inside ``ZeroRedundancyOptimizer``: ``plain="sharded"``.
+        log_every: Number of steps between calls; 0, the default: never. Each call is a host sync.
+        **options: Options of :class:`~manic.Mechanic`. Inside ``ZeroRedundancyOptimizer``: ``plain="sharded"``.
 
     Returns:
         A subclass of :class:`~manic.Mechanic` that takes the arguments of ``optimizer_class``.
@@ -58,15 +58,15 @@ def mechanize(
             self._log_steps()
 
         def __reduce__(self) -> Any:
-            # The class is made by a call, so a pickle has to make that call again.
+            # mechanize created the class, so unpickling calls mechanize again.
             recipe = (optimizer_class, {"log_func": log_func, "log_every": log_every, **options})
             return _rebuild, recipe, self.__getstate__()
 
         def __deepcopy__(self, memo: dict[int, Any]) -> Mechanic:
-            twin = type(self).__new__(type(self))
-            memo[id(self)] = twin
-            twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-            return twin
+            result = type(self).__new__(type(self))
+            memo[id(self)] = result
+            result.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+            return result
 
         def _log_steps(self) -> None:
             if log_every == 0:
@@ -81,7 +81,7 @@ def mechanize(
             def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                 nonlocal last
                 before, last = last, self._state.updates_made
-                # A step that made a state for checkpointing, or was left out, is no update.
+                # A step that only created state for checkpointing, or was skipped, is not an update.
                 if last and last != before and last % log_every == 0:
                     log({"iter_count": last, "s": self.scale.item()})
 
@@ -90,7 +90,7 @@ def mechanize(
 
     name = getattr(optimizer_class, "__name__", "")
     Mechanized.__name__ = Mechanized.__qualname__ = f"Mechanized{name}"
-    Mechanized.__doc__ = f"{name or 'An optimizer'} with its learning rate's scale learned."
+    Mechanized.__doc__ = f"{name or 'An optimizer'} with a learned scale of its learning rate."
     return Mechanized
 
 
@@ -100,5 +100,5 @@ def _rebuild(optimizer_class: Any, options: dict[str, Any]) -> Mechanic:
 
 
 def is_mechanized(optimizer: object) -> bool:
-    """Whether ``optimizer`` is a :class:`~manic.Mechanic`, however it was made."""
+    """Whether ``optimizer`` is a :class:`~manic.Mechanic`, created with or without :func:`mechanize`."""
     return isinstance(optimizer, Mechanic)

@@ -1,4 +1,4 @@
-"""Ranks on one CPU for pytest: run a function on n gloo processes as if it were an ordinary test.
+"""Ranks on one CPU for pytest: run a test function on n gloo processes.
 
     from manic.testing import ranks
 
@@ -7,9 +7,9 @@
         model = fully_shard(MyModel())   # torch.distributed is initialised, this is rank 0 or 1
         ...
 
-The processes are kept warm between tests and have nothing in common with other pytest-xdist workers: no port is
-fixed, every test gets a process group of its own. A failing rank fails the test with its traceback and output;
-a hanging one is killed at the timeout and shows where it hung.
+The processes are reused between tests and independent of other pytest-xdist workers: no port is fixed, and each test
+has a new process group. A failing rank fails the test with its traceback and output; a hanging rank is killed at the
+timeout and its stack is shown.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ import torch.distributed as dist
 __all__ = ["RankError", "ranks", "run", "shutdown"]
 
 DEFAULT_TIMEOUT = 120.0
-# Where a decorated test keeps the function that its ranks call.
+# Attribute of a decorated test: the function that its ranks call.
 _ON_EACH_RANK = "__manic_on_each_rank__"
-# After one rank has failed, how long the others may take to fail or finish as well.
+# Seconds that the other ranks have to fail or finish after one rank has failed.
 _GRACE = 3.0
-# Until a fresh process has imported torch, on a machine that is busy with others.
+# Seconds until a new process has imported torch, on a busy machine.
 _START_TIMEOUT = 300.0
 
 
 class RankError(AssertionError):
-    """A function failed on one rank or more, or did not come back; the message has every rank's account."""
+    """A function failed or timed out on at least one rank; the message reports every rank."""
 
 
 def ranks(world_size: int, *, timeout: float = DEFAULT_TIMEOUT) -> Callable[[Callable[..., Any]], Callable[..., None]]:
@@ -57,8 +57,11 @@ def ranks(world_size: int, *, timeout: float = DEFAULT_TIMEOUT) -> Callable[[Cal
     must be picklable.
 
     Args:
-        world_size: How many processes.
-        timeout: Seconds until the test fails.
+        world_size: Number of processes.
+        timeout: Seconds until the test fails; default: 120.
+
+    Returns:
+        The decorator.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., None]:
@@ -78,24 +81,24 @@ def run(
     """Call ``function(*args, **kwargs)`` on ``world_size`` gloo ranks.
 
     Args:
-        function: Importable: at the top level of a module.
-        world_size: How many processes.
-        *args: Picklable.
-        timeout: Seconds until all ranks are killed.
-        **kwargs: Picklable.
+        function: A function at the top level of a module.
+        world_size: Number of processes.
+        *args: Its arguments; picklable.
+        timeout: Seconds until all ranks are killed; default: 120.
+        **kwargs: Its keyword arguments; picklable.
 
     Returns:
-        What it returned, by rank.
+        The function's results, by rank.
 
     Raises:
-        RankError: if it raised, died or hung on any rank.
-        ValueError: if ``function`` cannot be found by its name, or ``world_size`` is not positive.
+        RankError: if the function raised, exited or hung on any rank.
+        ValueError: if ``function`` is not at the top level of a module, or ``world_size`` is not positive.
     """
     if world_size < 1:
         raise ValueError(f"world_size must be positive, got {world_size}")
     if "<" in function.__qualname__:
         raise ValueError(
-            f"{function.__qualname__} must be at the top level of a module, where another process finds it"
+            f"{function.__qualname__} must be at the top level of a module, so that another process can import it"
         )
     __tracebackhide__ = True
     with tempfile.TemporaryDirectory(prefix="manic-ranks-") as folder:
@@ -104,22 +107,22 @@ def run(
 
 
 def shutdown() -> None:
-    """End the warm processes; they are started again when needed. Called at exit."""
+    """End the processes; the next call starts new ones. Called at exit."""
     _pool.kill()
 
 
 class _Skipped(str):
-    """Why a rank skipped."""
+    """The reason for which a rank skipped."""
 
 
 def _importable(module: str) -> str:
-    """The name by which another process imports ``module``: a script's own, where it is the main module."""
+    """The name by which another process imports ``module``: the script's name for the main module."""
     file = getattr(sys.modules["__main__"], "__file__", None)
     return Path(file).stem if module == "__main__" and file else module
 
 
 class _Call:
-    """What a rank is told to do."""
+    """A function call for every rank."""
 
     def __init__(
         self, module: str, name: str, args: Any, kwargs: Any, world_size: int, timeout: float, folder: str
@@ -139,24 +142,24 @@ class _Call:
             target = getattr(target, part)
         target = getattr(target, _ON_EACH_RANK, target)
         timeout = timedelta(seconds=self.timeout)
-        store = dist.PrefixStore(self.folder, _connect(self.port))  # the folder's name is this call's alone
+        store = dist.PrefixStore(self.folder, _connect(self.port))  # unique to this call
         dist.init_process_group("gloo", store=store, rank=rank, world_size=self.world_size, timeout=timeout)
         try:
-            dist.barrier()  # nobody may leave before all have connected
+            dist.barrier()  # no rank may finish before all have connected
             return target(*self.args, **self.kwargs)
         finally:
-            # Without a barrier: a rank that failed must not wait for others.
+            # Without a barrier: a failed rank must not wait for others.
             dist.destroy_process_group()
 
 
 @functools.cache
 def _connect(port: int) -> dist.TCPStore:
-    """A rank's connection to the store of the process that called it, made once."""
+    """A rank's connection to the store of the calling process, cached."""
     return dist.TCPStore("127.0.0.1", port, is_master=False)
 
 
 class _Pool:
-    """Warm processes, as many as any call so far has needed; all replaced after one was lost or left in doubt."""
+    """Reused processes, as many as the largest call; all are replaced after one died or did not answer."""
 
     def __init__(self) -> None:
         self._workers: list[tuple[Any, Connection]] = []
@@ -164,16 +167,16 @@ class _Pool:
 
     def _grow(self, count: int) -> None:
         context = multiprocessing.get_context("spawn")
-        fresh = range(len(self._workers), count)
+        new = range(len(self._workers), count)
         while len(self._workers) < count:
             here, there = context.Pipe()
-            # The main module is not wanted in the ranks: it may be pytest itself, or a script without a guard.
+            # The ranks must not import the main module: it may be pytest, or a script without a guard.
             with _without_main():
                 process = context.Process(target=_serve, args=(there, len(self._workers)), daemon=True)
                 process.start()
             there.close()
             self._workers.append((process, here))
-        for rank in fresh:  # importing torch takes seconds, which are no test's own
+        for rank in new:  # importing torch takes seconds, which must not count towards a test's timeout
             if not self._workers[rank][1].poll(_START_TIMEOUT):
                 self.kill()
                 raise RankError(f"rank {rank} did not start within {_START_TIMEOUT:g} s")
@@ -193,7 +196,7 @@ class _Pool:
             self.kill()
         self._grow(call.world_size)
         workers = self._workers[: call.world_size]
-        if self._store is None:  # on a port that is free, in this process, which outlives every rank
+        if self._store is None:  # on a free port, in this process, which outlives every rank
             self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         call.port = self._store.port
         message = pickle.dumps(call)
@@ -202,7 +205,7 @@ class _Pool:
 
         results: dict[int, tuple[bool, Any]] = {}
         failed = False
-        deadline = time.monotonic() + call.timeout + 1.0  # a rank dumps its stack at the timeout, and is then killed
+        deadline = time.monotonic() + call.timeout + 1.0  # a rank dumps its stack at the timeout; then it is killed
         while len(results) < len(workers) and time.monotonic() < deadline:
             pending = {workers[rank][1]: rank for rank in range(len(workers)) if rank not in results}
             for ready in wait(list(pending), timeout=max(0.0, deadline - time.monotonic())):
@@ -227,10 +230,10 @@ class _Pool:
 def _report(call: _Call, results: dict[int, tuple[bool, Any]]) -> str:
     parts = [f"{call.module}.{call.name} failed on {call.world_size} ranks"]
     for rank in range(call.world_size):
-        fine, account = results.get(
-            rank, (False, f"did not come back within {call.timeout:g} s or after another failed")
+        succeeded, outcome = results.get(
+            rank, (False, f"did not finish within {call.timeout:g} s or after another failed")
         )
-        parts.append(f"---- rank {rank}: {'finished' if fine else account}")
+        parts.append(f"---- rank {rank}: {'finished' if succeeded else outcome}")
         output = call.output(rank).read_text(errors="replace").strip() if call.output(rank).exists() else ""
         if output:
             parts.append(f"---- rank {rank} wrote:\n{output[-8000:]}")
@@ -254,7 +257,7 @@ def _without_main() -> Iterator[None]:
 
 
 def _serve(connection: Connection, rank: int) -> None:
-    """A rank's life: wait for a call, make it, send back what came of it."""
+    """Main loop of a rank: receive a call, execute it, send its outcome."""
     torch.set_num_threads(1)
     connection.send_bytes(b"ready")
     while True:
@@ -276,7 +279,7 @@ def _serve(connection: Connection, rank: int) -> None:
 
 @contextlib.contextmanager
 def _redirected(target: int) -> Iterator[None]:
-    """Send file descriptors 1 and 2, and so the output of any library, to ``target``."""
+    """Redirect file descriptors 1 and 2, and with them the output of every library, to ``target``."""
     saved = [os.dup(1), os.dup(2)]
     try:
         for descriptor in (1, 2):

@@ -1,4 +1,4 @@
-"""A save on another thread stores what a save that is waited for stores, and its errors are not lost."""
+"""async_save stores the same state as save, and reports its errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LAYOUTS = [
 ]  # fmt: skip
 
 
-def save_both_ways(layout: str, directory: str) -> None:
+def compare_save_and_async_save(layout: str, directory: str) -> None:
     torch.manual_seed(dist.get_rank())
     waited_for = Run(layout, "adamw", f"{directory}/sync")
     waited_for.train(6)
@@ -42,7 +42,7 @@ def save_both_ways(layout: str, directory: str) -> None:
     started = Run(layout, "adamw", f"{directory}/async", progress=lambda *_: may_write.wait(60) and None)
     started.train(6)
     future = started.checkpointer.async_save(6)
-    started.train(7)  # nothing is written before this is over
+    started.train(7)  # nothing is written before it finishes
     assert not future.done()
     assert started.checkpointer.steps() == []
     may_write.set()
@@ -51,17 +51,17 @@ def save_both_ways(layout: str, directory: str) -> None:
     assert_identical(started.result(), waited_for.result())
 
     resumed = Run(layout, "adamw", f"{directory}/async")
-    resumed.rehearse()
+    resumed.backward()
     resumed.checkpointer.load()
     resumed.train(7)
     assert_identical(resumed.result(), waited_for.result())
 
 
 @pytest.mark.parametrize(("layout", "world_size"), LAYOUTS)
-def test_it_stores_bit_for_bit_what_a_sync_save_stores(layout: str, world_size: int, tmp_path: Path) -> None:
-    run(save_both_ways, world_size, layout, str(tmp_path))
+def test_async_save_equals_save_bit_for_bit(layout: str, world_size: int, tmp_path: Path) -> None:
+    run(compare_save_and_async_save, world_size, layout, str(tmp_path))
     sync, threaded = (
-        json.loads((tmp_path / how / "step_00000006" / MANIFEST).read_text()) for how in ("sync", "async")
+        json.loads((tmp_path / kind / "step_00000006" / MANIFEST).read_text()) for kind in ("sync", "async")
     )
     # .metadata holds the path.
     assert {**sync["files"], ".metadata": None} == {**threaded["files"], ".metadata": None}
@@ -83,12 +83,12 @@ def save_in_a_row(directory: str) -> list[int]:
     return started.checkpointer.steps()
 
 
-def test_one_is_under_way_at_a_time_and_old_ones_go(tmp_path: Path) -> None:
+def test_async_saves_run_one_at_a_time_with_retention(tmp_path: Path) -> None:
     assert run(save_in_a_row, 2, str(tmp_path)) == [[3, 4, 5]] * 2
 
 
 def fail_to_write(directory: str, on_error: str, threaded: bool) -> list[str]:
-    """Rank 1 may write no more than 20 kB to a file, as if its disk were full."""
+    """Rank 1 may write at most 20 kB to a file, as on a full disk."""
     started = Run("fsdp2", "adamw", directory, on_error=on_error)
     started.train(2)
     started.checkpointer.save(2)
@@ -124,12 +124,12 @@ def fail_to_write(directory: str, on_error: str, threaded: bool) -> list[str]:
 
 @pytest.mark.parametrize("threaded", [False, True])
 @pytest.mark.parametrize("on_error", ["raise", "warn"])
-def test_a_full_disk_costs_that_checkpoint_and_no_other(on_error: str, threaded: bool, tmp_path: Path) -> None:
+def test_a_full_disk_loses_only_that_checkpoint(on_error: str, threaded: bool, tmp_path: Path) -> None:
     for names in run(fail_to_write, 2, str(tmp_path), on_error, threaded):
         assert names == ["step_00000002", "step_00000004"]
 
 
-def be_refused(directory: str, on_error: str) -> list[int]:
+def save_to_a_read_only_directory(directory: str, on_error: str) -> list[int]:
     started = Run("fsdp2", "adamw", directory, on_error=on_error)
     started.train(1)
     started.checkpointer.save(1)
@@ -137,7 +137,7 @@ def be_refused(directory: str, on_error: str) -> list[int]:
         os.chmod(directory, 0o555)
     dist.barrier()
     user = os.geteuid()
-    if user == 0:  # whom no mode of a directory stops
+    if user == 0:  # root ignores the directory's mode
         os.seteuid(65534)
     try:
         if on_error == "raise":
@@ -161,15 +161,15 @@ def be_refused(directory: str, on_error: str) -> list[int]:
 
 
 @pytest.mark.parametrize("on_error", ["raise", "warn"])
-def test_a_read_only_directory_leaves_training_and_old_checkpoints_as_they_are(on_error: str) -> None:
-    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to other users
+def test_a_read_only_directory_affects_only_the_save(on_error: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # other users cannot read tmp_path
         os.chmod(folder, 0o755)
         directory = Path(folder, "run")
         directory.mkdir()
-        assert run(be_refused, 2, str(directory), on_error) == [[1, 2]] * 2
+        assert run(save_to_a_read_only_directory, 2, str(directory), on_error) == [[1, 2]] * 2
 
 
-def take_the_disk_full(directory: str) -> list[str]:
+def save_to_a_full_disk(directory: str) -> list[str]:
     started = Run("fsdp2", "adamw", directory, keep_latest=1)
     started.train(1)
     started.checkpointer.save(1)
@@ -187,18 +187,18 @@ def take_the_disk_full(directory: str) -> list[str]:
     return sorted(os.listdir(directory))
 
 
-def test_a_disk_that_is_full_for_a_while(tmp_path: Path) -> None:
+def test_recovers_from_a_full_disk(tmp_path: Path) -> None:
     command = ["mount", "-t", "tmpfs", "-o", "size=1000k", "tmpfs", str(tmp_path)]
     if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("may not mount a small file system")
+        pytest.skip("not allowed to mount a small file system")
     try:
-        assert run(take_the_disk_full, 2, str(tmp_path)) == [["step_00000003"]] * 2
+        assert run(save_to_a_full_disk, 2, str(tmp_path)) == [["step_00000003"]] * 2
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-def fill_host_memory(directory: str, threaded: bool) -> tuple[int, int]:
-    """The state's bytes, and by how much a save raised the peak of what this process holds."""
+def measure_host_memory(directory: str, threaded: bool) -> tuple[int, int]:
+    """Bytes of the state, and the rise of this process's peak memory during a save."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(16)))
     optimizer = torch.optim.AdamW(model.parameters())
@@ -210,7 +210,7 @@ def fill_host_memory(directory: str, threaded: bool) -> tuple[int, int]:
     warm = Checkpointer(f"{directory}/warm", small, torch.optim.AdamW(small.parameters()))
     (warm.async_save if threaded else warm.save)(0)
     warm.wait()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current memory
     before = _status("VmRSS")
     (checkpointer.async_save if threaded else checkpointer.save)(1)
     checkpointer.wait()
@@ -224,39 +224,39 @@ def _status(name: str) -> int:
 
 @pytest.mark.parametrize("threaded", [False, True])
 def test_host_memory_of_a_save(threaded: bool, tmp_path: Path) -> None:
-    state, risen = run(fill_host_memory, 1, str(tmp_path), threaded)[0]
+    state, rise = run(measure_host_memory, 1, str(tmp_path), threaded)[0]
     buffer = 32 * 2**20
-    assert risen < buffer + threaded * state, (risen, state)
+    assert rise < buffer + threaded * state, (rise, state)
 
 
-def note_progress(directory: str) -> list[tuple[str, int, int]]:
-    told: list[tuple[str, int, int]] = []
-    started = Run("fsdp2", "adamw", directory, progress=lambda *event: told.append(event))
+def record_progress(directory: str) -> list[tuple[str, int, int]]:
+    events: list[tuple[str, int, int]] = []
+    started = Run("fsdp2", "adamw", directory, progress=lambda *event: events.append(event))
     started.checkpointer.save(1)
     started.checkpointer.load()
-    return told
+    return events
 
 
-def test_progress_is_told_to_the_last_byte(tmp_path: Path) -> None:
-    by_rank = run(note_progress, 2, str(tmp_path))
+def test_progress_counts_every_byte(tmp_path: Path) -> None:
+    by_rank = run(record_progress, 2, str(tmp_path))
     manifest = json.loads((tmp_path / "step_00000001" / MANIFEST).read_text())
-    for rank, told in enumerate(by_rank):
+    for rank, events in enumerate(by_rank):
         for what in ("save", "verify"):
-            done = [event[1] for event in told if event[0] == what]
+            done = [event[1] for event in events if event[0] == what]
             assert done == sorted(done)
             assert done
         own = manifest["files"][f"__{rank}_0.distcp"]["bytes"] + (
             manifest["files"][".metadata"]["bytes"] if rank == 0 else 0
         )
-        assert max(event[1] for event in told if event[0] == "save") == own
-    per_rank = [max(event[1] for event in told if event[0] == "verify") for told in run(reload, 2, str(tmp_path))]
+        assert max(event[1] for event in events if event[0] == "save") == own
+    per_rank = [max(event[1] for event in events if event[0] == "verify") for events in run(reload, 2, str(tmp_path))]
     assert sum(per_rank) == sum(record["bytes"] for record in manifest["files"].values())
 
 
 def reload(directory: str) -> list[tuple[str, int, int]]:
-    told: list[tuple[str, int, int]] = []
-    Run("fsdp2", "adamw", directory, progress=lambda *event: told.append(event)).checkpointer.load()
-    return told
+    events: list[tuple[str, int, int]] = []
+    Run("fsdp2", "adamw", directory, progress=lambda *event: events.append(event)).checkpointer.load()
+    return events
 
 
 class Unpicklable(Exception):
@@ -265,13 +265,13 @@ class Unpicklable(Exception):
 
 
 class Failing:
-    """A file system's method that fails as only some library's does."""
+    """A method that raises an error which does not pickle."""
 
     def __call__(self, *_: Any, **__: Any) -> Any:
         raise Unpicklable(503, "slow down")
 
 
-def fail_strangely(directory: str, on_error: str) -> list[str]:
+def fail_without_os_error(directory: str, on_error: str) -> list[str]:
     started = Run("fsdp2", "adamw", directory, on_error=on_error)
     started.checkpointer.save(1)
     real = LocalFileSystem.open
@@ -291,12 +291,12 @@ def fail_strangely(directory: str, on_error: str) -> list[str]:
 
 
 @pytest.mark.parametrize("on_error", ["raise", "warn"])
-def test_an_error_of_any_kind_is_an_os_error_on_every_rank(on_error: str, tmp_path: Path) -> None:
-    for names in run(fail_strangely, 2, str(tmp_path), on_error, timeout=60):
+def test_every_write_error_is_an_os_error_on_every_rank(on_error: str, tmp_path: Path) -> None:
+    for names in run(fail_without_os_error, 2, str(tmp_path), on_error, timeout=60):
         assert names == ["step_00000001", "step_00000003"]
 
 
-def raise_in_an_object(directory: str) -> None:
+def save_a_failing_object(directory: str) -> None:
     started = Run("fsdp2", "adamw", directory)
     if dist.get_rank() == 1:
         started.counter.state_dict = Failing()  # type: ignore[method-assign]
@@ -305,11 +305,11 @@ def raise_in_an_object(directory: str) -> None:
             save(1)
 
 
-def test_an_object_that_fails_on_one_rank_is_every_ranks_error(tmp_path: Path) -> None:
-    run(raise_in_an_object, 2, str(tmp_path), timeout=60)
+def test_an_object_that_fails_on_one_rank_raises_on_every_rank(tmp_path: Path) -> None:
+    run(save_a_failing_object, 2, str(tmp_path), timeout=60)
 
 
-def save_where_others_do_not_look(directory: str) -> list[int]:
+def save_to_an_unshared_directory(directory: str) -> list[int]:
     started = Run("fsdp2", "adamw", f"{directory}/{dist.get_rank()}")
     real, elsewhere = LocalFileSystem.open, Path(directory, "1", "elsewhere")
 
@@ -317,7 +317,7 @@ def save_where_others_do_not_look(directory: str) -> list[int]:
         return real(files, str(elsewhere / Path(path).name), *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        if dist.get_rank() == 1:  # its files land elsewhere, as on a node's own disk
+        if dist.get_rank() == 1:  # its files are elsewhere, as on a node's local disk
             elsewhere.mkdir(parents=True)
             patch.setattr(LocalFileSystem, "open", open_elsewhere)
         with pytest.raises(OSError, match=r"__1_0\.distcp is missing.*same directory"):
@@ -325,8 +325,8 @@ def save_where_others_do_not_look(directory: str) -> list[int]:
     return started.checkpointer.steps()
 
 
-def test_a_directory_that_ranks_do_not_share_is_found_at_the_first_save(tmp_path: Path) -> None:
-    assert run(save_where_others_do_not_look, 2, str(tmp_path), timeout=60) == [[], []]
+def test_the_first_save_detects_an_unshared_directory(tmp_path: Path) -> None:
+    assert run(save_to_an_unshared_directory, 2, str(tmp_path), timeout=60) == [[], []]
 
 
 def save_after_a_failure(directory: str) -> list[int]:
@@ -344,11 +344,11 @@ def save_after_a_failure(directory: str) -> list[int]:
     return started.checkpointer.steps()
 
 
-def test_a_save_is_made_before_an_earlier_ones_failure_is_raised(tmp_path: Path) -> None:
+def test_save_completes_before_it_raises_an_earlier_failure(tmp_path: Path) -> None:
     assert run(save_after_a_failure, 2, str(tmp_path), timeout=60) == [[1, 3]] * 2
 
 
-def fail_to_tell(directory: str) -> None:
+def save_with_failing_callback(directory: str) -> None:
     def fail(*_: Any) -> None:
         raise ZeroDivisionError
 
@@ -357,6 +357,6 @@ def fail_to_tell(directory: str) -> None:
     started.checkpointer.load(fallback=True)
 
 
-def test_a_progress_callback_that_fails_costs_no_checkpoint(tmp_path: Path) -> None:
-    run(fail_to_tell, 2, str(tmp_path), timeout=60)
+def test_a_failing_progress_callback_does_not_fail_the_save(tmp_path: Path) -> None:
+    run(save_with_failing_callback, 2, str(tmp_path), timeout=60)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]

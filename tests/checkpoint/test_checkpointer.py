@@ -1,4 +1,4 @@
-"""Stopped and started again, a run is the run that was not stopped."""
+"""A resumed run equals an uninterrupted one bit for bit; checkpoints are kept and refused as documented."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ LAYOUTS = [
 
 def interrupt_and_compare(layout: str, base: str, directory: str, at: int) -> None:
     torch.manual_seed(dist.get_rank())
-    undisturbed = Run(layout, base, directory)
-    undisturbed.train(at)
-    undisturbed.checkpointer.save(at)
-    undisturbed.train(8)
+    uninterrupted = Run(layout, base, directory)
+    uninterrupted.train(at)
+    uninterrupted.checkpointer.save(at)
+    uninterrupted.train(8)
 
     torch.manual_seed(1234)
     resumed = Run(layout, base, directory)
-    resumed.train(2)  # whatever it did before is forgotten
+    resumed.train(2)  # load must discard this
     resumed.checkpointer.load()
     assert resumed.counter.step == at
     resumed.train(8)
-    assert_identical(resumed.result(), undisturbed.result())
+    assert_identical(resumed.result(), uninterrupted.result())
 
 
 @pytest.mark.parametrize("base", ["adamw", "sgd"])
@@ -45,7 +45,7 @@ def test_resumes_bit_for_bit(layout: str, world_size: int, base: str, tmp_path: 
 
 
 @pytest.mark.parametrize(("layout", "world_size"), [("single", 1), ("fsdp2", 2), ("fsdp1-flat", 2), ("zero1", 2)])
-def test_a_checkpoint_from_before_the_first_step(layout: str, world_size: int, tmp_path: Path) -> None:
+def test_resumes_from_before_the_first_step(layout: str, world_size: int, tmp_path: Path) -> None:
     run(interrupt_and_compare, world_size, layout, "adamw", str(tmp_path), 0)
 
 
@@ -70,15 +70,15 @@ def assert_errors(directory: str) -> None:
     with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
         started.checkpointer.load()
     started.checkpointer.save(1)
-    with pytest.raises(FileExistsError, match="never written over"):
+    with pytest.raises(FileExistsError, match="never overwritten"):
         started.checkpointer.save(1)
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint.*there are steps \[1\]"):
+    with pytest.raises(FileNotFoundError, match=r"is not a checkpoint.*has steps \[1\]"):
         started.checkpointer.load(2)
     before = started.result()
     for other, words in (
         (nn.Sequential(nn.Linear(2, 2)), "another model: it has no 0.weight"),
         (nn.ModuleDict({name: nn.Linear(2, 2) for name in ("up", "down", "norm", "head", "frozen")}), "has shape"),
-        (nn.ModuleDict({"up": nn.Linear(6, 16)}), "this one has no down.bias"),
+        (nn.ModuleDict({"up": nn.Linear(6, 16)}), "this model has no down.bias"),
     ):
         optimizer = torch.optim.SGD(other.parameters(), lr=1.0)
         kept = {name: p.detach().clone() for name, p in other.named_parameters()}
@@ -94,13 +94,13 @@ def assert_errors(directory: str) -> None:
         Checkpointer(blocked, started.setup.model, started.setup.optimizer).save(1)
 
 
-def test_what_was_just_saved_is_kept_whatever_its_step(tmp_path: Path) -> None:
+def test_retention_keeps_the_latest_save(tmp_path: Path) -> None:
     for found in run(save_each, 2, str(tmp_path), [200, 300, 120], {"keep_latest": 2}):
         assert found == [120, 200, 300]
 
 
 def refuse_and_accept(directory: str) -> None:
-    """A path as a string; other betas; a parameter that never had a gradient; Delta stored or not."""
+    """A path as a string; other betas; a parameter without gradients; Delta stored or not."""
     torch.manual_seed(0)
     model = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
 
@@ -117,7 +117,7 @@ def refuse_and_accept(directory: str) -> None:
     for _ in range(3):
         train(optimizer, "used")
     path = started.save(3)
-    train(optimizer, "used")  # so that the parameters are not those of the checkpoint
+    train(optimizer, "used")  # so that the parameters differ from the checkpoint
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(ValueError, match="other betas"):
         make(betas=(0.5, 0.6, 0.7, 0.8, 0.85, 0.95))[0].load()
@@ -127,7 +127,7 @@ def refuse_and_accept(directory: str) -> None:
         make(lambda ps, lr: torch.optim.AdamW(ps, lr=lr, amsgrad=True))[0].load()
     with pytest.raises(ValueError, match=r"another optimizer.*it has \w+ for used"):
         make(torch.optim.SGD)[0].load()
-    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+    with pytest.raises(FileNotFoundError, match="not a checkpoint"):
         make()[0].load("nowhere/at/all")
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before)), "a refused load changed the model"
 
@@ -144,7 +144,7 @@ def refuse_and_accept(directory: str) -> None:
     assert other.state[model["used"].weight]["mechanic_delta"].abs().sum() > 0
 
 
-def test_what_may_be_loaded(tmp_path: Path) -> None:
+def test_refuses_and_accepts_loads(tmp_path: Path) -> None:
     run(refuse_and_accept, 2, str(tmp_path))
 
 
@@ -153,18 +153,18 @@ def save_to_a_bucket(url: str) -> None:
     interrupt_and_compare("fsdp2", "adamw", url, 6)
 
 
-def test_a_url_will_do_as_well(tmp_path: Path) -> None:
+def test_saves_to_a_url(tmp_path: Path) -> None:
     run(save_to_a_bucket, 2, f"bucket://{tmp_path}/run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["step_00000006"]
     names = {path.name for path in (tmp_path / "run" / "step_00000006").iterdir()}
     assert names == {".metadata", "__0_0.distcp", "__1_0.distcp", "manifest.json"}
 
 
-def test_errors_are_raised_on_every_rank(tmp_path: Path) -> None:
+def test_raises_errors_on_every_rank(tmp_path: Path) -> None:
     run(assert_errors, 2, str(tmp_path))
 
 
-def test_what_was_not_finished_is_no_checkpoint(tmp_path: Path) -> None:
+def test_refuses_an_unfinished_checkpoint(tmp_path: Path) -> None:
     (tmp_path / ".incomplete_step_00000009").mkdir()
     (tmp_path / "step_00000003").mkdir()
     model = nn.Linear(2, 2)
@@ -174,14 +174,14 @@ def test_what_was_not_finished_is_no_checkpoint(tmp_path: Path) -> None:
         checkpointer.load()
 
 
-def test_bad_arguments(tmp_path: Path) -> None:
+def test_refuses_bad_arguments(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="keep_latest"):
         Checkpointer(tmp_path, model, torch.optim.SGD(model.parameters(), lr=1.0), keep_latest=0)
 
 
 @ranks(2)
-def test_any_optimizer_and_several_of_them() -> None:
+def test_saves_several_optimizers_of_any_class() -> None:
     import tempfile
 
     box = [tempfile.mkdtemp()]

@@ -1,4 +1,4 @@
-"""No damaged checkpoint is loaded in silence, and a good one is found behind it."""
+"""A damaged checkpoint is never loaded silently, and fallback loads an older intact one."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def save_three(directory: str) -> list[tuple[float, dict[str, torch.Tensor]]]:
 
 
 @functools.cache
-def good() -> tuple[tempfile.TemporaryDirectory[str], list[Any]]:
+def intact() -> tuple[tempfile.TemporaryDirectory[str], list[Any]]:
     """Checkpoints of two ranks, and the state at each."""
     directory = tempfile.TemporaryDirectory(prefix="manic-damage-")
     return directory, run(save_three, 2, directory.name)[0]
@@ -45,17 +45,17 @@ def good() -> tuple[tempfile.TemporaryDirectory[str], list[Any]]:
 
 @pytest.fixture
 def copies(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(good()[0].name, tmp_path / "run"))
+    return Path(shutil.copytree(intact()[0].name, tmp_path / "run"))
 
 
 @functools.cache
-def alone() -> Run:
-    """One run that all that is damaged is loaded into."""
+def single_run() -> Run:
+    """One run that every damaged checkpoint is loaded into."""
     return Run("single", "adamw", "unused")
 
 
-def at(directory: Path) -> Run:
-    fresh = alone()
+def run_in(directory: Path) -> Run:
+    fresh = single_run()
     fresh.checkpointer = type(fresh.checkpointer)(
         directory,
         fresh.setup.model,
@@ -70,7 +70,7 @@ def folder(directory: Path, step: int) -> Path:
 
 
 def damage(directory: Path, step: int, rng: random.Random) -> str:
-    """Damage one file of a checkpoint so that its bytes are others, and give what was done."""
+    """Damage one file of a checkpoint so that its bytes change; return a description."""
     others = [other for other in STEPS if other != step]
     while True:
         file = rng.choice(sorted(folder(directory, step).iterdir()))
@@ -103,10 +103,10 @@ def damage(directory: Path, step: int, rng: random.Random) -> str:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_damaged_checkpoint_is_never_loaded(seed: int, copies: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_never_loads_a_damaged_checkpoint(seed: int, copies: Path, caplog: pytest.LogCaptureFixture) -> None:
     rng = random.Random(seed)
     what = damage(copies, STEPS[-1], rng)
-    fresh = at(copies)
+    fresh = run_in(copies)
     before = fresh.result()
     with pytest.raises(DamagedCheckpointError) as caught:
         fresh.checkpointer.load()
@@ -116,61 +116,61 @@ def test_a_damaged_checkpoint_is_never_loaded(seed: int, copies: Path, caplog: p
     with caplog.at_level(logging.WARNING):
         assert fresh.checkpointer.load(fallback=True) == str(folder(copies, STEPS[-2]))
     assert what.split()[-1] in caplog.text
-    assert_identical(fresh.result(), good()[1][-2])
+    assert_identical(fresh.result(), intact()[1][-2])
 
 
-def test_a_file_that_is_there_but_shorter_is_found_by_its_size(copies: Path) -> None:
+def test_size_check_detects_a_truncated_file(copies: Path) -> None:
     file = folder(copies, 6) / "__1_0.distcp"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(DamagedCheckpointError, match=r"__1_0\.distcp has \d+ bytes, \d+ were written"):
-        at(copies).checkpointer.load(verify="size")
+    with pytest.raises(DamagedCheckpointError, match=r"__1_0\.distcp has \d+ bytes; \d+ were written"):
+        run_in(copies).checkpointer.load(verify="size")
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_damaged_index_is_found_by_any_verification(seed: int, copies: Path) -> None:
+def test_size_check_detects_a_damaged_index(seed: int, copies: Path) -> None:
     rng = random.Random(seed)
     file = folder(copies, 6) / ".metadata"
     content = bytearray(file.read_bytes())
     content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     file.write_bytes(content)
-    with pytest.raises(DamagedCheckpointError, match=r"\.metadata has other content"):
-        at(copies).checkpointer.load(verify="size")
+    with pytest.raises(DamagedCheckpointError, match=r"\.metadata differs from what was written"):
+        run_in(copies).checkpointer.load(verify="size")
 
 
-def test_a_checkpoint_in_another_steps_place_is_found(copies: Path) -> None:
+def test_detects_a_checkpoint_in_the_folder_of_another_step(copies: Path) -> None:
     shutil.rmtree(folder(copies, 6))
     shutil.copytree(folder(copies, 2), folder(copies, 6))
-    with pytest.raises(DamagedCheckpointError, match=r"its manifest.json is that of step 2"):
-        at(copies).checkpointer.load()
+    with pytest.raises(DamagedCheckpointError, match=r"its manifest.json is of step 2"):
+        run_in(copies).checkpointer.load()
 
 
-def test_if_none_is_good_the_error_lists_all_that_was_tried(copies: Path) -> None:
+def test_lists_every_checkpoint_if_none_is_intact(copies: Path) -> None:
     for step in STEPS:
         (folder(copies, step) / "__0_0.distcp").unlink()
     with pytest.raises(DamagedCheckpointError) as caught:
-        at(copies).checkpointer.load(fallback=True)
+        run_in(copies).checkpointer.load(fallback=True)
     for step in STEPS:
         assert f"step_{step:08d} is damaged: __0_0.distcp is missing" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", "__1_0.distcp", ".metadata"])
-def test_what_is_not_verified_is_an_error_where_it_cannot_be_read(name: str, copies: Path) -> None:
+def test_an_unverified_unreadable_file_is_damage(name: str, copies: Path) -> None:
     file = folder(copies, 6) / name
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(DamagedCheckpointError, match=r"step_00000006.*cannot be read"):
-        at(copies).checkpointer.load(verify="off")
+        run_in(copies).checkpointer.load(verify="off")
 
 
-def test_without_a_manifest_it_must_be_asked_for(copies: Path) -> None:
+def test_loads_without_a_manifest_only_with_verify_off(copies: Path) -> None:
     (folder(copies, 6) / MANIFEST).unlink()
     with pytest.raises(DamagedCheckpointError, match='pass verify="off"'):
-        at(copies).checkpointer.load()
-    fresh = at(copies)
+        run_in(copies).checkpointer.load()
+    fresh = run_in(copies)
     fresh.checkpointer.load(verify="off")
-    assert_identical(fresh.result(), good()[1][-1])
+    assert_identical(fresh.result(), intact()[1][-1])
 
 
-def test_files_that_the_disk_does_not_give_back_are_damaged(copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_error_is_damage(copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Files.read
 
     def read(files: Files, name: str) -> bytes:
@@ -179,13 +179,13 @@ def test_files_that_the_disk_does_not_give_back_are_damaged(copies: Path, monkey
         return whole(files, name)
 
     monkeypatch.setattr(Files, "read", read)
-    fresh = at(copies)
+    fresh = run_in(copies)
     with pytest.raises(DamagedCheckpointError, match=r"manifest.json cannot be read: .*Input/output error"):
         fresh.checkpointer.load()
     assert fresh.checkpointer.load(fallback=True) == str(folder(copies, 4))
 
 
-def test_all_that_was_written_is_on_the_disk_when_it_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_syncs_every_file_after_its_last_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: dict[str, int] = {}
     sync = os.fsync
 
@@ -194,14 +194,14 @@ def test_all_that_was_written_is_on_the_disk_when_it_is_synced(tmp_path: Path, m
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    saved = at(tmp_path).checkpointer.save(1)
+    saved = run_in(tmp_path).checkpointer.save(1)
     for file in Path(str(saved)).iterdir():
         name = ".metadata.tmp" if file.name == ".metadata" else file.name
         assert synced[name] == file.stat().st_size
 
 
-def test_a_listing_that_fails_after_a_save_costs_no_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    fresh = at(Path("unused"))
+def test_a_failed_listing_after_a_save_does_not_fail_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh = run_in(Path("unused"))
     url = "memory://test-damage/run"
     checkpointer = type(fresh.checkpointer)(url, fresh.setup.model, fresh.setup.optimizer, keep_latest=1)
     checkpointer.save(1)
@@ -217,24 +217,24 @@ def test_a_listing_that_fails_after_a_save_costs_no_checkpoint(monkeypatch: pyte
     assert checkpointer.steps() == [1, 2]
 
 
-def test_a_newer_format_is_refused_by_name(copies: Path) -> None:
+def test_refuses_a_newer_format(copies: Path) -> None:
     path = folder(copies, 6) / MANIFEST
     content = json.loads(path.read_text())
     content.pop("sha256")
     path.write_bytes(render({**content, "format": 2, "what is new": 1}))
-    with pytest.raises(ValueError, match=r"format 2.*install a newer one"):
-        at(copies).checkpointer.load()
+    with pytest.raises(ValueError, match=r"format 2.*install a newer version"):
+        run_in(copies).checkpointer.load()
 
 
-def test_fallback_is_for_the_latest(copies: Path) -> None:
-    with pytest.raises(ValueError, match="goes with"):
-        at(copies).checkpointer.load(6, fallback=True)
+def test_fallback_requires_latest(copies: Path) -> None:
+    with pytest.raises(ValueError, match="fallback=True requires"):
+        run_in(copies).checkpointer.load(6, fallback=True)
     with pytest.raises(ValueError, match="verify must be"):
-        at(copies).checkpointer.load(verify="sha256")  # type: ignore[arg-type]
+        run_in(copies).checkpointer.load(verify="sha256")  # type: ignore[arg-type]
 
 
-def fall_back_and_go_on(directory: str) -> tuple[str, list[int], Any]:
-    """Rank 1's file of the newest checkpoint is damaged: the run goes back, on, and saves over the same steps."""
+def fall_back_and_continue(directory: str) -> tuple[str, list[int], Any]:
+    """Rank 1's file of the newest checkpoint is damaged: the run falls back, continues, and saves the same steps."""
     resumed = Run("fsdp2", "adamw", directory)
     with pytest.raises(DamagedCheckpointError, match=r"__1_0\.distcp"):
         resumed.checkpointer.load()
@@ -244,13 +244,13 @@ def fall_back_and_go_on(directory: str) -> tuple[str, list[int], Any]:
     return loaded, resumed.checkpointer.steps(), resumed.result()
 
 
-def test_a_run_that_fell_back_saves_in_the_damaged_ones_place(copies: Path) -> None:
+def test_a_save_after_a_fallback_replaces_the_damaged_checkpoint(copies: Path) -> None:
     file = folder(copies, 6) / "__1_0.distcp"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    for loaded, steps, result in run(fall_back_and_go_on, 2, str(copies)):
+    for loaded, steps, result in run(fall_back_and_continue, 2, str(copies)):
         assert loaded == str(folder(copies, 4))
         assert steps == STEPS
-        assert_identical(result, good()[1][-1])
+        assert_identical(result, intact()[1][-1])
     assert (copies / ".damaged_step_00000006").is_dir()

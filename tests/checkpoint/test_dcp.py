@@ -1,4 +1,4 @@
-"""Torch's own calls, without the Checkpointer, stop and resume a run bit for bit."""
+"""Torch's own checkpoint functions, without the Checkpointer, resume a run bit for bit."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def from_named_parameters(model: nn.Module) -> Optimizer:
 
 
 def of_two_bases(model: nn.Module) -> Optimizer:
-    # By layer: an optimizer over a part of what FSDP1 flattened together cannot be saved.
+    # By layer: an optimizer over a part of an FSDP1 flat parameter cannot be saved.
     first = [parameter for name, parameter in model.named_parameters() if "up." in name]
     others = [parameter for name, parameter in model.named_parameters() if "up." not in name]
     return Mechanic([SGD(first, lr=1.0), AdamW(others, lr=1.0)], s_init=1e-3, variant="optax")
@@ -73,7 +73,7 @@ class Run:
         self.model = spread.model if wrap is None else wrap(spread.model)
         self.optimizer: Any = spread.optimizer if make is None else make(spread.model)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=20)
-        # Whatever is wrapped gets the whole batch on every rank, and its gradients need no averaging.
+        # A wrapped model gets the whole batch on every rank, and its gradients need no averaging.
         self.data_rank, self.data_size = (0, 1) if wrap else (spread.data_rank, spread.data_size)
         self.gather = spread.gather
 
@@ -88,8 +88,8 @@ class Run:
             self.scheduler.step()
 
     def result(self) -> Result:
-        """S, or nothing where there is none, and every parameter."""
-        optimizer = getattr(self.optimizer, "optim", self.optimizer)  # inside of ZeRO
+        """S, or ``None`` for a plain optimizer, and every parameter."""
+        optimizer = getattr(self.optimizer, "optim", self.optimizer)  # inside ZeRO
         scale = optimizer.scale.item() if isinstance(optimizer, Mechanic) else None
         return scale, list(self.gather().values())
 
@@ -109,12 +109,12 @@ def assert_identical(first: Result, second: Result) -> None:
 
 
 def kept(state: Any) -> Any:
-    """A copy of a state dict, whose tensors else go on with the run."""
+    """A copy of a state dict, whose tensors would otherwise change with the run."""
     return tree_map_only(Tensor, copy.deepcopy, state)
 
 
 class Mechanism(NamedTuple):
-    """A way to save model and optimizer, and to load what the first function returned."""
+    """Functions that save model and optimizer, and load what the first one returned."""
 
     save: Callable[[Run, Path], Any]
     load: Callable[[Run, Any], None]
@@ -174,7 +174,7 @@ def in_files(options: StateDictOptions | None = None, planner: Callable[[], Any]
 
 
 def start_saving(run: Run, directory: Path) -> tuple[Any, Path]:
-    # Of its own: the training's collectives go on meanwhile.
+    # A separate group: training runs its collectives at the same time.
     group = dist.new_group(backend="cpu:gloo")
     path = directory / f"{run.scheduler.last_epoch}, staged"
     return dcp.async_save({"app": AppState(run)}, checkpoint_id=path, process_group=group), path
@@ -238,7 +238,7 @@ MECHANISMS = {
     "files": in_files(),
     "staged": Mechanism(start_saving, finish_and_load),
     "fsdp1 full": of_fsdp1(
-        # With offload_to_cpu, FSDP1 on a CPU gives exp_avg the values of exp_avg_sq, plain AdamW's too.
+        # With offload_to_cpu, FSDP1 on a CPU gives exp_avg the values of exp_avg_sq, with plain AdamW too.
         StateDictType.FULL_STATE_DICT, FullStateDictConfig(), FullOptimStateDictConfig(offload_to_cpu=False),
     ),
     "fsdp1 sharded": of_fsdp1(
@@ -254,11 +254,11 @@ LAYOUTS = [("single", 1), ("ddp", 2), ("fsdp2", 2), ("tp", 2), ("fsdp1-orig", 2)
 LARGE_LAYOUTS = [("fsdp2", 4), ("hsdp", 4), ("tp+fsdp2", 4)]
 EVERYWHERE = ["nested", "flat", "full", "gathered on one rank", "files", "staged"]
 IMPOSSIBLE = {  # with plain AdamW too
-    # Torch takes names and their order from each rank's own state. Ranks hold other parameters, or after a load the
-    # same ones in another order, and then gather the states of different names into one.
+    # Torch takes names and their order from each rank's state. Ranks hold different parameters, or after a load the
+    # same parameters in different orders, and then gather states of different names into one.
     ("flat", "fsdp1-orig"),
     ("flat", "fsdp1-flat"),
-    # On a CPU, what is offloaded to it is the unsharded parameter itself, whose storage is freed.
+    # On a CPU, the offloaded tensor is the unsharded parameter itself, whose storage is freed.
     ("gathered on one rank", "fsdp1-orig"),
     ("gathered on one rank", "fsdp1-flat"),
     # A ShardedTensor cannot be staged.
@@ -268,27 +268,27 @@ IMPOSSIBLE = {  # with plain AdamW too
 COMBINATIONS = [
     *((each, *place) for each in EVERYWHERE for place in LAYOUTS if (each, place[0]) not in IMPOSSIBLE),
     *((each, *place) for each in ("offloaded", "at once", "own file") for place in LAYOUTS[:3]),
-    # Slow: one that gathers and broadcasts, one that reads shards in place.
+    # Slow, so only two: one that gathers and broadcasts, one that reads shards in place.
     *((each, *place) for each in ("gathered on one rank", "flat files") for place in LARGE_LAYOUTS),
     ("full", "tp+fsdp2", 4),
     *((each, *place) for each in ("fsdp1 full", "fsdp1 sharded") for place in LAYOUTS[-2:]),
-    # The others ask ZeroRedundancyOptimizer for its state without having it consolidated, which raises.
+    # The others read ZeroRedundancyOptimizer's state without consolidating it, which raises.
     ("consolidated", "zero1", 2),
 ]  # fmt: skip
 
 
-def train_through(layout: str, make: Any) -> dict[int, Result]:
-    undisturbed = Run(layout, make)
+def train_uninterrupted(layout: str, make: Any) -> dict[int, Result]:
+    uninterrupted = Run(layout, make)
     results = {}
     for step in (6, 7, 14):
-        undisturbed.train(step - undisturbed.scheduler.last_epoch)
-        results[step] = undisturbed.result()
+        uninterrupted.train(step - uninterrupted.scheduler.last_epoch)
+        results[step] = uninterrupted.result()
     return results
 
 
 @functools.cache
-def undisturbed(layout: str, world_size: int, make: Any = None) -> dict[int, Result]:
-    expected: dict[int, Result] = run(train_through, world_size, layout, make)[0]
+def uninterrupted(layout: str, world_size: int, make: Any = None) -> dict[int, Result]:
+    expected: dict[int, Result] = run(train_uninterrupted, world_size, layout, make)[0]
     return expected
 
 
@@ -297,7 +297,7 @@ def stop_and_resume(layout: str, mechanism: str, directory: str, expected: dict[
     stopped.train(6)
     scale = stopped.result()[0]
     saved = stopped.save(mechanism, directory)
-    stopped.train(1)  # takes nothing along of what was saved
+    stopped.train(1)  # must not change what was saved
     assert_identical(stopped.result(), expected[7])
 
     resumed = Run(layout, make)
@@ -306,14 +306,14 @@ def stop_and_resume(layout: str, mechanism: str, directory: str, expected: dict[
     saved_again = resumed.save(mechanism, f"{directory}/again")
     resumed.train(1)
     assert_identical(resumed.result(), expected[7])
-    resumed.load(mechanism, saved_again)  # what it did since is forgotten
+    resumed.load(mechanism, saved_again)  # discards the step since
     resumed.train(8)
     assert_identical(resumed.result(), expected[14])
 
 
 @pytest.mark.parametrize(("mechanism", "layout", "world_size"), COMBINATIONS)
 def test_resumes_bit_for_bit(mechanism: str, layout: str, world_size: int, tmp_path: Path) -> None:
-    run(stop_and_resume, world_size, layout, mechanism, str(tmp_path), undisturbed(layout, world_size))
+    run(stop_and_resume, world_size, layout, mechanism, str(tmp_path), uninterrupted(layout, world_size))
 
 
 @pytest.mark.parametrize("make", [from_named_parameters, of_two_bases])
@@ -323,7 +323,7 @@ def test_resumes_bit_for_bit(mechanism: str, layout: str, world_size: int, tmp_p
 def test_named_parameters_and_several_bases_resume_bit_for_bit(
     layout: str, mechanism: str, make: Any, tmp_path: Path
 ) -> None:
-    expected = undisturbed(layout, 2, make)
+    expected = uninterrupted(layout, 2, make)
     run(stop_and_resume, 2, layout, mechanism, str(tmp_path), expected, make)
 
 
@@ -363,7 +363,7 @@ def wrapped(model: nn.Module, wrappers: str) -> nn.Module:
     return functools.reduce(lambda inner, wrap: wrap(inner), WRAPPERS[wrappers], model)
 
 
-def move(layout: str, wrappers: str, directory: str) -> None:
+def move_between_wrapped_and_bare(layout: str, wrappers: str, directory: str) -> None:
     names = [name for name, _ in make_net().named_parameters()]
     wrap: Wrap = functools.partial(wrapped, wrappers=wrappers)
     for source, target in ((wrap, bare), (bare, wrap)):
@@ -387,20 +387,18 @@ def move(layout: str, wrappers: str, directory: str) -> None:
     *(("single", wrappers) for wrappers in WRAPPERS),
     ("fsdp2", "module.compile"), ("fsdp2", "torch.compile of checkpointed layers"),
 ])  # fmt: skip
-def test_the_state_of_a_wrapped_module_has_bare_names_and_moves_into_the_bare_module_and_back(
-    layout: str, wrappers: str, tmp_path: Path
-) -> None:
-    run(move, 2, layout, wrappers, str(tmp_path))
+def test_state_moves_between_wrapped_and_bare_modules(layout: str, wrappers: str, tmp_path: Path) -> None:
+    run(move_between_wrapped_and_bare, 2, layout, wrappers, str(tmp_path))
 
 
-def look_and_load(layout: str, mechanism: str, directory: str, expected: dict[int, Result]) -> None:
-    watched = Run(layout)
-    start = watched.save(mechanism, directory)
-    watched.save(mechanism, directory)
-    watched.train(3)
-    middle = watched.save(mechanism, directory)
-    watched.train(3)
-    assert_identical(watched.result(), expected[6])
+def read_and_load(layout: str, mechanism: str, directory: str, expected: dict[int, Result]) -> None:
+    observed = Run(layout)
+    start = observed.save(mechanism, directory)
+    observed.save(mechanism, directory)
+    observed.train(3)
+    middle = observed.save(mechanism, directory)
+    observed.train(3)
+    assert_identical(observed.result(), expected[6])
 
     histories: list[list[Any]] = [
         [start], [1, start, start], [start, middle, middle], [middle, 1, start],
@@ -420,22 +418,20 @@ def look_and_load(layout: str, mechanism: str, directory: str, expected: dict[in
     *((layout, mechanism) for layout in ("ddp", "fsdp2") for mechanism in ("nested", "flat", "flat files")),
     ("fsdp1-orig", "nested"), ("fsdp1-flat", "nested"),
 ])  # fmt: skip
-def test_neither_a_look_at_the_state_nor_what_was_loaded_before_leaves_a_trace(
-    layout: str, mechanism: str, tmp_path: Path
-) -> None:
-    run(look_and_load, 2, layout, mechanism, str(tmp_path), undisturbed(layout, 2))
+def test_reading_or_loading_state_does_not_affect_later_loads(layout: str, mechanism: str, tmp_path: Path) -> None:
+    run(read_and_load, 2, layout, mechanism, str(tmp_path), uninterrupted(layout, 2))
 
 
-def look_at_one_element() -> None:
+def read_state_of_one_element() -> None:
     torch.manual_seed(0)
     results = []
-    for looks in (False, True):
+    for reads in (False, True):
         model = fully_shard(nn.Linear(4, 1, dtype=torch.float64))
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.fill_(0.5)
         optimizer = Mechanic(AdamW(model.parameters(), lr=1.0), s_init=1e-3, variant="optax")
-        if looks:
+        if reads:
             set_optimizer_state_dict(model, optimizer, get_optimizer_state_dict(model, optimizer))
         for _ in range(3):
             optimizer.zero_grad()
@@ -445,12 +441,12 @@ def look_at_one_element() -> None:
     assert_identical(*results)
 
 
-def test_a_look_at_the_state_of_a_parameter_that_only_one_rank_holds_leaves_no_trace() -> None:
-    run(look_at_one_element, 2)
+def test_reading_the_state_of_a_parameter_on_one_rank_changes_nothing() -> None:
+    run(read_state_of_one_element, 2)
 
 
 def become_mechanic(layout: str, saving: str, loading: str, into: str, directory: str) -> None:
-    """Against the plain run itself, wrapped where it stands."""
+    """Compare with the plain run, wrapped at the same step."""
     expected = Run(layout, plain)
     expected.train(4)
     saved = expected.save(saving, directory)
@@ -488,14 +484,14 @@ PLAIN_INTO_MECHANIC = [
 
 @pytest.mark.parametrize(("saving", "loading", "into"), PLAIN_INTO_MECHANIC)
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
-def test_a_plain_adamw_becomes_mechanic_with_its_moments_and_a_tuner_at_the_start(
+def test_loads_plain_adamw_into_mechanic_with_a_new_tuner(
     layout: str, saving: str, loading: str, into: str, tmp_path: Path
 ) -> None:
     run(become_mechanic, 2, layout, saving, loading, into, str(tmp_path))
 
 
 def become_mechanic_late(layout: str, saving: str, loading: str, into: str, directory: str) -> None:
-    """torch's functions hand a Mechanic that has taken steps its own state back where the checkpoint has none."""
+    """Torch's functions load a Mechanic's current state back into it where the checkpoint has none."""
     left = Run(layout, plain)
     left.train(4)
     saved = left.save(saving, directory)
@@ -523,7 +519,7 @@ def become_mechanic_late(layout: str, saving: str, loading: str, into: str, dire
     combination for combination in PLAIN_INTO_MECHANIC if "before" not in combination[2]
 ])  # fmt: skip
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
-def test_a_plain_adamw_read_into_a_mechanic_that_has_taken_steps_is_started_or_refused(
+def test_loading_plain_adamw_after_steps_resets_the_tuner_or_refuses(
     layout: str, saving: str, loading: str, into: str, tmp_path: Path
 ) -> None:
     run(become_mechanic_late, 2, layout, saving, loading, into, str(tmp_path))
@@ -541,12 +537,12 @@ def load_strictly(layout: str, directory: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
-def test_a_checkpoint_without_a_tuner_is_refused_unless_a_part_is_asked_for(layout: str, tmp_path: Path) -> None:
+def test_refuses_a_checkpoint_without_a_tuner_by_default(layout: str, tmp_path: Path) -> None:
     run(load_strictly, 2, layout, str(tmp_path))
 
 
 def become_plain(layout: str, mechanism: str, directory: str) -> None:
-    """Against the base that was in Mechanic, taken out of it."""
+    """Compare with the base optimizer, unwrapped at the same step."""
     expected = Run(layout)
     expected.train(4)
     saved = expected.save(mechanism, directory)
@@ -563,7 +559,7 @@ def become_plain(layout: str, mechanism: str, directory: str) -> None:
 
 @pytest.mark.parametrize("mechanism", ["flat files", "nested", "flat", "full", "gathered on one rank"])
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
-def test_mechanic_becomes_a_plain_adamw_with_its_moments(layout: str, mechanism: str, tmp_path: Path) -> None:
+def test_loads_mechanic_into_plain_adamw_with_its_moments(layout: str, mechanism: str, tmp_path: Path) -> None:
     run(become_plain, 2, layout, mechanism, str(tmp_path))
 
 
@@ -578,7 +574,7 @@ def save_twice(layout: str, directory: str) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize(("layout", "world_size"), [("ddp", 2), ("fsdp2", 4)])
-def test_what_is_staged_is_what_is_saved_at_once(layout: str, world_size: int, tmp_path: Path) -> None:
+def test_async_save_of_dcp_equals_save(layout: str, world_size: int, tmp_path: Path) -> None:
     stored = []
     for path in run(save_twice, world_size, layout, str(tmp_path))[0]:
         dcp_to_torch_save(path, tmp_path / "whole.pt")

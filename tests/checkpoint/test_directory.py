@@ -1,4 +1,4 @@
-"""A checkpoint's folder appears whole or not at all, on a local disk and behind a URL that knows no renaming."""
+"""Folders are published atomically, on a local disk and behind a URL without renames."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def save(directory: Directory, step: int) -> None:
     directory.publish(step)
 
 
-def test_a_step_is_there_when_it_is_published(url: str) -> None:
+def test_a_step_appears_when_published(url: str) -> None:
     directory = Directory(url)
     assert directory.steps() == []
     folder = directory.begin(12)
@@ -38,15 +38,15 @@ def test_a_step_is_there_when_it_is_published(url: str) -> None:
     assert Files(directory.path(12)).read("content") == b"12"
 
 
-def test_what_is_there_is_not_written_over(url: str) -> None:
+def test_never_overwrites_a_step(url: str) -> None:
     directory = Directory(url)
     save(directory, 1)
-    with pytest.raises(FileExistsError, match="never written over"):
+    with pytest.raises(FileExistsError, match="never overwritten"):
         directory.begin(1)
     assert Files(directory.path(1)).read("content") == b"1"
 
 
-def test_what_a_killed_save_left_is_no_step_and_goes_at_the_next_save(url: str) -> None:
+def test_the_next_save_removes_unfinished_folders(url: str) -> None:
     killed = Directory(url)
     save(killed, 1)
     for step in (2, 3):
@@ -60,17 +60,17 @@ def test_what_a_killed_save_left_is_no_step_and_goes_at_the_next_save(url: str) 
     assert sorted(Path(path).name for path in fs.ls(root, detail=False)) == ["step_00000001", "step_00000003"]
 
 
-def test_an_abandoned_save_leaves_nothing(url: str) -> None:
+def test_abandon_removes_the_folder(url: str) -> None:
     directory = Directory(url)
     save(directory, 1)
     Files(directory.begin(2)).write("content", b"half")
     directory.abandon(2)
-    directory.abandon(7)  # of which there is nothing
+    directory.abandon(7)  # does not exist
     fs, root = fsspec.core.url_to_fs(url)
     assert [Path(path).name for path in fs.ls(root, detail=False)] == ["step_00000001"]
 
 
-def test_what_is_complete_cannot_be_abandoned(url: str) -> None:
+def test_abandon_keeps_a_complete_step(url: str) -> None:
     directory = Directory(url)
     save(directory, 1)
     directory.abandon(1)
@@ -78,7 +78,7 @@ def test_what_is_complete_cannot_be_abandoned(url: str) -> None:
     assert Files(directory.path(1)).read("content") == b"1"
 
 
-def test_only_what_is_to_be_kept_is_kept(url: str) -> None:
+def test_retire_removes_all_other_steps(url: str) -> None:
     directory = Directory(url)
     for step in range(1, 6):
         save(directory, step)
@@ -86,7 +86,7 @@ def test_only_what_is_to_be_kept_is_kept(url: str) -> None:
     assert directory.steps() == [2, 5]
 
 
-def test_what_is_set_aside_is_no_step_but_still_there(url: str) -> None:
+def test_set_aside_hides_a_step_without_removing_it(url: str) -> None:
     directory = Directory(url)
     save(directory, 1)
     aside = directory.set_aside(1)
@@ -97,14 +97,14 @@ def test_what_is_set_aside_is_no_step_but_still_there(url: str) -> None:
     assert directory.steps() == [1]
 
 
-def test_other_names_are_no_steps(tmp_path: Path) -> None:
+def test_ignores_other_names(tmp_path: Path) -> None:
     for name in ("step_", "step_x", "step_1", "steps_1", "step_00000004.tmp", "notes"):
         (tmp_path / name).mkdir()
     assert Directory(tmp_path).steps() == []
     assert Directory(tmp_path / "not" / "there").steps() == []
 
 
-def test_a_relative_path_stays_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_path_survives_a_change_of_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     directory = Directory("run")
     monkeypatch.chdir("/")
@@ -113,7 +113,7 @@ def test_a_relative_path_stays_where_it_was(tmp_path: Path, monkeypatch: pytest.
     assert Files(directory.path(1)).read("content") == b"1"
 
 
-def test_a_leftover_that_cannot_be_removed_ends_nothing(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_leftover_that_cannot_be_removed_is_ignored(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     killed = Directory(url)
     Files(killed.begin(2)).write("content", b"half")
     directory = Directory(url)
@@ -132,7 +132,7 @@ def test_a_leftover_that_cannot_be_removed_ends_nothing(url: str, monkeypatch: p
     assert directory.steps() == Directory(url).steps() == [3]
 
 
-def test_while_it_is_removed_it_is_no_step(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_partly_removed_folder_is_not_a_step(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = Directory(url)
     save(directory, 1)
     save(directory, 2)

@@ -1,4 +1,4 @@
-"""Ranks that are killed, mid-step and mid-save, cost the steps since the last checkpoint and nothing else."""
+"""Killing ranks, in a step or in a save, loses only the steps since the last checkpoint."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support.jobs import LAUNCH, SMALL, children_of, job, kill_all, records, wai
 
 
 def ranks_of(agent: subprocess.Popen[bytes]) -> list[int]:
-    """The processes that torchrun started and that still live."""
+    """The live processes that torchrun started."""
     found = []
     for pid in children_of(agent.pid):
         with contextlib.suppress(OSError):
@@ -29,29 +29,29 @@ def ranks_of(agent: subprocess.Popen[bytes]) -> list[int]:
 
 
 def is_saving(directory: Path, since: int = 0) -> bool:
-    """Whether a checkpoint is unfinished that was begun after ``since``, in nanoseconds of the clock."""
+    """Whether there is an unfinished checkpoint, started after ``since``, in nanoseconds of the clock."""
     with contextlib.suppress(FileNotFoundError):
         return any(path.stat().st_mtime_ns > since for path in directory.glob(".incomplete_*"))
     return False
 
 
-def wait_for_a_new_life(agent: subprocess.Popen[bytes], before: list[int], file: Path) -> int:
-    """Until two new ranks have taken a step; when they were there, by the clock."""
+def wait_for_restart(agent: subprocess.Popen[bytes], before: list[int], file: Path) -> int:
+    """Wait until two new ranks have taken a step; return the time at which they had started, in nanoseconds."""
     wait_until(lambda: len(ranks_of(agent)) == 2 and not set(ranks_of(agent)) & set(before), agent)
-    began = time.time_ns()
-    wait_until(lambda: file.exists() and file.stat().st_mtime_ns > began and len(records(file)) > 0, agent)
-    return began
+    started = time.time_ns()
+    wait_until(lambda: file.exists() and file.stat().st_mtime_ns > started and len(records(file)) > 0, agent)
+    return started
 
 
 def has_reached(file: Path, step: int) -> bool:
     return max(records(file), default=0) >= step
 
 
-def kill_again_and_again(tmp_path: Path, kills: int, seed: int, *arguments: str) -> tuple[list[int], int]:
-    """Let torchrun train, and kill one rank after the other; half of the time, while a checkpoint is being written.
+def kill_ranks(tmp_path: Path, kills: int, seed: int, *arguments: str) -> tuple[list[int], int]:
+    """Train under torchrun, and kill ranks one after another, half of them while a checkpoint is being written.
 
     Returns:
-        The newest checkpoint at each kill, and how many kills left one unfinished.
+        The newest checkpoint at each kill, and the number of kills that left one unfinished.
     """
     rng = random.Random(seed)
     file, checkpoints = tmp_path / "killed.jsonl", tmp_path / "run"
@@ -61,22 +61,22 @@ def kill_again_and_again(tmp_path: Path, kills: int, seed: int, *arguments: str)
         "--checkpoint-dir", str(checkpoints), "--metrics", str(file),
     ]  # fmt: skip
     reached, unfinished = [], 0
-    # As in launch/*.sh: a store for each life, so that none reads the addresses of the last one.
+    # As in launch/*.sh: a new store after each restart, without the addresses of dead ranks.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with (tmp_path / "output.txt").open("w") as output:
         agent = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
         try:
             before: list[int] = []
             for _ in range(kills):
-                began = wait_for_a_new_life(agent, before, file)
+                started = wait_for_restart(agent, before, file)
                 target = max(records(file)) + rng.randint(0, 20)
                 wait_until(functools.partial(has_reached, file, target), agent)
                 time.sleep(rng.uniform(0.0, 0.05))
                 if rng.random() < 0.5:
-                    wait_until(functools.partial(is_saving, checkpoints, began), agent)
+                    wait_until(functools.partial(is_saving, checkpoints, started), agent)
                 before = ranks_of(agent)
                 os.kill(rng.choice(before), signal.SIGKILL)
-                unfinished += is_saving(checkpoints, began)
+                unfinished += is_saving(checkpoints, started)
                 reached.append(max(step_numbers(checkpoints), default=0))
             assert agent.wait(timeout=600) == 0, (tmp_path / "output.txt").read_text()[-4000:]
         finally:
@@ -89,27 +89,27 @@ def step_numbers(directory: Path) -> list[int]:
     return [int(name.removeprefix("step_")) for name in names if name.startswith("step_")]
 
 
-def assert_as_if_undisturbed(tmp_path: Path, kills: int, seed: int, *arguments: str) -> None:
+def assert_equals_uninterrupted(tmp_path: Path, kills: int, seed: int, *arguments: str) -> None:
     arguments = ("--steps", str(25 * kills), "--checkpoint-every", "3", *arguments)
-    run(job, 2, *arguments, "--metrics", str(tmp_path / "whole.jsonl"), timeout=280)
-    whole = records(tmp_path / "whole.jsonl")
-    reached, unfinished = kill_again_and_again(tmp_path, kills, seed, *arguments)
+    run(job, 2, *arguments, "--metrics", str(tmp_path / "uninterrupted.jsonl"), timeout=280)
+    uninterrupted = records(tmp_path / "uninterrupted.jsonl")
+    reached, unfinished = kill_ranks(tmp_path, kills, seed, *arguments)
     print(f"{kills} kills, {unfinished} of them while saving; newest checkpoint at each: {reached}")
-    assert records(tmp_path / "killed.jsonl") == whole
+    assert records(tmp_path / "killed.jsonl") == uninterrupted
     assert reached == sorted(reached), "a checkpoint was lost"
     assert unfinished, "no kill hit a save"
-    # The main job would go back behind a damaged checkpoint, and end alike.
+    # With a damaged checkpoint, the script would fall back and still end equally.
     assert not list((tmp_path / "run").glob(".damaged_*"))
-    assert "going back" not in (tmp_path / "output.txt").read_text()
+    assert "falling back" not in (tmp_path / "output.txt").read_text()
     assert not is_saving(tmp_path / "run")
 
 
-def test_a_run_that_is_killed_ends_bit_for_bit_as_if_it_had_not_been(tmp_path: Path) -> None:
-    assert_as_if_undisturbed(tmp_path, 2, 1, "--async-save")
+def test_a_killed_run_equals_an_undisturbed_one(tmp_path: Path) -> None:
+    assert_equals_uninterrupted(tmp_path, 2, 1, "--async-save")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("how", [["--async-save"], []], ids=["async", "sync"])
-def test_a_run_that_is_killed_thirty_times(how: list[str], tmp_path: Path) -> None:
-    assert_as_if_undisturbed(tmp_path, 30, 7 + len(how), *how)
+def test_a_run_killed_thirty_times_equals_an_undisturbed_one(how: list[str], tmp_path: Path) -> None:
+    assert_equals_uninterrupted(tmp_path, 30, 7 + len(how), *how)

@@ -1,4 +1,4 @@
-"""python -m manic.inspect tells what is in a checkpoint, from its files alone, and whether they are sound."""
+"""python -m manic.inspect describes a checkpoint from its files alone, and detects damage."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def checkpoint() -> Path:
     return Path(saved()[0].name, "run", "step_00000004")
 
 
-def test_it_tells_what_was_saved(checkpoint: Path) -> None:
+def test_reports_the_saved_state(checkpoint: Path) -> None:
     found = inspect(checkpoint)
     assert found == json.loads(json.dumps(found))
     assert found["integrity"] == {"verified": "full", "problems": []}
@@ -87,7 +87,7 @@ def test_it_tells_what_was_saved(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["nested", "flat"])
-def test_it_reads_what_dcp_saved_without_checkpointer(form: str, checkpoint: Path) -> None:
+def test_reads_checkpoints_of_dcp_alone(form: str, checkpoint: Path) -> None:
     found = inspect(checkpoint.parents[1] / form)
     assert found["integrity"]["verified"] == "no manifest"
     assert found["manifest"] is None
@@ -96,7 +96,7 @@ def test_it_reads_what_dcp_saved_without_checkpointer(form: str, checkpoint: Pat
     assert found["tensors"]["optimizer mechanic_delta"]["elements"] == 108
 
 
-def test_a_damaged_file_is_named_and_nothing_is_read(checkpoint: Path, tmp_path: Path) -> None:
+def test_names_a_damaged_file_and_reads_nothing(checkpoint: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     content = bytearray((copy / ".metadata").read_bytes())
     content[100] ^= 1
@@ -104,7 +104,7 @@ def test_a_damaged_file_is_named_and_nothing_is_read(checkpoint: Path, tmp_path:
     found = inspect(copy)
     assert "tuners" not in found
     (problem,) = found["integrity"]["problems"]
-    assert problem.startswith(".metadata has other content")
+    assert problem.startswith(".metadata differs from what was written")
     assert inspect(copy, "size")["integrity"]["problems"] == [problem]  # the index is always digested
 
     copy = Path(shutil.copytree(checkpoint, tmp_path / "another"))
@@ -114,11 +114,11 @@ def test_a_damaged_file_is_named_and_nothing_is_read(checkpoint: Path, tmp_path:
     assert inspect(copy, "size")["integrity"]["problems"] == []
 
 
-def test_the_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [sys.executable, "-m", "manic.inspect", str(checkpoint)]
     shown = subprocess.run(command, capture_output=True, text=True, check=True)
     assert shown.stderr == ""
-    for words in ("step       4", "on 2 rank(s)", "every byte is what was written", f"scale {saved()[1][0]:.6g}"):
+    for words in ("step       4", "on 2 rank(s)", "every byte is as written", f"scale {saved()[1][0]:.6g}"):
         assert words in shown.stdout
 
     assert main([str(checkpoint.parent)]) == 0

@@ -1,4 +1,4 @@
-"""A checkpoint of any layout on any number of ranks is the same run in any other, to the rounding of the reductions."""
+"""A checkpoint resumes in any layout on any number of ranks, equal to the rounding of the reductions."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def train_and_save(layout: str, directory: str, variant: str) -> Trained:
 
 def load_and_train(layout: str, directory: str, variant: str) -> Trained:
     resumed = Run(layout, "adamw", directory, noise=False, setting={"variant": variant})
-    if layout in ("ddp", "zero1"):  # DDP's first backward sums in another order than all later ones
-        resumed.rehearse()
+    if layout in ("ddp", "zero1"):  # DDP's first backward sums in another order than later ones
+        resumed.backward()
     resumed.checkpointer.load()
     return resumed.train(AFTER), resumed.setup.gather()
 
@@ -58,7 +58,7 @@ def load_each(layout: str, sources: dict[tuple[str, int], tuple[str, Trained]], 
 
 @functools.cache
 def saved(layout: str, world_size: int, variant: str) -> tuple[tempfile.TemporaryDirectory[str], Trained]:
-    """A checkpoint of this layout, and what became of the run that went on; made once."""
+    """A checkpoint of this layout, and the result of the uninterrupted run; cached."""
     folder = tempfile.TemporaryDirectory(prefix="manic-reshard-")
     return folder, run(train_and_save, world_size, layout, folder.name, variant)[0]
 
@@ -69,17 +69,17 @@ def load_all(sources: list[tuple[str, int]], layout: str, world_size: int, varia
 
 
 @pytest.mark.parametrize(("layout", "world_size"), SOME)
-def test_checkpoints_of_other_layouts_go_on_in_this_one(layout: str, world_size: int) -> None:
+def test_resumes_from_other_layouts(layout: str, world_size: int) -> None:
     load_all(SOME, layout, world_size)
 
 
 @pytest.mark.parametrize(("layout", "world_size"), SOME[1:3])
-def test_so_do_those_of_the_variant_that_multiplies(layout: str, world_size: int) -> None:
+def test_reshards_the_multiplicative_variant(layout: str, world_size: int) -> None:
     load_all(SOME, layout, world_size, "multiplicative")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("layout", "world_size"), ALL)
-def test_checkpoints_of_every_layout_go_on_in_this_one(layout: str, world_size: int) -> None:
+def test_resumes_from_every_layout(layout: str, world_size: int) -> None:
     load_all(ALL, layout, world_size)

@@ -1,4 +1,4 @@
-"""What a run's state is called in a checkpoint, however its model is wrapped, and what comes back of its objects."""
+"""Names of a run's state in a checkpoint, for every wrapper of the model, and the state of further objects."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def net() -> nn.Module:
 
 
 @ranks(1)
-def test_names_have_no_wrappers_in_them() -> None:
-    """Also fails when torch renames _get_fqns, or it comes to mean something else."""
+def test_parameter_names_have_no_wrapper_prefixes() -> None:
+    """Also fails if torch renames _get_fqns or changes its meaning."""
     expected = [name for name, _ in net().named_parameters()]
     wrapped = net()
     wrapped["_orig"] = checkpoint_wrapper(wrapped["_orig"])
@@ -35,7 +35,7 @@ def test_names_have_no_wrappers_in_them() -> None:
 
 
 class Box:
-    """An object whose state is whatever it was given."""
+    """An object with any state."""
 
     def __init__(self, state: Any = None) -> None:
         self.state = {} if state is None else state
@@ -55,14 +55,14 @@ def checkpointer(directory: Path, **objects: Any) -> Checkpointer:
 @pytest.mark.parametrize("state", [
     {"seen": {3: "a", 4: ["b", {}]}, "empty": {}, "pair": (1, None)}, {}, {"epoch": 7}, "text", [1, 2, {"x": 3}],
 ], ids=str)  # fmt: skip
-def test_an_objects_state_comes_back_as_it_was_whatever_a_fresh_ones_looks_like(state: Any, tmp_path: Path) -> None:
+def test_restores_an_objects_state_over_any_other(state: Any, tmp_path: Path) -> None:
     checkpointer(tmp_path, box=Box(state)).save(1)
     fresh = Box({"other": {"keys": 1}})
     checkpointer(tmp_path, box=fresh).load()
     assert fresh.state == state
 
 
-def test_an_object_that_holds_tensors_has_them_stored_one_by_one(tmp_path: Path) -> None:
+def test_stores_an_objects_tensors_one_by_one(tmp_path: Path) -> None:
     state = {"average": {"w": torch.arange(3.0)}, "count": 5, "list": [torch.ones(2), {"x": 1}]}
     checkpointer(tmp_path, box=Box(state)).save(1)
     fresh = Box({"average": {"w": torch.zeros(3)}, "count": 0, "list": [torch.zeros(2), {"x": 0}]})
@@ -71,18 +71,18 @@ def test_an_object_that_holds_tensors_has_them_stored_one_by_one(tmp_path: Path)
     assert fresh.state["count"] == 5
     assert torch.equal(fresh.state["list"][0], torch.ones(2))
     assert fresh.state["list"][1] == {"x": 1}
-    with pytest.raises(ValueError, match=r"another state of 'box': they differ in objects\.box\.average\.w"):
+    with pytest.raises(ValueError, match=r"another state of 'box': only one of them has objects\.box\.average\.w"):
         checkpointer(tmp_path, box=Box({"count": 0, "list": [torch.zeros(2), {"x": 0}]})).load()
 
 
-def test_an_object_that_was_not_saved_is_asked_for_by_name(tmp_path: Path) -> None:
+def test_names_an_object_that_was_not_saved(tmp_path: Path) -> None:
     checkpointer(tmp_path, one=Box({"a": 1})).save(1)
     with pytest.raises(ValueError, match="saved without 'two'"):
         checkpointer(tmp_path, one=Box(), two=Box()).load()
     checkpointer(tmp_path).load()
 
 
-def test_an_object_that_refuses_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+def test_an_object_that_refuses_its_state_leaves_the_model_unchanged(tmp_path: Path) -> None:
     class Picky(Box):
         def load_state_dict(self, state: Any) -> None:
             raise ValueError("another run")
@@ -97,7 +97,7 @@ def test_an_object_that_refuses_leaves_the_model_as_it_was(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("plain_first", [True, False])
-def test_into_and_out_of_the_plain_base_optimizer(plain_first: bool, tmp_path: Path) -> None:
+def test_loads_between_mechanic_and_its_plain_base(plain_first: bool, tmp_path: Path) -> None:
     def train(optimizer: torch.optim.Optimizer, model: nn.Module, steps: int) -> None:
         for _ in range(steps):
             model(torch.ones(1, 2)).square().sum().backward()
@@ -126,7 +126,7 @@ def test_into_and_out_of_the_plain_base_optimizer(plain_first: bool, tmp_path: P
     assert resumed.state[other.weight]["step"] == (7 if plain_first else 6)
 
 
-def test_a_refused_load_leaves_an_objects_tensors_as_they_were(tmp_path: Path) -> None:
+def test_a_refused_load_leaves_an_objects_tensors_unchanged(tmp_path: Path) -> None:
     def make(**options: Any) -> tuple[nn.Module, nn.Module, Checkpointer]:
         model, average = nn.Linear(2, 2), nn.Linear(2, 2)
         optimizer = Mechanic(torch.optim.AdamW(model.parameters()), **{"variant": "optax", **options})
@@ -142,7 +142,7 @@ def test_a_refused_load_leaves_an_objects_tensors_as_they_were(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("extra", [{"amax": 1.0, "n": 3}, 3], ids=str)
-def test_a_modules_extra_state_comes_back(extra: Any, tmp_path: Path) -> None:
+def test_restores_a_modules_extra_state(extra: Any, tmp_path: Path) -> None:
     class WithExtra(nn.Linear):
         def get_extra_state(self) -> Any:
             return extra
@@ -160,7 +160,7 @@ def test_a_modules_extra_state_comes_back(extra: Any, tmp_path: Path) -> None:
             assert model.found == extra
 
 
-def test_settings_that_differ_are_not_merged_into_one_group(tmp_path: Path) -> None:
+def test_refuses_different_settings_in_one_group(tmp_path: Path) -> None:
     def make(*rates: float) -> tuple[Any, Checkpointer]:
         model = nn.Linear(2, 2)
         groups = [{"params": [p], "lr": rate} for p, rate in zip(model.parameters(), rates)]
@@ -168,21 +168,21 @@ def test_settings_that_differ_are_not_merged_into_one_group(tmp_path: Path) -> N
         return optimizer, Checkpointer(tmp_path, model, optimizer)
 
     make(1.0, 5.0)[1].save(1)
-    with pytest.raises(ValueError, match=r"other param groups: weight has lr 1\.0 there and bias 5\.0"):
+    with pytest.raises(ValueError, match=r"other param groups: there weight has lr 1\.0 and bias has 5\.0"):
         make()[1].load()
     optimizer, other = make(2.0, 3.0)
     other.load()
     assert [group["lr"] for group in optimizer.param_groups] == [1.0, 5.0]
 
 
-def test_another_dtype_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_warns_about_another_dtype(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     checkpointer(tmp_path).save(1)
     model = nn.Linear(2, 2).bfloat16()
     Checkpointer(tmp_path, model, torch.optim.SGD(model.parameters())).load()
     assert "holds weight in torch.float32, the model in torch.bfloat16" in caplog.text
 
 
-def test_a_run_that_went_back_keeps_its_own_checkpoints(tmp_path: Path) -> None:
+def test_retention_after_a_rollback(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     started = Checkpointer(tmp_path, model, torch.optim.SGD(model.parameters()), keep_latest=2)
     for step in (100, 200, 300):
@@ -193,7 +193,7 @@ def test_a_run_that_went_back_keeps_its_own_checkpoints(tmp_path: Path) -> None:
     assert started.steps() == [220, 230, 300]
 
 
-def test_a_step_may_be_any_integer(tmp_path: Path) -> None:
+def test_accepts_any_integer_as_step(tmp_path: Path) -> None:
     class Seven:
         def __index__(self) -> int:
             return 7
@@ -217,7 +217,7 @@ def take_steps(model: nn.Linear, optimizer: Mechanic, steps: int) -> None:
         optimizer.step()
 
 
-def test_a_learning_rate_that_a_schedule_has_made_with_numpy_is_a_number(tmp_path: Path) -> None:
+def test_saves_a_numpy_learning_rate_as_a_number(tmp_path: Path) -> None:
     numpy = pytest.importorskip("numpy")
     model, optimizer = trained(2)
     optimizer.param_groups[0]["lr"] = numpy.float64(0.25)
@@ -229,9 +229,7 @@ def test_a_learning_rate_that_a_schedule_has_made_with_numpy_is_a_number(tmp_pat
 
 
 @pytest.mark.parametrize(("rows", "message"), [(7, "does not have schema 1"), (None, "has 8 rows, this one 9")])
-def test_a_checkpoint_with_a_tuner_of_another_version_is_refused(
-    rows: int | None, message: str, tmp_path: Path
-) -> None:
+def test_refuses_a_tuner_of_another_version(rows: int | None, message: str, tmp_path: Path) -> None:
     """The rows had no names before, and there were seven or eight."""
     model, optimizer = trained(5)
     for group in optimizer.param_groups:
@@ -244,7 +242,7 @@ def test_a_checkpoint_with_a_tuner_of_another_version_is_refused(
         Checkpointer(tmp_path, other, resumed).load()
 
 
-def test_a_tuner_with_other_betas_is_refused_for_what_it_is(tmp_path: Path) -> None:
+def test_refuses_a_tuner_with_other_betas(tmp_path: Path) -> None:
     model, optimizer = trained(2)
     Checkpointer(tmp_path, model, optimizer).save(2)
     other = nn.Linear(3, 2)
@@ -254,7 +252,7 @@ def test_a_tuner_with_other_betas_is_refused_for_what_it_is(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("mode", ["raise", "skip"])
-def test_a_run_whose_first_step_was_not_taken_is_saved_and_goes_on(mode: str, tmp_path: Path) -> None:
+def test_resumes_after_a_skipped_first_step(mode: str, tmp_path: Path) -> None:
     def bad_step(model: nn.Linear, optimizer: Mechanic) -> None:
         for p in model.parameters():
             p.grad = torch.full_like(p, float("nan"))

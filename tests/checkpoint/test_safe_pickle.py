@@ -1,4 +1,4 @@
-"""A pickle gets tensors, plain data and DCP's index out of us, and nothing that it asks for is called or changed."""
+"""Unpickling yields only tensors, plain data and DCP's index; other globals are neither called nor changed."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class ByName(pickle.Pickler):
 
 
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last, torch.preserve_format], ids=str)
-def test_an_index_of_another_python_or_torch_is_read(form: torch.memory_format) -> None:
+def test_reads_an_index_of_another_python_or_torch(form: torch.memory_format) -> None:
     whole = index(x=tensor(TensorProperties(memory_format=form)))
     stream = io.BytesIO()
     ByName(stream).dump(whole)
@@ -87,7 +87,7 @@ def test_an_index_of_another_python_or_torch_is_read(form: torch.memory_format) 
     b"Metadata.__init__.__globals__\n.",
     b"pickle\n.",
 ], ids=range(7))  # fmt: skip
-def test_classes_are_neither_changed_nor_looked_into(content: bytes) -> None:
+def test_pickles_cannot_change_or_inspect_classes(content: bytes) -> None:
     with pytest.raises((pickle.UnpicklingError, AttributeError, KeyError, TypeError)):
         read_metadata(PREFIX + content)
     for thing in (Metadata, TensorProperties, MEM_FORMATS, *MEM_FORMATS):
@@ -95,35 +95,35 @@ def test_classes_are_neither_changed_nor_looked_into(content: bytes) -> None:
 
 
 class Reaching:
-    """Asks for a function by way of a class that is admitted."""
+    """Names a function through an allowed class."""
 
     def __reduce__(self) -> Any:
         return getattr, (Metadata, "__init__")
 
 
-def test_getattr_is_for_memory_formats_alone() -> None:
+def test_getattr_resolves_only_memory_formats() -> None:
     with pytest.raises(KeyError, match="__init__"):
         read_metadata(pickle.dumps(Metadata({}, planner_data=Reaching())))
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../step_00000001/__0_0.distcp", "a/../../b"])
-def test_an_index_of_files_elsewhere_is_refused(path: str) -> None:
-    with pytest.raises(pickle.UnpicklingError, match=f"a file outside of the checkpoint: {path}"):
+def test_refuses_an_index_with_files_outside_the_checkpoint(path: str) -> None:
+    with pytest.raises(pickle.UnpicklingError, match=f"a file outside the checkpoint: {path}"):
         read_metadata(pickle.dumps(index(path)))
 
 
 @pytest.mark.parametrize("thing", [{}, 7, _StorageInfo("x", 0, 1)], ids=str)
-def test_what_is_no_index_is_refused(thing: Any) -> None:
-    with pytest.raises(pickle.UnpicklingError, match=f"a {type(thing).__name__}, not the index"):
+def test_refuses_other_objects_as_index(thing: Any) -> None:
+    with pytest.raises(pickle.UnpicklingError, match=f"a {type(thing).__name__}, not an index"):
         read_metadata(pickle.dumps(thing))
 
 
 class Position(int):
-    """A number, as torch allows in an optimizer's state, and of a class that nobody knows."""
+    """A number, as torch accepts in an optimizer's state, of a class that is not allowed."""
 
 
 class Loader:
-    """An object whose state is whatever it was given."""
+    """An object with any state."""
 
     def __init__(self, state: Any = None) -> None:
         self.state = state
@@ -136,7 +136,7 @@ class Loader:
 
 
 class Net(nn.Linear):
-    """Has a state beside its tensors."""
+    """Has extra state besides its tensors."""
 
     def __init__(self, extra: Any = 0) -> None:
         super().__init__(2, 2)
@@ -150,7 +150,7 @@ class Net(nn.Linear):
 
 
 class Marking(torch.optim.SGD):
-    """Has a state that is no tensor."""
+    """Has state that is not a tensor."""
 
     mark: Any = 0
 
@@ -175,20 +175,20 @@ def checkpointer(directory: Path, model: nn.Module | None = None, mark: Any = 0,
     (collections.deque([1]), "collections.deque"), (np.float64(1), "numpy._core.multiarray.scalar"),
     (print, "builtins.print"), ([{"a": (1, Position())}], "test_safe_pickle.Position"),
 ], ids=lambda value: str(value)[:20])  # fmt: skip
-def test_what_could_not_be_loaded_is_not_saved(state: Any, name: str, tmp_path: Path) -> None:
+def test_does_not_save_what_a_load_would_refuse(state: Any, name: str, tmp_path: Path) -> None:
     expected = rf"objects\.loader\S* holds .*{name}.*torch\.serialization\.add_safe_globals"
     for options in ({"on_error": "raise"}, {"on_error": "warn"}):
         one = checkpointer(tmp_path, loader=Loader(state))
         one.on_error = options["on_error"]
         for save in (one.save, one.async_save):
-            with pytest.raises(ValueError, match=f"not saved, since it could not be loaded again: {expected}"):
+            with pytest.raises(ValueError, match=f"not saved, because a load would refuse it: {expected}"):
                 save(1)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
-def admitted() -> Iterator[None]:
-    """The way out that the message names."""
+def allowed() -> Iterator[None]:
+    """Allow the class as the message advises."""
     torch.serialization.add_safe_globals([Position])
     yield
     _forget()
@@ -201,9 +201,7 @@ def _forget() -> None:
 
 
 @pytest.mark.parametrize("where", ["object", "beside tensors", "model", "optimizer"])
-def test_a_class_that_is_admitted_is_saved_and_loaded_and_else_refused_before_anything_changes(
-    where: str, admitted: None, tmp_path: Path
-) -> None:
+def test_loads_only_allowed_classes(where: str, allowed: None, tmp_path: Path) -> None:
     def make(state: Any, average: float) -> tuple[Checkpointer, Net, Loader, Marking]:
         model = Net(state if where == "model" else 0)
         both = {"average": torch.full((2,), average), "at": state}
@@ -231,7 +229,7 @@ def test_a_class_that_is_admitted_is_saved_and_loaded_and_else_refused_before_an
     assert (loaded["at"] if where == "beside tensors" else loaded) == Position(3)
 
 
-def test_plain_data_is_not_saved_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checks_plain_data_without_saving_it(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = [(str(each), each) for each in (1, 1.5, "a", None, True, (1, [2, {"x": 2.5}]), random.getstate())]
     with monkeypatch.context() as patched:
         patched.setattr(torch, "save", None)
@@ -261,7 +259,7 @@ def schedulers() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", sorted(set(lr_scheduler.__all__) - {"LRScheduler"}))
-def test_every_scheduler_of_torch_is_plain_data(name: str, tmp_path: Path) -> None:
+def test_schedulers_of_torch_are_plain_data(name: str, tmp_path: Path) -> None:
     scheduler = schedulers()[name]
     scheduler.optimizer.step()
     scheduler.step(*[1.0] if name == "ReduceLROnPlateau" else [])
@@ -271,9 +269,9 @@ def test_every_scheduler_of_torch_is_plain_data(name: str, tmp_path: Path) -> No
     assert fresh.state_dict() == scheduler.state_dict()
 
 
-def test_the_random_state_is_plain_data(tmp_path: Path) -> None:
+def test_random_states_are_plain_data(tmp_path: Path) -> None:
     one = checkpointer(tmp_path)
-    np.random.standard_normal()  # leaves one behind
+    np.random.standard_normal()  # caches a second number
     one.save(1)
     expected = random.random(), np.random.standard_normal(3).tolist(), np.random.rand(3).tolist(), torch.rand(3)
     one.load()
@@ -282,10 +280,10 @@ def test_the_random_state_is_plain_data(tmp_path: Path) -> None:
     assert torch.equal(found[-1], expected[-1])
 
 
-def test_a_random_state_with_an_array_in_it_is_read_when_arrays_are_admitted(
+def test_reads_a_random_state_with_an_array_if_arrays_are_allowed(
     tmp_path: Path,
 ) -> None:
-    """As it was saved by earlier versions."""
+    """As earlier versions saved it."""
     one = checkpointer(tmp_path)
     folder = Path(str(one.save(1)))
     put(folder, "random.0.numpy", saved(np.random.get_state()))
@@ -302,7 +300,7 @@ def test_a_random_state_with_an_array_in_it_is_read_when_arrays_are_admitted(
 
 
 class Bomb:
-    """Goes off when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -311,7 +309,7 @@ class Bomb:
         return open, (str(self.path), "w")
 
 
-def test_the_index_of_one_rank_is_read_with_the_same_restraint(tmp_path: Path) -> None:
+def test_restricts_the_index_of_one_rank(tmp_path: Path) -> None:
     state = {"x": 1}
     dcp.save(state, checkpoint_id=tmp_path / "a")
     (tmp_path / "a" / ".metadata").rename(tmp_path / "a" / "__0.metadata")
@@ -321,7 +319,7 @@ def test_the_index_of_one_rank_is_read_with_the_same_restraint(tmp_path: Path) -
     storage = reader.read_metadata(rank=0).storage_meta
     assert storage is not None
     assert storage.load_id == reader.load_id
-    (tmp_path / "a" / "__0.metadata").write_bytes(pickle.dumps(Bomb(tmp_path / "went off")))
-    with pytest.raises(dcp.api.CheckpointException, match=r"asks for _?io\.open"):
+    (tmp_path / "a" / "__0.metadata").write_bytes(pickle.dumps(Bomb(tmp_path / "executed")))
+    with pytest.raises(dcp.api.CheckpointException, match=r"names _?io\.open"):
         dcp.load(loaded, storage_reader=Files(tmp_path / "a").reader())
-    assert not (tmp_path / "went off").exists()
+    assert not (tmp_path / "executed").exists()

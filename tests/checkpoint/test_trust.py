@@ -1,4 +1,4 @@
-"""Whatever a checkpoint's files hold, nothing of it is executed, and every rank says what is wrong with them."""
+"""Loading never executes the content of a checkpoint's files, and every rank names what it refuses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from manic.checkpoint import DamagedCheckpointError
-from manic.checkpoint.safe_pickle import ADMITTED, read_metadata
+from manic.checkpoint.safe_pickle import ALLOWED, read_metadata
 from manic.inspect import inspect
 from manic.testing import ranks, run
 from support.forgery import put, saved, seal
@@ -27,7 +27,7 @@ OPEN = r"_?io\.open"
 
 
 class Bomb:
-    """Goes off, by making a file, when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)
@@ -37,7 +37,7 @@ class Bomb:
 
 
 def forge(folder: Path, where: str, path: Path) -> None:
-    """Put a bomb into a checkpoint that goes off where ``pickle`` meets it, and seal it."""
+    """Write a bomb into a checkpoint, and update the digests in its manifest."""
     if where == "index":
         (folder / ".metadata").write_bytes(pickle.dumps(Bomb(path)))
     elif where == "inside the index":
@@ -56,12 +56,12 @@ OBJECTS = ["objects.counter", "random.0.python"]
 TENSORS = ["model.up.weight", "optimizer.param_groups.up.weight.mechanic", "optimizer.state.up.weight.mechanic_x_ref"]
 
 
-def load_what_was_forged(layout: str, directory: str, where: str) -> None:
+def load_forged(layout: str, directory: str, where: str) -> None:
     started = Run(layout, "adamw", directory)
     for step in (1, 2):
         started.train(1)
         started.checkpointer.save(step)
-    folder, bomb = Path(directory, "step_00000002"), Path(directory, "went off")
+    folder, bomb = Path(directory, "step_00000002"), Path(directory, "executed")
     if dist.get_rank() == 0:
         forge(folder, where, bomb)
     dist.barrier()
@@ -69,15 +69,15 @@ def load_what_was_forged(layout: str, directory: str, where: str) -> None:
     before = started.result()
     is_object = where in NUMBERS + OBJECTS
     error, words = (ValueError, "is not loaded: rank") if is_object else (DamagedCheckpointError, "is damaged: ")
-    # Torch's reason for what is not even a file of torch.save's does not name what it holds.
-    name = "what torch refuses" if where.endswith("as-pickle") else OPEN
+    # Torch's error for data that torch.save did not write does not name the class.
+    name = "data that torch refuses" if where.endswith("as-pickle") else OPEN
     match = rf"step_00000002 {words}.*{re.escape(where.split()[0]) if where not in INDEX else 'metadata'}.*{name}"
     for verify in ("full", "off"):
         with pytest.raises(error, match=match):
             started.checkpointer.load(verify=verify)
-    if where not in TENSORS[::2]:  # which are read in place
+    if where not in TENSORS[::2]:  # those are read in place
         assert_identical(started.result(), before)
-    if is_object:  # an admitted class makes it good, so that it is not given up
+    if is_object:  # no fallback: the checkpoint loads after its class is allowed
         with pytest.raises(ValueError, match=match):
             started.checkpointer.load(fallback=True)
     else:
@@ -89,29 +89,29 @@ def load_what_was_forged(layout: str, directory: str, where: str) -> None:
 
 @pytest.mark.parametrize("where", [*INDEX, *NUMBERS, *OBJECTS, *TENSORS])
 @pytest.mark.parametrize(("layout", "world_size"), [("single", 1), ("fsdp2", 2)])
-def test_nothing_goes_off(
+def test_never_executes_a_forged_pickle(
     layout: str, world_size: int, where: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run(load_what_was_forged, world_size, layout, str(tmp_path), where)
+    run(load_forged, world_size, layout, str(tmp_path), where)
     for verify in ("full", "off"):
         with caplog.at_level(logging.CRITICAL):
             problems = inspect(tmp_path / "step_00000002", verify)["integrity"]["problems"]
         if where in [*OBJECTS, TENSORS[0], TENSORS[2]]:
-            assert problems == []  # it does not read them
+            assert problems == []  # inspect does not read them
         else:
-            name = "what torch refuses" if where.endswith("as-pickle") else OPEN
+            name = "data that torch refuses" if where.endswith("as-pickle") else OPEN
             assert len(problems) == 1
             assert re.search(rf"cannot be read: .*{name}", problems[0])
-    assert not (tmp_path / "went off").exists()
+    assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("where", ["inside the index", "objects.counter"])
-def test_the_bombs_are_live(where: str, tmp_path: Path) -> None:
+def test_forged_pickles_execute_without_protection(where: str, tmp_path: Path) -> None:
     started = Run("single", "adamw", tmp_path)
     started.checkpointer.save(1)
-    forge(tmp_path / "step_00000001", where, tmp_path / "went off")
+    forge(tmp_path / "step_00000001", where, tmp_path / "executed")
     dcp.load({"objects": {"counter": (None,)}}, checkpoint_id=tmp_path / "step_00000001")
-    assert (tmp_path / "went off").exists()
+    assert (tmp_path / "executed").exists()
 
 
 class Recorder(pickle.Unpickler):
@@ -135,8 +135,8 @@ def save_twice(layout: str, directory: str) -> None:
     pytest.param("mixed", 4, marks=pytest.mark.slow), pytest.param("pipeline", 4, marks=pytest.mark.slow),
     pytest.param("fsdp1-hybrid", 4, marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_all_that_torch_puts_into_an_index_is_admitted(layout: str, world_size: int, tmp_path: Path) -> None:
-    """Fails when torch changes what an index consists of, or a name that safe_pickle.py knows."""
+def test_allows_every_global_in_torchs_indexes(layout: str, world_size: int, tmp_path: Path) -> None:
+    """Fails if torch changes the classes of an index, or a name in safe_pickle.py."""
     run(save_twice, world_size, layout, str(tmp_path))
     found = sorted(tmp_path.glob("*/.metadata"))
     assert len(found) == (1 if layout == "zero1" else 2)
@@ -144,12 +144,12 @@ def test_all_that_torch_puts_into_an_index_is_admitted(layout: str, world_size: 
         recorder = Recorder(io.BytesIO(file.read_bytes()))
         metadata = recorder.load()
         assert len(recorder.names) > 10
-        assert recorder.names <= ADMITTED.keys()
+        assert recorder.names <= ALLOWED.keys()
         assert read_metadata(file.read_bytes()) == metadata
 
 
 @ranks(2)
-def test_what_one_rank_cannot_save_again_no_rank_saves() -> None:
+def test_no_rank_saves_what_one_rank_could_not_load() -> None:
     import tempfile
 
     box = [tempfile.mkdtemp()]

@@ -1,4 +1,4 @@
-"""Ranks that drift apart are found out, with the first rank and parameter; ranks that don't are left in peace."""
+"""check_consistency names the first rank and parameter that drifted, and passes without drift."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from support.layouts import Setup, setup
 from support.snapshots import differing, everyone, everything, take_steps
 from support.tuners import rows_of, state_of
 
-# Layouts in which some elements are on several ranks, and the ranks that hold those of a parameter there.
-COPIES = {
+# Layouts with replicas, and the ranks that hold the replicas of a parameter.
+REPLICAS = {
     ("ddp", 2): [0, 1], ("ddp", 3): [0, 1, 2], ("hsdp", 4): [0, 2], ("tp", 2): [0, 1], ("tp+fsdp2", 4): [0, 1],
     ("fsdp1-hybrid", 4): [0, 2],
 }  # fmt: skip
 
 
 def shared_parameter(layout: str, mechanic: Mechanic) -> Tensor:
-    """A parameter of which there are copies."""
+    """A parameter that has replicas."""
     parameters = mechanic.param_groups[0]["params"]
     for number, parameter in enumerate(parameters):
         is_matrix_of_tp = layout in ("tp", "tp+fsdp2") and number < 3  # up.weight, up.bias and down.weight are split
@@ -38,7 +38,7 @@ def shared_parameter(layout: str, mechanic: Mechanic) -> Tensor:
 
 def check_layout(layout: str) -> None:
     prepared = setup(layout, "adamw", torch.float64, s_init=1e-3)
-    prepared.mechanic.check_consistency()  # before the first step, too
+    prepared.mechanic.check_consistency()  # also before the first step
     take_steps(prepared, 0, 3)
     before = everything(prepared)
     prepared.mechanic.check_consistency()
@@ -48,7 +48,7 @@ def check_layout(layout: str) -> None:
 
 
 @pytest.mark.parametrize(("layout", "world_size"), LAYOUTS)
-def test_a_sound_run_is_consistent(layout: str, world_size: int) -> None:
+def test_no_drift_in_an_undisturbed_run(layout: str, world_size: int) -> None:
     run(check_layout, world_size, layout)
 
 
@@ -71,19 +71,19 @@ def drift(layout: str, holders: list[int], what: str) -> None:
         mechanic.check_consistency()
     message = str(caught.value)
     assert len(set(everyone(message))) == 1
-    pattern = rf"{what} of parameter \d+ of group 0, shape .* on rank (\d) is not what rank (\d) holds"
+    pattern = rf"{what} of parameter \d+ of group 0, shape .* on rank (\d) differs from rank (\d)"
     found = re.search(pattern, message)
     assert found, message
     if len(holders) > 2:
         assert int(found[1]) == odd
-    else:  # with two copies, nobody can tell which is wrong
+    else:  # of two replicas, either may be the wrong one
         assert {int(found[1]), int(found[2])} == set(holders), message
 
 
 @pytest.mark.parametrize("what", ["the value", "x_ref", "Delta"])
-@pytest.mark.parametrize(("layout", "world_size"), COPIES)
-def test_one_bit_on_one_rank_is_found(layout: str, world_size: int, what: str) -> None:
-    run(drift, world_size, layout, COPIES[layout, world_size], what)
+@pytest.mark.parametrize(("layout", "world_size"), REPLICAS)
+def test_detects_one_flipped_bit_on_one_rank(layout: str, world_size: int, what: str) -> None:
+    run(drift, world_size, layout, REPLICAS[layout, world_size], what)
 
 
 def two_parameters() -> list[Tensor]:
@@ -100,7 +100,7 @@ def step_on_ones(optimizer: Any) -> None:
 
 @ranks(3)
 @pytest.mark.parametrize("what", ["tuner", "lr"])
-def test_a_tuner_or_a_setting_that_differs_is_found(what: str) -> None:
+def test_detects_a_different_tuner_or_setting(what: str) -> None:
     optimizer = Mechanic(torch.optim.SGD(two_parameters(), lr=1.0), variant="optax")
     step_on_ones(optimizer)
     if dist.get_rank() == 1:
@@ -108,13 +108,13 @@ def test_a_tuner_or_a_setting_that_differs_is_found(what: str) -> None:
             rows_of(state_of(optimizer))["s"] *= 1 + 1e-15
         else:
             optimizer.param_groups[0]["lr"] = 0.5
-    words = "the tuner of rank 1 is not that of rank 0: S is" if what == "tuner" else "the settings of rank 1 are not"
+    words = "the tuner of rank 1 differs from rank 0: S is" if what == "tuner" else "the settings of rank 1 differ from"
     with pytest.raises(RuntimeError, match=words):
         optimizer.check_consistency()
 
 
 @ranks(2)
-def test_every_so_many_steps_if_asked() -> None:
+def test_checks_every_n_steps() -> None:
     optimizer = Mechanic(torch.optim.SGD(two_parameters(), lr=1.0), check_every=3, variant="optax")
     step_on_ones(optimizer)
     with torch.no_grad():
@@ -127,8 +127,8 @@ def test_every_so_many_steps_if_asked() -> None:
 
 @ranks(2)
 @pytest.mark.parametrize("variant", ["optax", "pytorch"])
-def test_ranks_of_which_one_has_failed_a_step_meet_at_the_next_check(variant: str) -> None:
-    """The steps of both count, so that none checks while another steps."""
+def test_ranks_check_together_after_a_failed_step(variant: str) -> None:
+    """Failed steps count too, so that no rank checks while another steps."""
     base = torch.optim.SGD(two_parameters(), lr=1.0)
     optimizer = Mechanic(base, check_every=2, variant=variant, s_init=0.1)
     step_on_ones(optimizer)
@@ -139,7 +139,7 @@ def test_ranks_of_which_one_has_failed_a_step_meet_at_the_next_check(variant: st
         raise OSError("out of luck")
 
     if dist.get_rank() == 1 and variant == "pytorch":
-        # The other rank waits for this one's second sums, after the base step; so x is being written by then.
+        # The other rank waits for this rank's second sums, after the base step, so this rank fails while it writes x.
         with pytest.raises(OSError, match="out of luck"), FailsAt(1, OSError("out of luck"), "addcmul"):
             step_on_ones(optimizer)
     elif dist.get_rank() == 1:
@@ -155,7 +155,7 @@ def test_ranks_of_which_one_has_failed_a_step_meet_at_the_next_check(variant: st
 
 @ranks(2)
 def test_a_check_changes_nothing() -> None:
-    """Neither for parameters that are frozen for a while, nor for ones that were just added."""
+    """Also for parameters that are frozen temporarily or were just added."""
     results = []
     for checks in (False, True):
         parameters = two_parameters()
@@ -169,7 +169,7 @@ def test_a_check_changes_nothing() -> None:
                 optimizer.check_consistency()
             if step == 4:
                 with torch.no_grad():
-                    added.fill_(0.5)  # weights that are loaded late
+                    added.fill_(0.5)  # weights loaded after add_param_group
             for p in (*parameters, *([added] if step >= 4 else [])):
                 p.grad = p.detach() + 1.0 if p.requires_grad else None
             optimizer.step()
@@ -179,7 +179,7 @@ def test_a_check_changes_nothing() -> None:
 
 
 @ranks(2)
-def test_an_edit_on_all_ranks_is_told_from_drift() -> None:
+def test_an_edit_on_all_ranks_is_not_drift() -> None:
     optimizer = Mechanic(torch.optim.SGD(two_parameters(), lr=1.0), s_init=0.1, variant="optax")
     step_on_ones(optimizer)
     parameter = optimizer.param_groups[0]["params"][1]
@@ -194,8 +194,8 @@ def test_an_edit_on_all_ranks_is_told_from_drift() -> None:
 
 
 @ranks(2)
-def test_drift_goes_by_the_ranks_of_the_group_alone() -> None:
-    """Two models side by side, each in a group of its own, are not compared with each other."""
+def test_compares_only_ranks_of_the_group() -> None:
+    """Two models with separate groups are not compared with each other."""
     groups = [dist.new_group([rank]) for rank in range(2)]
     rank = dist.get_rank()
     model = nn.Linear(2 + rank, 2)

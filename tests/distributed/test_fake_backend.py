@@ -1,4 +1,4 @@
-"""One process that simulates many ranks, with torch's fake backend: Mechanic steps without comparing them."""
+"""One process simulates many ranks with torch's fake backend: Mechanic steps without comparing ranks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def make_model() -> nn.Sequential:
 
 
 def take_steps(model: nn.Module, optimizer: Mechanic) -> None:
-    """Three, after each of which the tuner must be finite."""
+    """Take three steps; the tuner must be finite after each."""
     for _ in range(3):
         optimizer.zero_grad()
         model(torch.randn(4, 16)).square().mean().backward()
@@ -52,7 +52,7 @@ def test_fsdp2(variant: str, nonfinite: str) -> None:
 
 
 def test_fsdp1_shards_count_once() -> None:
-    """All ranks would answer with this one's values, as if each held the same shard."""
+    """The fake backend returns this rank's values for all ranks, as if each held the same shard."""
     model = FullyShardedDataParallel(make_model(), device_id=torch.device("cpu"), use_orig_params=True)
     optimizer = Mechanic(AdamW(model.parameters(), lr=1.0), variant="optax")
     take_steps(model, optimizer)
@@ -60,12 +60,12 @@ def test_fsdp1_shards_count_once() -> None:
 
 
 def test_pipeline_stages() -> None:
-    """All stages would answer with this one's parameters."""
+    """The fake backend returns this stage's parameters for all stages."""
     model = make_model()
     take_steps(model, Mechanic(AdamW(model.parameters(), lr=1.0), pipeline_stages=2, variant="optax"))
 
 
-def test_what_one_rank_can_see_alone_is_still_checked() -> None:
+def test_local_checks_still_run() -> None:
     embedding = nn.Embedding(5, 3, sparse=True)
     optimizer = Mechanic(AdamW(embedding.parameters(), lr=1.0), variant="optax")
     embedding(torch.tensor([1, 2])).sum().backward()

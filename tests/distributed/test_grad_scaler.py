@@ -1,8 +1,7 @@
 """Loss scaling: an overflow on one rank skips the step on all, and scaled gradients never reach the tuner.
 
-Torch's ``GradScaler`` looks for overflows in what its rank holds, and where the ranks come to different answers some of
-them step and others do not. Which layouts that concerns is written down here as tests; ``ShardedGradScaler`` is the
-answer for all.
+Torch's ``GradScaler`` detects overflows in the gradients of its own rank; if ranks disagree, only some of them step.
+These tests record the layouts in which that happens; ``ShardedGradScaler`` works in all of them.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ STEPS = 5
 OVERFLOWS = (0, 3)
 FACTOR = 2.0**10
 S_INIT = 1e-2
-# Two ranks of DDP: it sums in another order from the second backward on, which more of them would round differently.
-# These make gradients alike on all ranks before the scaler sees them, or DTensors that it reduces over their mesh.
+# Layouts whose gradients are equal on all ranks before the scaler reads them, or DTensors, which it reduces over their
+# mesh. DDP on two ranks: it sums in another order from the second backward on, and more ranks would round differently.
 BY_TORCH = [("single", 1), ("ddp", 2), ("zero1", 2), ("fsdp2", 2), ("fsdp2", 4), ("hsdp", 4), ("tp+fsdp2", 4)]
 ALL = [
     *BY_TORCH, ("fsdp1-orig", 2), ("fsdp1-orig", 3), ("fsdp1-flat", 4), ("fsdp1-hybrid", 4), ("pipeline", 4),
@@ -37,7 +36,7 @@ ALL = [
 
 def make_scaler(kind: str, **options: Any) -> torch.amp.GradScaler:
     options = {"init_scale": FACTOR, **options}
-    if kind == "sharded":  # its default group is the one there was when its module was imported
+    if kind == "sharded":  # its default is the group of the time of its import
         return ShardedGradScaler("cpu", process_group=dist.group.WORLD, **options)
     return torch.amp.GradScaler("cpu", **options)
 
@@ -46,8 +45,8 @@ def local(tensor: Tensor) -> Tensor:
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
-def imprint(setup_: Setup) -> list[Tensor]:
-    """Everything that a step changes, on this rank: x, x_ref, Delta, the base optimizer's state, and the tuner."""
+def copy_state(setup_: Setup) -> list[Tensor]:
+    """Copies of this rank's x, x_ref, Delta, base optimizer's state, and tuner."""
     mechanic = setup_.mechanic
     tensors = [group[mechanic.GROUP_KEY] for group in mechanic.param_groups]
     for parameter in (p for group in mechanic.param_groups for p in group["params"]):
@@ -57,7 +56,7 @@ def imprint(setup_: Setup) -> list[Tensor]:
 
 
 def overflow(setup_: Setup) -> None:
-    """Make one element of what this rank's optimizer holds of the gradients infinite."""
+    """Make one element of this rank's gradients infinite."""
     held = [p.grad for group in setup_.mechanic.param_groups for p in group["params"] if p.grad is not None]
     next(local(gradient) for gradient in held if local(gradient).numel()).view(-1)[0] = torch.inf
 
@@ -73,14 +72,14 @@ def backward(setup_: Setup, step: int, scaler: torch.amp.GradScaler) -> None:
 def train_scaled(
     layout: str, base: str, kind: str, overflowing: tuple[int, ...], options: dict[str, Any]
 ) -> tuple[float, dict[str, Tensor], list[float]]:
-    """Train as :func:`layouts.train` does, but with a scaler, and with overflows in between."""
+    """Train as :func:`layouts.train` does, with a scaler, and with overflows in between."""
     setup_ = setup(layout, base, torch.float32, **options)
     scaler = make_scaler(kind, growth_interval=2)
     mine = dist.get_rank() in overflowing
     factors = []
     for step in range(STEPS):
         if step in OVERFLOWS:
-            if layout in ("ddp", "zero1"):  # what one rank computes reaches all: it is averaged afterwards
+            if layout in ("ddp", "zero1"):  # before DDP averages, so that the overflow reaches all ranks
                 weight = next(p for name, p in setup_.model.named_parameters() if name == "module.down.weight")
                 hook = weight.register_hook(lambda g: g.index_fill(0, torch.tensor([3]), torch.inf) if mine else g)
                 backward(setup_, step, scaler)
@@ -89,13 +88,13 @@ def train_scaled(
                 backward(setup_, step, scaler)
                 if mine:
                     overflow(setup_)
-            before, factor = imprint(setup_), scaler.get_scale()
+            before, factor = copy_state(setup_), scaler.get_scale()
             scaler.step(setup_.optimizer)
             scaler.update()
-            after = imprint(setup_)
+            after = copy_state(setup_)
             assert len(after) == len(before)
-            assert all(torch.equal(a, b) for a, b in zip(after, before)), "the skipped step has changed something"
-            assert scaler.get_scale() == factor / 2, "the overflow went unnoticed"
+            assert all(torch.equal(a, b) for a, b in zip(after, before)), "the skipped step has changed the state"
+            assert scaler.get_scale() == factor / 2, "the overflow was not detected"
         backward(setup_, step, scaler)
         scaler.step(setup_.optimizer)
         scaler.update()
@@ -103,7 +102,7 @@ def train_scaled(
     return setup_.mechanic.scale.item(), setup_.gather(), factors
 
 
-def assert_as_without_a_scaler(
+def assert_equals_unscaled(
     layout: str, world_size: int, kind: str, overflowing: tuple[int, ...], base: str = "adamw", **options: Any
 ) -> None:
     options = {"s_init": S_INIT, **options}
@@ -113,7 +112,7 @@ def assert_as_without_a_scaler(
         scale, parameters, factors = scaled
         # Halved at steps 0 and 3, doubled after two steps without an overflow.
         assert factors == [512.0, 1024.0, 1024.0, 512.0, 1024.0]
-        assert scale == plain.scale != S_INIT  # factors are powers of two: nothing is rounded otherwise
+        assert scale == plain.scale != S_INIT  # factors are powers of two, so scaling does not round
         for name, value in plain.parameters.items():
             assert torch.equal(parameters[name], value), name
         assert any(float((value - start[name]).detach().abs().max()) > 0.01 for name, value in parameters.items())
@@ -121,26 +120,26 @@ def assert_as_without_a_scaler(
 
 @pytest.mark.parametrize(("layout", "world_size"), BY_TORCH)
 def test_grad_scaler(layout: str, world_size: int) -> None:
-    # Replicas of a shard overflow together, for their gradients are averaged before.
+    # Replicas of a shard overflow together, because their gradients are averaged before.
     overflowing = (1, 3) if layout == "hsdp" else (world_size - 1,)
-    assert_as_without_a_scaler(layout, world_size, "plain", overflowing)
+    assert_equals_unscaled(layout, world_size, "plain", overflowing)
 
 
 @pytest.mark.parametrize(("layout", "world_size"), ALL)
 def test_sharded_grad_scaler(layout: str, world_size: int) -> None:
-    assert_as_without_a_scaler(layout, world_size, "sharded", (world_size - 1,))
+    assert_equals_unscaled(layout, world_size, "sharded", (world_size - 1,))
 
 
 @pytest.mark.parametrize(("base", "options"), [
-    ("adamw-fused", {}),  # would unscale by itself, if Mechanic said so
+    ("adamw-fused", {}),  # would unscale gradients itself if Mechanic declared support
     ("sgd", {}),
     ("asgd", {}),
     ("adamw", {"variant": "pytorch"}),
     ("adamw", {"variant": "multiplicative"}),
     ("adamw", {"store_delta": False}),
 ], ids=str)  # fmt: skip
-def test_however_the_update_is_taken(base: str, options: dict[str, Any]) -> None:
-    assert_as_without_a_scaler("fsdp2", 2, "plain", (0,), base, **options)
+def test_every_update_rule(base: str, options: dict[str, Any]) -> None:
+    assert_equals_unscaled("fsdp2", 2, "plain", (0,), base, **options)
 
 
 def factor_after_an_overflow(layout: str, kind: str, overflowing: tuple[int, ...], reverse: bool = False) -> float:
@@ -161,12 +160,12 @@ def factor_after_an_overflow(layout: str, kind: str, overflowing: tuple[int, ...
     ("fsdp1-orig", 2, False),
     ("fsdp1-flat", 2, False),
     ("pipeline", 4, False),
-    # The mesh and the placements of the first gradient decide over what all of them are reduced: here the last layer's,
-    # which all tensor parallel ranks hold.
+    # The scaler reduces over the mesh and placements of the first gradient: here the last layer's, which all tensor
+    # parallel ranks hold.
     ("tp+fsdp2", 4, True),
 ])  # fmt: skip
-def test_where_ranks_disagree_unless_the_scaler_is_sharded(layout: str, world_size: int, reverse: bool) -> None:
-    # Once the first fails, torch has made them agree and docs/reliability.md says too much.
+def test_unsharded_scaler_makes_ranks_disagree(layout: str, world_size: int, reverse: bool) -> None:
+    # If the first assertion fails, torch makes ranks agree: update docs/reliability.md.
     last = (world_size - 1,)
     assert set(run(factor_after_an_overflow, world_size, layout, "plain", last, reverse)) == {FACTOR, FACTOR / 2}
     assert set(run(factor_after_an_overflow, world_size, layout, "sharded", last, reverse)) == {FACTOR / 2}
@@ -174,14 +173,14 @@ def test_where_ranks_disagree_unless_the_scaler_is_sharded(layout: str, world_si
 
 @ranks(2)
 @pytest.mark.parametrize("kind", ["plain", "sharded"])
-def test_plain_tensors_among_dtensors_are_refused_by_torch(kind: str) -> None:
+def test_torch_refuses_plain_tensors_among_dtensors(kind: str) -> None:
     setup_ = setup("tp", "adamw", torch.float32, s_init=S_INIT)
     scaler = make_scaler(kind)
     backward(setup_, 0, scaler)
-    before = imprint(setup_)
+    before = copy_state(setup_)
     with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):
         scaler.step(setup_.optimizer)
-    assert all(torch.equal(a, b) for a, b in zip(imprint(setup_), before))
+    assert all(torch.equal(a, b) for a, b in zip(copy_state(setup_), before))
 
 
 @ranks(2)
@@ -198,11 +197,11 @@ def test_tensor_parallel_with_every_parameter_on_the_mesh() -> None:
         backward(setup_, step, scaler)
         if step == 1 and dist.get_rank() == 1:
             overflow(setup_)
-        before = imprint(setup_)
+        before = copy_state(setup_)
         scaler.step(mechanic)
         scaler.update()
-        changed = len(before) != len(imprint(setup_)) or any(
-            not torch.equal(a, b) for a, b in zip(imprint(setup_), before)
+        changed = len(before) != len(copy_state(setup_)) or any(
+            not torch.equal(a, b) for a, b in zip(copy_state(setup_), before)
         )
         assert changed is (step != 1)
     assert scaler.get_scale() == FACTOR / 2
@@ -218,8 +217,8 @@ def _from_mesh(module: nn.Module, output: Any, mesh: Any) -> Tensor:
     return local_output
 
 
-def find_the_factor(layout: str) -> tuple[list[bool], float, float, list[float]]:
-    """Train in float16, from a factor that is too high by far: which steps were taken, S, the factor, and losses."""
+def train_in_float16(layout: str) -> tuple[list[bool], float, float, list[float]]:
+    """Train in float16 with a far too high initial factor: which steps were taken, S, the factor, and losses."""
     model: nn.Module = make_net(torch.float32)
     if layout == "fsdp2":
         policy = MixedPrecisionPolicy(param_dtype=torch.float16, reduce_dtype=torch.float16)
@@ -245,9 +244,9 @@ def find_the_factor(layout: str) -> tuple[list[bool], float, float, list[float]]
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
-def test_float16_finds_its_factor(layout: str) -> None:
-    (taken, scale, factor, losses), (taken_too, scale_too, factor_too, other_losses) = run(find_the_factor, 2, layout)
-    assert (taken, scale, factor) == (taken_too, scale_too, factor_too)
+def test_float16_scaler_finds_its_factor(layout: str) -> None:
+    (taken, scale, factor, losses), (taken_b, scale_b, factor_b, other_losses) = run(train_in_float16, 2, layout)
+    assert (taken, scale, factor) == (taken_b, scale_b, factor_b)
     skipped = taken.count(False)
     assert not taken[0]
     assert 1 <= skipped <= 20

@@ -1,4 +1,4 @@
-"""What a rank holds, without ranks."""
+"""Layout and local tensors, mostly on one process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from manic.optimizer.kinds import resolve_update
 from manic.testing import ranks
 
 
-def test_alone_every_element_is_held_once() -> None:
+def test_one_process_holds_every_element_once() -> None:
     layout = Layout(None, "replicated", 1)
     assert layout.group is None
     assert layout.replicas(torch.ones(3)) == 1
@@ -27,7 +27,7 @@ def test_local_shares_storage_and_has_no_history() -> None:
     assert local_gradient(parameter) is None
 
 
-def test_torch_still_marks_fsdp1_parameters_as_we_expect() -> None:
+def test_torch_has_the_attribute_of_fsdp1_parameters() -> None:
     from torch.distributed.fsdp._common_utils import FSDP_FLATTENED
 
     parameter = nn.Parameter(torch.ones(3))
@@ -36,7 +36,7 @@ def test_torch_still_marks_fsdp1_parameters_as_we_expect() -> None:
     assert is_fsdp1(parameter)
 
 
-def test_only_optimizers_that_were_read_step_in_displacement_space() -> None:
+def test_only_known_optimizers_step_in_displacement_space() -> None:
     parameter = [torch.ones(2, 2, requires_grad=True)]
     assert resolve_update(torch.optim.AdamW(parameter), "auto") == "decoupled"
     assert resolve_update(torch.optim.SGD(parameter), "auto") == "coupled"
@@ -47,7 +47,7 @@ def test_only_optimizers_that_were_read_step_in_displacement_space() -> None:
 
 
 @ranks(2)
-def test_a_parameter_s_local_storage_is_one_object_and_what_local_shows() -> None:
+def test_local_storage_is_one_object_and_equals_local() -> None:
     parameter = nn.Parameter(distribute_tensor(torch.arange(6.0), init_device_mesh("cpu", (2,)), [Shard(0)]))
     storage = local_storage(parameter)
     assert storage is local_storage(parameter)

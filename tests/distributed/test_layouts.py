@@ -1,4 +1,4 @@
-"""Every layout trains like a single process."""
+"""Training in every layout equals training on a single process."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def single(base: str, dtype: torch.dtype, options: tuple[tuple[str, Any], ...]) 
     return train("single", base, STEPS, dtype, dict(options))
 
 
-def assert_like_a_single_process(
+def assert_equals_a_single_process(
     layout: str, world_size: int, base: str, dtype: torch.dtype, rtol: float, **options: Any
 ) -> None:
     options = {"s_init": S_INIT, **options}
     expected = single(base, dtype, tuple(options.items()))
     start = dict(make_net(dtype).named_parameters())
     moved = max(float((value - start[name]).detach().abs().max()) for name, value in expected.parameters.items())
-    assert moved > 0.05, "the model has not moved: the comparison shows nothing"
+    assert moved > 0.05, "the displacement is too small for a comparison"
     for trained in run(train, world_size, layout, base, STEPS, dtype, options):
         assert trained.scale == pytest.approx(expected.scale, rel=rtol)
         for name in ("grad_norm", "param_norm"):
@@ -51,12 +51,12 @@ def assert_like_a_single_process(
 @pytest.mark.parametrize("base", ["adamw", "sgd"])
 @pytest.mark.parametrize(("layout", "world_size"), LAYOUTS)
 def test_float64(layout: str, world_size: int, base: str) -> None:
-    assert_like_a_single_process(layout, world_size, base, torch.float64, rtol=1e-12)
+    assert_equals_a_single_process(layout, world_size, base, torch.float64, rtol=1e-12)
 
 
 @pytest.mark.parametrize(("layout", "world_size"), [("ddp", 3), ("fsdp2", 4), ("tp+fsdp2", 4), ("fsdp1-flat", 4)])
 def test_float32(layout: str, world_size: int) -> None:
-    assert_like_a_single_process(layout, world_size, "sgd", torch.float32, rtol=1e-4)
+    assert_equals_a_single_process(layout, world_size, "sgd", torch.float32, rtol=1e-4)
 
 
 @pytest.mark.parametrize("options", [
@@ -65,16 +65,16 @@ def test_float32(layout: str, world_size: int) -> None:
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize(("layout", "world_size"), [("fsdp2", 4), ("tp+fsdp2", 4), ("zero1", 2), ("fsdp1-hybrid", 4)])
 def test_options(layout: str, world_size: int, options: dict[str, Any]) -> None:
-    assert_like_a_single_process(layout, world_size, "sgd", torch.float64, rtol=1e-10, **options)
+    assert_equals_a_single_process(layout, world_size, "sgd", torch.float64, rtol=1e-10, **options)
 
 
 @pytest.mark.parametrize(("layout", "world_size"), LAYOUTS)
-def test_the_variant_that_multiplies(layout: str, world_size: int) -> None:
-    assert_like_a_single_process(
+def test_multiplicative_variant(layout: str, world_size: int) -> None:
+    assert_equals_a_single_process(
         layout, world_size, "adamw", torch.float64, rtol=1e-11, variant="multiplicative", s_init=1e-2
     )
 
 
 @pytest.mark.parametrize(("layout", "world_size"), [("fsdp2", 3), ("tp+fsdp2", 4)])
 def test_a_base_that_reads_its_parameters(layout: str, world_size: int) -> None:
-    assert_like_a_single_process(layout, world_size, "asgd", torch.float64, rtol=1e-12)
+    assert_equals_a_single_process(layout, world_size, "asgd", torch.float64, rtol=1e-12)

@@ -1,6 +1,6 @@
-"""A rank is lost: the others get an error within the process group's timeout, and hold what they held before the step.
+"""After a rank is lost, the others raise within the process group's timeout and roll the step back.
 
-Their parameters are x_t again, bit for bit, never Delta; settings, gradients, tuner and the grad mode are as they were.
+Their parameters are x_t again, bit for bit, never Delta; settings, gradients, tuner and grad mode are unchanged.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from support.lost_rank_cases import MATRIX, SHORT
 from support.lost_ranks import FAULTS, MARGIN, TIMEOUT, Trial, trial
 
 
-def assert_noticed_and_undone(result: Trial, fault: str, closeness: float = 0.0) -> None:
+def assert_detected_and_rolled_back(result: Trial, fault: str, closeness: float = 0.0) -> None:
     assert not result.missing, f"ranks {result.missing} hang; the others: {result.survivors}"
     for survivor in result.survivors:
-        assert survivor.phase, f"{survivor} did not notice"
+        assert survivor.phase, f"{survivor} did not raise"
         assert result.seconds(survivor) < TIMEOUT + MARGIN, survivor
         assert survivor.error.startswith(("RuntimeError", "Dist")), survivor
         assert "gloo" in survivor.error, f"{survivor} has no error of its process group"
-        assert survivor.moved or FAULTS[fault].step == 0, "the model has not moved: the comparison shows nothing"
+        assert survivor.moved or FAULTS[fault].step == 0, "there is no displacement to roll back"
         assert survivor.off <= closeness, survivor
         assert not survivor.wrong, survivor
         if FAULTS[fault].where == "reduce":
             assert survivor.in_the_all_reduce, survivor
-    if "stopped" not in fault:  # a connection that is closed is noticed without waiting, by a rank that reads from it
+    if "stopped" not in fault:  # a rank that reads from a closed connection raises without waiting
         assert min(map(result.seconds, result.survivors)) < TIMEOUT - 1.0
 
 
@@ -45,43 +45,43 @@ def lose_a_rank(
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(("fault", "layout", "world_size", "lost"), SHORT)
 def test_each_fault(fault: str, layout: str, world_size: int, lost: str) -> None:
-    assert_noticed_and_undone(lose_a_rank(fault, layout, world_size, lost), fault)
+    assert_detected_and_rolled_back(lose_a_rank(fault, layout, world_size, lost), fault)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(("fault", "layout", "world_size", "lost"), [case for case in MATRIX if case not in SHORT])
 def test_each_fault_on_each_layout(fault: str, layout: str, world_size: int, lost: str) -> None:
-    assert_noticed_and_undone(lose_a_rank(fault, layout, world_size, lost), fault)
+    assert_detected_and_rolled_back(lose_a_rank(fault, layout, world_size, lost), fault)
 
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(("base", "dtype", "options", "closeness"), [
     ("adamw", torch.bfloat16, {}, 0.0),  # the parameters' storage holds displacements during the base step
-    # The base optimizer has made its update, on Delta itself: x_ref + S_t * Delta_{t+1}, the update at the old scale.
-    # Delta in x's place would be a hundred times as far off.
-    ("sgd", torch.float32, {}, 1.0),  # gradients are exchanged for ones with weight decay
+    # The base optimizer has updated Delta itself: x is x_ref + S_t * Delta_{t+1}, the update at the old scale. Delta in
+    # place of x would differ a hundred times as much.
+    ("sgd", torch.float32, {}, 1.0),  # gradients are replaced by ones with weight decay
     ("sgd", torch.bfloat16, {}, 0.0),
     ("asgd", torch.float32, {}, 0.0),  # a snapshot
     ("adamw", torch.float32, {"variant": "pytorch"}, 0.0),
-    ("sgd", torch.float32, {"store_delta": False}, 1.0),  # nothing is kept that x_t could be made from
+    ("sgd", torch.float32, {"store_delta": False}, 1.0),  # there is no copy to restore x_t from
     ("adamw", torch.float32, {"store_delta": False}, 1.0),
 ], ids=str)  # fmt: skip
-def test_however_the_update_is_taken(base: str, dtype: torch.dtype, options: dict[str, Any], closeness: float) -> None:
+def test_every_update_rule(base: str, dtype: torch.dtype, options: dict[str, Any], closeness: float) -> None:
     fault = "killed while others are in the all_reduce"
-    # In the other modes the all_reduce is over before anything has changed.
+    # In the other modes the all_reduce ends before the first change.
     result = lose_a_rank(fault, "single", 2, "last", base, dtype, nonfinite="ignore", **options)
-    assert_noticed_and_undone(result, fault, closeness)
+    assert_detected_and_rolled_back(result, fault, closeness)
 
 
 def timeout_of(group: dist.ProcessGroup | None) -> timedelta:
-    # Torch shows it nowhere in public.
+    # Torch has no public way to read it.
     timeout: timedelta = (group or dist.group.WORLD)._get_backend(torch.device("cpu")).options._timeout
     return timeout
 
 
 @ranks(4)
-def test_groups_of_a_mesh_wait_as_long_as_they_are_told() -> None:
+def test_groups_of_a_mesh_have_the_given_timeout() -> None:
     shape, names = (2, 2), ("replicate", "shard")
     by_torch = init_device_mesh("cpu", shape, mesh_dim_names=names)
     mesh = make_mesh("cpu", shape, names, timedelta(seconds=77))
@@ -92,6 +92,6 @@ def test_groups_of_a_mesh_wait_as_long_as_they_are_told() -> None:
         members = dist.get_process_group_ranks(by_torch.get_group(name))
         assert dist.get_process_group_ranks(mesh.get_group(name)) == members
         assert timeout_of(mesh.get_group(name)) == timedelta(seconds=77)
-        # Why make_mesh is there: once this fails, it can go.
+        # The reason for make_mesh: if this fails, remove make_mesh.
         assert timeout_of(by_torch.get_group(name)) == timedelta(minutes=30) != timeout_of(None)
     assert timeout_of(init_device_mesh("cpu", (4,)).get_group()) == timeout_of(None)

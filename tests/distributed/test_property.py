@@ -1,4 +1,4 @@
-"""Whatever the shapes, placements, dtypes, learning rates and gradients: what the reference has."""
+"""Equals the reference for random shapes, placements, dtypes, learning rates and gradients."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from manic.tuners.mechanic_reference import MechanicReference
 
 @dataclass(frozen=True)
 class Case:
-    """A model and the gradients that it is given."""
+    """A model and its gradients."""
 
     world_size: int
     shapes: tuple[tuple[int, ...], ...]
@@ -33,9 +33,9 @@ class Case:
     base: str
     store_delta: bool
     bad: tuple[tuple[int, int, float], ...]
-    """Steps, parameters, and what one of its gradients holds there that is not finite."""
+    """Steps, parameters, and the nonfinite value of one element of the gradient."""
     without: tuple[tuple[int, int], ...]
-    """Steps, and parameters that have no gradient there."""
+    """Steps, and parameters without a gradient in that step."""
 
 
 PLACEMENTS = {"plain": None, "replicate": Replicate(), "shard 0": Shard(0), "shard 1": Shard(1)}
@@ -71,13 +71,13 @@ def make_base(name: str, parameters: list[Any], lr: float) -> torch.optim.Optimi
 
 
 def draw_tensors(case: Case, seed: int) -> list[Tensor]:
-    """Numbers that every dtype has."""
+    """Numbers that every dtype represents exactly."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator).bfloat16().to(case.dtype) for shape in case.shapes]
 
 
 def gradients(case: Case, step: int) -> list[Tensor | None]:
-    """They point one way on the whole, so that there is something to learn."""
+    """Gradients with a common mean, so that the scale grows."""
     drift, noise = draw_tensors(case, 1), draw_tensors(case, 10 + step)
     found: list[Tensor | None] = [d + 0.5 * n for d, n in zip(drift, noise)]
     for when, index in case.without:
@@ -135,7 +135,7 @@ def expect(case: Case) -> tuple[float, int, list[Tensor]]:
 
 def check(case: Case) -> None:
     scale, skipped, parameters = expect(case)
-    # Recomputing Delta divides by S + eps, which is a relative eps / S off, and by S in the precision of x.
+    # Recomputing Delta divides by S + eps, a relative error of eps / S, in the precision of x.
     of_delta = 0.0 if case.store_delta else 3e-8 / case.s_init
     loose = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 0.1}[case.dtype] + 10 * of_delta
     exact = case.store_delta or case.dtype == torch.float64
@@ -153,12 +153,12 @@ def check(case: Case) -> None:
 
 @settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
 @given(case=cases())
-def test_like_the_reference(case: Case) -> None:
+def test_equals_the_reference(case: Case) -> None:
     check(case)
 
 
 @pytest.mark.slow
 @settings(deadline=None, max_examples=1500, suppress_health_check=list(HealthCheck))
 @given(case=cases())
-def test_like_the_reference_at_length(case: Case) -> None:
+def test_equals_the_reference_on_more_examples(case: Case) -> None:
     check(case)

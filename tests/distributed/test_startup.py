@@ -1,4 +1,4 @@
-"""Ranks that do not fit together: one clear error on every rank, at the first step, and nothing has changed."""
+"""Mismatched ranks raise the same error on every rank at the first step, and change nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def parameters(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> 
 
 
 def assert_all_ranks_raise(optimizer: torch.optim.Optimizer, words: str) -> None:
-    """Step, and see the same error on all ranks and the parameters where they were."""
+    """Step; all ranks must raise the same error and leave the parameters unchanged."""
     held = [p for group in optimizer.param_groups for p in group["params"]]
     before = [p.detach().clone() for p in held]
     for p in held:
@@ -96,7 +96,7 @@ def test_another_base_optimizer() -> None:
 @ranks(2)
 @pytest.mark.parametrize("other", [2, 0])
 def test_ranks_that_loaded_different_checkpoints(other: int) -> None:
-    """Or of which one found none: on a disk that is not shared, say."""
+    """Also if one rank found none, for example on an unshared disk."""
     alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
     (source,) = parameters((3,))
     donor = Mechanic(torch.optim.SGD([source], lr=1.0), process_group=alone, s_init=0.1, variant="optax")
@@ -111,14 +111,16 @@ def test_ranks_that_loaded_different_checkpoints(other: int) -> None:
 
 
 @ranks(2)
-def test_plain_parts_that_were_not_declared() -> None:
+def test_undeclared_sharded_plain_parameters() -> None:
     mine = [p * (1 + dist.get_rank()) for p in parameters((3, 4))]  # equal shapes, other values
     held = [p.detach().requires_grad_() for p in mine]
-    assert_all_ranks_raise(Mechanic(torch.optim.SGD(held, lr=1.0), variant="optax"), 'is no replica.*plain="sharded"')
+    assert_all_ranks_raise(
+        Mechanic(torch.optim.SGD(held, lr=1.0), variant="optax"), 'is not replicated.*plain="sharded"'
+    )
 
 
 @ranks(2)
-def test_zero_without_the_declaration() -> None:
+def test_zero_without_plain_sharded() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2))
     optimizer = ZeroRedundancyOptimizer(
         model.parameters(), optimizer_class=mechanize(torch.optim.SGD, variant="optax"), lr=1.0
@@ -130,14 +132,14 @@ def test_zero_without_the_declaration() -> None:
 
 
 @ranks(2)
-def test_zero_inside_of_mechanic_is_turned_round() -> None:
+def test_refuses_zero_inside_mechanic() -> None:
     optimizer = ZeroRedundancyOptimizer(parameters((3,), (4,)), optimizer_class=torch.optim.SGD, lr=1.0)
-    with pytest.raises(TypeError, match="goes inside of ZeroRedundancyOptimizer"):
+    with pytest.raises(TypeError, match="must be inside ZeroRedundancyOptimizer"):
         Mechanic(optimizer, variant="optax")
 
 
 @ranks(4)
-def test_a_pipeline_that_was_not_declared_and_one_declared_wrong() -> None:
+def test_refuses_undeclared_or_wrong_pipeline_stages() -> None:
     stage = dist.get_rank() // 2
     mine = parameters((3, 4 + stage))
     assert_all_ranks_raise(Mechanic(torch.optim.SGD(mine, lr=1.0), variant="optax"), "pass pipeline_stages")
@@ -148,7 +150,7 @@ def test_a_pipeline_that_was_not_declared_and_one_declared_wrong() -> None:
 
 
 @ranks(4)
-def test_a_group_that_does_not_hold_the_model_whole() -> None:
+def test_refuses_a_group_that_holds_part_of_the_model() -> None:
     mesh = init_device_mesh("cpu", (4,))
     halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     model = nn.Linear(8, 8)
@@ -162,8 +164,8 @@ def test_a_group_that_does_not_hold_the_model_whole() -> None:
 
 
 @ranks(4)
-def test_a_group_that_holds_one_replica_of_several_is_enough() -> None:
-    """HSDP with the sharding group alone: each replica sums for itself, and all find the same."""
+def test_accepts_a_group_that_holds_one_replica() -> None:
+    """HSDP with the sharding group alone: each replica sums separately, with equal results."""
     torch.manual_seed(0)
     model = nn.Linear(6, 6).double()
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
@@ -180,7 +182,7 @@ def test_a_group_that_holds_one_replica_of_several_is_enough() -> None:
 
 
 @ranks(2)
-def test_fsdp1_whose_values_tell_nothing() -> None:
+def test_refuses_fsdp1_parameters_with_constant_values() -> None:
     model = nn.Linear(4, 4)
     with torch.no_grad():
         for p in model.parameters():
@@ -188,14 +190,14 @@ def test_fsdp1_whose_values_tell_nothing() -> None:
     wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
     wrapped(torch.randn(2, 4)).sum().backward()
     optimizer = Mechanic(torch.optim.SGD(wrapped.parameters(), lr=1.0), variant="optax")
-    with pytest.raises(ValueError, match="cannot tell from the values"):
+    with pytest.raises(ValueError, match="cannot infer from the values"):
         optimizer.step()
     declared = Mechanic(torch.optim.SGD(wrapped.parameters(), lr=1.0), plain="sharded", variant="optax")
     declared.step()
 
 
 @ranks(2)
-def test_parameters_that_are_added_are_compared_as_well() -> None:
+def test_compares_added_parameters() -> None:
     optimizer = Mechanic(torch.optim.SGD(parameters((3,)), lr=1.0), variant="optax")
     optimizer.step()
     optimizer.add_param_group({"params": parameters((2, 2))})
@@ -205,7 +207,7 @@ def test_parameters_that_are_added_are_compared_as_well() -> None:
 
 
 @ranks(2)
-def test_a_group_added_to_zero_is_compared_by_ranks_that_own_none_of_it() -> None:
+def test_ranks_without_parameters_of_an_added_zero_group_compare_it() -> None:
     model = nn.Linear(8, 8)
     cls = mechanize(torch.optim.SGD, plain="sharded", variant="optax")
     optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=cls, lr=1.0)
@@ -219,7 +221,7 @@ def test_a_group_added_to_zero_is_compared_by_ranks_that_own_none_of_it() -> Non
 
 
 @ranks(2)
-def test_a_rank_outside_of_the_group_is_told_so() -> None:
+def test_refuses_a_rank_outside_the_group() -> None:
     group = dist.new_group([0])
     if dist.get_rank() == 1:
         with pytest.raises(ValueError, match="not in process_group"):
@@ -229,7 +231,7 @@ def test_a_rank_outside_of_the_group_is_told_so() -> None:
 
 
 @ranks(2)
-def test_an_unusable_gradient_on_one_rank_is_every_ranks_error() -> None:
+def test_an_unusable_gradient_on_one_rank_raises_on_every_rank() -> None:
     torch.manual_seed(0)
     embedding = nn.Embedding(5, 3, sparse=dist.get_rank() == 1)
     optimizer = Mechanic(torch.optim.SGD(embedding.parameters(), lr=1.0), variant="optax")
@@ -240,13 +242,13 @@ def test_an_unusable_gradient_on_one_rank_is_every_ranks_error() -> None:
 
 
 @ranks(4)
-def test_stages_that_hold_the_same_are_no_stages() -> None:
+def test_refuses_stages_with_equal_parameters() -> None:
     optimizer = Mechanic(torch.optim.SGD(parameters((3, 4)), lr=1.0), pipeline_stages=2, variant="optax")
     assert_all_ranks_raise(optimizer, "stages must hold different parameters")
 
 
 @ranks(2)
-def test_a_partial_gradient_is_summed_before_it_counts() -> None:
+def test_reduces_a_partial_gradient_first() -> None:
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     mesh = init_device_mesh("cpu", (2,))

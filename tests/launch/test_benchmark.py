@@ -1,4 +1,4 @@
-"""The benchmarks run, and what they count is what manic promises."""
+"""The benchmarks run, and their counts match the documentation."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def test_step_writes_a_row_for_every_method(tmp_path: Path, monkeypatch: pytest.
     assert rows["mechanic-pytorch"]["syncs"] > 0
 
 
-@pytest.mark.parametrize("spread", scale.SPREADS.values(), ids=str)
-def test_a_step_costs_a_rank_the_same_in_any_world(spread: scale.Spread, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("layout", scale.LAYOUTS.values(), ids=str)
+def test_cost_per_rank_is_independent_of_world_size(layout: scale.Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = []
     for world_size in (1024, 16384):
-        calls: list[step.Calls] = []
-        monkeypatch.setattr(scale, "Calls", lambda calls=calls: calls.append(step.Calls()) or calls[-1])
-        cost = scale.measure(TINY, spread, world_size, repeats=1)
+        calls: list[step.CallCounter] = []
+        monkeypatch.setattr(scale, "CallCounter", lambda calls=calls: calls.append(step.CallCounter()) or calls[-1])
+        cost = scale.measure(TINY, layout, world_size, repeats=1)
         assert cost.collectives == 1
         assert cost.own_bytes - cost.base_bytes < 10_000  # x_ref and Delta, as Adam has two; and the tuner
         assert cost.scratch <= 64 * 2**20
@@ -80,13 +80,13 @@ def test_host_has_as_many_tensors_as_a_llama_of_32_layers() -> None:
     assert host.count(layers=32) == 291
 
 
-def test_a_delayed_all_reduce_is_waited_for_at_the_end() -> None:
+def test_a_step_waits_for_a_delayed_all_reduce() -> None:
     at_once, late = step.latency_left("1M", delay=0.3, repeats=1)
     assert late > 0.25 > at_once
 
 
 @pytest.mark.parametrize(("world_size", "hops"), [(1, 0), (8, 2), (16, 4), (1024, 16), (16384, 24)])
-def test_hops_are_up_a_tree_and_down(world_size: int, hops: int) -> None:
+def test_hops_of_a_tree(world_size: int, hops: int) -> None:
     assert scale.hops(world_size, node=8) == hops
 
 
@@ -137,12 +137,12 @@ def test_the_table_takes_the_mean_over_seeds_and_the_best_of_the_grid() -> None:
     assert "D-Adaptation" not in table
 
 
-# Of the peers the tests install mechanic-pytorch alone; the extra "bench" has the others.
+# The extra "test" installs only mechanic-pytorch of the peers; the extra "bench" installs the others.
 PEERS = {"Prodigy": "prodigyopt", "D-Adaptation": "dadaptation", "Schedule-Free": "schedulefree"}
 
 
 @pytest.mark.parametrize("with_peers", [False, True])
-def test_every_method_trains_and_a_stopped_benchmark_goes_on(
+def test_every_method_trains_and_a_stopped_benchmark_continues(
     with_peers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for package in PEERS.values() if with_peers else ():
@@ -158,7 +158,7 @@ def test_every_method_trains_and_a_stopped_benchmark_goes_on(
     benchmark.main()
     whole = results.read_text().splitlines()
     assert {json.loads(line)["method"] for line in whole} == set(methods)
-    assert all(4.5 < json.loads(line)["loss"] < 6.0 for line in whole)  # of 256 equally likely bytes it is 5.55
+    assert all(4.5 < json.loads(line)["loss"] < 6.0 for line in whole)  # 256 equally likely bytes have 5.55
     assert image.stat().st_size > 1000
 
     ran: list[tuning.Run] = []
@@ -172,13 +172,13 @@ def test_every_method_trains_and_a_stopped_benchmark_goes_on(
     assert "| **worst** |" in capsys.readouterr().out
 
 
-def test_lion_takes_signs() -> None:
+def test_lion_updates_by_signs() -> None:
     parameter = torch.tensor([1.0, -1.0], requires_grad=True)
     optimizer = Lion([parameter], lr=0.1, weight_decay=0.5)
     parameter.grad = torch.tensor([3.0, -0.2])
     optimizer.step()
     torch.testing.assert_close(parameter.detach(), torch.tensor([0.95 - 0.1, -0.95 + 0.1]))
-    parameter.grad = torch.tensor([-0.4, 0.2])  # not enough to turn the average, of 0.01 of what was
+    parameter.grad = torch.tensor([-0.4, 0.2])  # does not change the sign of the stored average
     optimizer.step()
-    # 0.9 * 0.03 - 0.1 * 0.4 < 0: but it is enough for the one that is shown
+    # but changes that of the update's average: 0.9 * 0.03 - 0.1 * 0.4 < 0
     torch.testing.assert_close(parameter.detach(), torch.tensor([0.85 * 0.95 + 0.1, -0.85 * 0.95 - 0.1]))

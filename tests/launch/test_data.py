@@ -1,4 +1,4 @@
-"""The corpus of the main job: real text, the same batches on any number of ranks."""
+"""The corpus of launch/train.py: real text, and batches that do not depend on the number of ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def text(tmp_path: Path) -> Path:
     return file
 
 
-def test_a_batch_is_the_same_however_it_is_split(text: Path) -> None:
+def test_a_batch_does_not_depend_on_its_split(text: Path) -> None:
     corpus = Corpus(text, seq_len=16)
     whole = corpus.batch(seed=1, step=7, batch_size=8, part=slice(0, 8))
     assert whole.shape == (8, 17)
@@ -31,14 +31,14 @@ def test_a_batch_is_the_same_however_it_is_split(text: Path) -> None:
         assert not torch.equal(corpus.batch(seed, step, 8, slice(0, 8)), whole)
 
 
-def test_what_is_held_out_is_never_trained_on(text: Path) -> None:
+def test_training_batches_exclude_held_out_text(text: Path) -> None:
     corpus = Corpus(text, seq_len=16)
     assert not set(corpus.training_blocks.tolist()) & set(corpus.held_out_blocks.tolist())
     share = len(corpus.held_out_blocks) / (len(corpus.training_blocks) + len(corpus.held_out_blocks))
     assert share == pytest.approx(0.05, abs=0.01)
 
 
-def test_a_folder_is_its_text_files_in_order(tmp_path: Path) -> None:
+def test_reads_the_text_files_of_a_folder_in_order(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / "a.txt").write_text("first " * 2000)
     (tmp_path / "b" / "c.txt").write_text("second " * 2000)
@@ -47,7 +47,7 @@ def test_a_folder_is_its_text_files_in_order(tmp_path: Path) -> None:
     assert tokens == b"first " * 2000 + b"\n" + b"second " * 2000
 
 
-def test_uint16_tokens_are_read_whole(tmp_path: Path) -> None:
+def test_reads_uint16_tokens(tmp_path: Path) -> None:
     file = tmp_path / "tokens.u16"
     tokens = torch.arange(60_000)
     file.write_bytes(tokens.to(torch.int32).to(torch.int16).numpy().tobytes())
@@ -71,7 +71,7 @@ def test_the_standard_library_is_tens_of_megabytes() -> None:
     assert b"def __init__(self" in bytes(corpus.tokens[:1_000_000].tolist())
 
 
-def test_what_cannot_be_read_is_said_plainly(tmp_path: Path) -> None:
+def test_reports_unreadable_data(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         Corpus(tmp_path / "nowhere", seq_len=8)
     (tmp_path / "short.txt").write_text("short")

@@ -1,4 +1,4 @@
-"""The main job: it trains, in every mode, and a run that was stopped or killed goes on as if it had not been."""
+"""launch/train.py trains in every mode, and a stopped or killed run resumes equal to an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ADAMW = [(mode, "adamw") for mode in MODES]
 
 
 @functools.cache
-def alone(base: str, variant: str) -> dict[int, dict[str, Any]]:
+def single_process(base: str, variant: str) -> dict[int, dict[str, Any]]:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -40,7 +40,7 @@ def alone(base: str, variant: str) -> dict[int, dict[str, Any]]:
     ("fsdp2", "muon", "optax"), ("tp", "muon", "multiplicative"), ("zero1", "sgd", "multiplicative"),
     ("fsdp2", "adamw", "multiplicative"), ("fsdp1", "adamw", "multiplicative"),
 ])  # fmt: skip
-def test_every_mode_trains_alike_and_resumes_bit_for_bit(
+def test_every_mode_trains_equally_and_resumes_bit_for_bit(
     mode: str, base: str, variant: str, world_size: int, tmp_path: Path
 ) -> None:
     if base == "muon" and not hasattr(torch.optim, "Muon"):
@@ -50,7 +50,7 @@ def test_every_mode_trains_alike_and_resumes_bit_for_bit(
     run(job, world_size, *arguments, *saving, "--metrics", str(tmp_path / "whole.jsonl"))
     whole = records(tmp_path / "whole.jsonl")
     assert sorted(whole) == list(range(1, 9))
-    for step, record in alone(base, variant).items():
+    for step, record in single_process(base, variant).items():
         assert whole[step]["loss"] == pytest.approx(record["loss"], rel=2e-4), step
         assert whole[step]["scale"] == pytest.approx(record["scale"], rel=2e-2), step
 
@@ -80,7 +80,7 @@ def test_resumes_on_another_number_of_ranks(tmp_path: Path) -> None:
         assert record["scale"] == pytest.approx(four[step]["scale"], rel=1e-2)
 
 
-def test_learns_more_than_how_frequent_each_byte_is(tmp_path: Path) -> None:
+def test_learns_more_than_byte_frequencies(tmp_path: Path) -> None:
     from gpt.data import Corpus
 
     arguments = "--layers 2 --width 64 --heads 2 --seq-len 64 --batch-size 16 --device cpu --steps 250 --log-every 10"
@@ -106,23 +106,23 @@ def train_with(arguments: list[str]) -> None:
     (["--base-optimizer", "muon", "--parallel", "zero1"], "muon needs whole matrices"),
     (["--resume", "nowhere/at/all", "--checkpoint-dir", "x"], "neither a checkpoint nor"),
 ], ids=lambda a: a[0] if isinstance(a, list) else "")  # fmt: skip
-def test_a_users_mistake_is_said_plainly_on_every_rank(arguments: list[str], words: str) -> None:
+def test_reports_user_errors_on_every_rank(arguments: list[str], words: str) -> None:
     with pytest.raises(RankError) as caught:
         run(job, 2, *arguments, "--steps", "1")
     assert str(caught.value).count(words) >= 2
 
 
-def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+def test_refuses_a_checkpoint_of_another_run(tmp_path: Path) -> None:
     directory = ["--checkpoint-dir", str(tmp_path)]
     run(job, 2, "--steps", "2", *directory, "--checkpoint-every", "1")
     for arguments, words in (
         (["--layers", "1"], "another model"),
         (["--width", "64"], "has shape"),
-        (["--seed", "5"], "made with --seed 0"),
-        (["--batch-size", "16"], "made with --batch-size 8"),
-        (["--resume", "never"], "holds a run already"),
+        (["--seed", "5"], "the checkpoint has --seed 0"),
+        (["--batch-size", "16"], "the checkpoint has --batch-size 8"),
+        (["--resume", "never"], "already holds a run"),
         (["--variant", "pytorch"], "of variant optax"),
-        (["--tuner", "none"], "made with --tuner mechanic"),
+        (["--tuner", "none"], "the checkpoint has --tuner mechanic"),
         (["--resume", str(tmp_path / "step_00000001")], "up to step 2"),
     ):
         with pytest.raises(RankError) as caught:
@@ -131,8 +131,8 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
-def test_stopped_by_a_signal_it_goes_on_bit_for_bit(number: signal.Signals, tmp_path: Path) -> None:
-    """Started by torchrun, as a user does."""
+def test_resumes_bit_for_bit_after_a_signal(number: signal.Signals, tmp_path: Path) -> None:
+    """Started by torchrun."""
     arguments = ["--steps", "40", "--checkpoint-every", "7"]
     run(job, 2, *arguments, "--metrics", str(tmp_path / "whole.jsonl"))
     whole = records(tmp_path / "whole.jsonl")
@@ -155,7 +155,7 @@ def test_stopped_by_a_signal_it_goes_on_bit_for_bit(number: signal.Signals, tmp_
         finally:
             kill_all(process)
     done = sorted(records(file))
-    assert len(done) < 40, "it was over before the signal came"
+    assert len(done) < 40, "the run ended before the signal arrived"
     if number != signal.SIGKILL:
         assert "stopped after step" in (tmp_path / "first.txt").read_text()
         assert (tmp_path / "run" / f"step_{done[-1]:08d}").is_dir()

@@ -1,4 +1,4 @@
-"""What is known of base optimizers' updates, and of torch's names that tell it."""
+"""Properties of base optimizers' updates, and the names in torch that they are read from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def base(cls: type[torch.optim.Optimizer], **options: object) -> torch.optim.Opt
 
 
 @pytest.mark.parametrize("kind", ["pre", "post"])
-def test_torch_still_keeps_step_hooks_where_they_are_looked_for(kind: str) -> None:
+def test_torch_has_the_attributes_of_step_hooks(kind: str) -> None:
     optimizer = base(torch.optim.SGD)
     assert is_proportional(optimizer)
     handle = getattr(optimizer, f"register_step_{kind}_hook")(lambda *_: None)
@@ -22,7 +22,7 @@ def test_torch_still_keeps_step_hooks_where_they_are_looked_for(kind: str) -> No
     assert is_proportional(optimizer)
 
 
-def test_updates_that_are_not_the_learning_rate_times_a_constant() -> None:
+def test_detects_updates_not_linear_in_the_learning_rate() -> None:
     class Mine(torch.optim.SGD):
         pass
 
@@ -30,7 +30,7 @@ def test_updates_that_are_not_the_learning_rate_times_a_constant() -> None:
         assert not is_proportional(optimizer)
 
 
-def test_the_kind_of_weight_decay_may_be_a_group_s() -> None:
+def test_kind_of_weight_decay_is_per_group() -> None:
     assert resolve_update(base(torch.optim.NAdam), "auto") == "by group"
     assert decay_is_decoupled("by group", {"decoupled_weight_decay": True})
     assert not decay_is_decoupled("by group", {})

@@ -1,4 +1,4 @@
-"""Whatever the base optimizer, and however its update is taken, the step is Algorithm 1."""
+"""The step equals Algorithm 1 for every base optimizer and update rule."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OPTIONS = [
     {"variant": "multiplicative"}, {"variant": "multiplicative", "update": "snapshot"},
     {"variant": "multiplicative", "store_delta": False},
 ]  # fmt: skip
-# How the base optimizer loops over its parameters matters only to what happens in their storage.
+# The base optimizer's implementation affects only the use of the parameters' storage.
 COMBINATIONS = [
     (name, options)
     for name in bases.CASES
@@ -47,7 +47,7 @@ def test_equals_the_reference(name: str, options: dict[str, object]) -> None:
     scales, parameters = trajectory(
         name, lambda _, base: Mechanic(base, s_init=S_INIT, **{"variant": "optax", **options})
     )
-    # Recomputing Delta divides by S + eps and so is a relative eps / S off, 1e-5 here; Muon computes in bfloat16.
+    # Recomputing Delta divides by S + eps, a relative error of eps / S, 1e-5 here; Muon computes in bfloat16.
     rtol = 1e-3 if options.get("store_delta") is False else 1e-9
     if name == "Muon":
         rtol = 2e-2
@@ -56,20 +56,20 @@ def test_equals_the_reference(name: str, options: dict[str, object]) -> None:
         torch.testing.assert_close(mine, theirs, rtol=10 * rtol, atol=rtol)
     start, _ = problem()
     moved = max(float((a - b).detach().abs().max()) for a, b in zip(start, expected))
-    assert moved > 1e-3, "nothing has moved: the comparison shows nothing"
+    assert moved > 1e-3, "the displacement is too small for a comparison"
     assert len(set(expected_scales)) > STEPS // 2
 
 
-def test_a_third_party_update_can_be_declared_position_free() -> None:
+def test_third_party_updates_can_be_declared_position_free() -> None:
     name = "third-party, position-free"
     by_snapshot = trajectory(name, lambda _, base: Mechanic(base, s_init=S_INIT, variant="optax"))
     declared = trajectory(name, lambda _, base: Mechanic(base, s_init=S_INIT, update="decoupled", variant="optax"))
     assert declared[0] == pytest.approx(by_snapshot[0], rel=1e-9)
 
 
-def test_a_subclass_of_a_known_optimizer_is_not_trusted() -> None:
+def test_a_subclass_of_a_known_optimizer_is_not_assumed_position_free() -> None:
     class Reads(torch.optim.SGD):
-        """Moves towards the origin by its position, whatever the gradient."""
+        """Halves its position, independent of the gradient."""
 
         @torch.no_grad()
         def step(self, closure: object = None) -> None:  # type: ignore[override]

@@ -1,4 +1,4 @@
-"""State dicts, and what torch's checkpointing does to a fresh optimizer."""
+"""State dicts, and torch's checkpointing of a new optimizer."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from support.tuners import rows_of, state_of
 BASES = {
     "adamw": lambda ps: adamw(ps),
     "sgd": lambda ps: torch.optim.SGD(ps, lr=1.0),
-    "adagrad": lambda ps: torch.optim.Adagrad(ps, lr=1.0),  # has a state from the start
-    "nadam": lambda ps: torch.optim.NAdam(ps, lr=1.0),  # its step changes more than a count
-    "asgd": lambda ps: torch.optim.ASGD(ps, lr=1.0),  # remembers the learning rate it started with
+    "adagrad": lambda ps: torch.optim.Adagrad(ps, lr=1.0),  # has state before its first step
+    "nadam": lambda ps: torch.optim.NAdam(ps, lr=1.0),  # its step changes more than a counter
+    "asgd": lambda ps: torch.optim.ASGD(ps, lr=1.0),  # stores its initial learning rate
     "list": lambda ps: [torch.optim.SGD(ps[:1], lr=1.0, momentum=0.9), adamw(ps[1:])],
 }
 
 
 class Model(nn.Module):
-    """The two matrices of ``problem`` as a module, which gives them names."""
+    """The two matrices of ``problem`` as a module with parameter names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,14 +54,14 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
     "options", [{}, {"store_delta": False}, {"variant": "pytorch"}, {"variant": "multiplicative"}], ids=str
 )
 @pytest.mark.parametrize("base", BASES)
-def test_saved_and_loaded_it_goes_on_bit_for_bit(base: str, options: dict[str, Any]) -> None:
+def test_resumes_bit_for_bit(base: str, options: dict[str, Any]) -> None:
     model, optimizer = make(base, **options)
     train(optimizer, model.loss, 7)
     saved = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
     train(optimizer, model.loss, 7, start=7)
 
     other, resumed = make(base, **options)
-    for _ in range(2):  # loading twice, or over a run of its own, makes no difference
+    for _ in range(2):  # loading twice, or after own steps, gives the same run
         train(resumed, other.loss, 2)
         other.load_state_dict(saved["model"])
         resumed.load_state_dict(state_dict=copy.deepcopy(saved["optimizer"]))
@@ -72,7 +72,7 @@ def test_saved_and_loaded_it_goes_on_bit_for_bit(base: str, options: dict[str, A
 
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("base", BASES)
-def test_asking_a_fresh_optimizer_for_its_state_changes_nothing(base: str, flat: bool) -> None:
+def test_reading_the_state_of_a_new_optimizer_changes_nothing(base: str, flat: bool) -> None:
     options = dcp_state_dict.StateDictOptions(flatten_optimizer_state_dict=flat)
     undisturbed, expected = make(base)
     train(expected, undisturbed.loss, 8)
@@ -86,7 +86,7 @@ def test_asking_a_fresh_optimizer_for_its_state_changes_nothing(base: str, flat:
     assert optimizer.scale == expected.scale
     assert_identical(tensors([model.a, model.b]), tensors([undisturbed.a, undisturbed.b]))
 
-    # And a run that is resumed from what was saved then is the same run too.
+    # A run resumed from that state equals it too.
     other, resumed = make(base)
     set_optimizer_state_dict(other, resumed, saved, options=options)
     train(resumed, other.loss, 8)
@@ -94,7 +94,7 @@ def test_asking_a_fresh_optimizer_for_its_state_changes_nothing(base: str, flat:
     assert_identical(tensors([other.a, other.b]), tensors([undisturbed.a, undisturbed.b]))
 
 
-def test_a_warm_up_from_zero_is_a_step_like_any_other() -> None:
+def test_takes_steps_at_the_zero_rate_of_a_warm_up() -> None:
     model, optimizer = make("adamw")
     optimizer.param_groups[0]["lr"] = 0.0
     train(optimizer, model.loss, 1)
@@ -102,7 +102,7 @@ def test_a_warm_up_from_zero_is_a_step_like_any_other() -> None:
     assert rows_of(state_of(optimizer))["updates"][0] == 1
 
 
-def test_a_plain_adamw_checkpoint_keeps_its_moments_and_starts_the_tuner() -> None:
+def test_a_plain_adamw_checkpoint_keeps_its_moments_and_resets_the_tuner() -> None:
     model = Model()
     plain = adamw([model.a, model.b], lr=1e-3)
     train(plain, model.loss, 5)
@@ -115,13 +115,13 @@ def test_a_plain_adamw_checkpoint_keeps_its_moments_and_starts_the_tuner() -> No
     assert optimizer.state[other.a]["step"] == 5
     assert torch.equal(optimizer.state[other.a]["exp_avg"], plain.state[model.a]["exp_avg"])
     before = other.a.detach().clone()
-    get_optimizer_state_dict(other, optimizer)  # a checkpoint before the first step must not lose the moments
+    get_optimizer_state_dict(other, optimizer)  # must not lose the moments before the first step
     train(optimizer, other.loss, 1, start=5)
     assert optimizer.state[other.a]["step"] == 6
     assert torch.equal(optimizer.state[other.a]["mechanic_x_ref"], before)
 
 
-def test_a_plain_state_dict_given_to_the_base_itself_starts_the_tuner() -> None:
+def test_a_plain_state_dict_loaded_into_the_base_resets_the_tuner() -> None:
     model = Model()
     plain = adamw([model.a, model.b], lr=1e-3)
     train(plain, model.loss, 5)
@@ -137,10 +137,8 @@ def test_a_plain_state_dict_given_to_the_base_itself_starts_the_tuner() -> None:
 @pytest.mark.parametrize("steps", [1, 2, 5, 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("store_delta", [True, False])
-def test_parameters_that_start_at_zero_are_where_the_state_says(
-    store_delta: bool, dtype: torch.dtype, steps: int
-) -> None:
-    """Their displacement is all that they are: it has the rounding of small numbers, or of a Delta made anew."""
+def test_accepts_parameters_that_start_at_zero(store_delta: bool, dtype: torch.dtype, steps: int) -> None:
+    """x equals its displacement, with the rounding of small numbers or of a recomputed Delta."""
     generator = torch.Generator().manual_seed(0)
     x = torch.zeros(50, dtype=dtype, requires_grad=True)
     optimizer = Mechanic(torch.optim.SGD([x], lr=1e-3), store_delta=store_delta, variant="optax")
@@ -157,8 +155,8 @@ def test_parameters_that_start_at_zero_are_where_the_state_says(
 
 
 @pytest.mark.parametrize("rows", [7, 8])
-def test_a_tuner_that_was_saved_before_its_rows_had_names_is_refused(rows: int) -> None:
-    """Its rows were r, m, v, s, the number of updates, the betas, the variant and, later, the steps left out."""
+def test_refuses_a_tuner_of_an_older_schema(rows: int) -> None:
+    """Its rows were r, m, v, s, the number of updates, the betas, the variant and, later, the skipped steps."""
     model, optimizer = make("adamw")
     train(optimizer, model.loss, 5)
     saved, before = copy.deepcopy(optimizer.state_dict()), state_of(optimizer).clone()
@@ -173,7 +171,7 @@ def test_a_tuner_that_was_saved_before_its_rows_had_names_is_refused(rows: int) 
     ("trained without Mechanic", "optax"), ("no model loaded", "optax"), ("edited", "optax"),
     ("trained without Mechanic", "pytorch"), ("edited", "pytorch"),
 ])  # fmt: skip
-def test_a_state_that_the_parameters_do_not_belong_to_is_refused_until_rebased(change: str, variant: str) -> None:
+def test_refuses_parameters_that_do_not_match_the_state_until_rebase(change: str, variant: str) -> None:
     model, optimizer = make("adamw", variant=variant)
     train(optimizer, model.loss, 5)
     saved = optimizer.state_dict()
@@ -200,8 +198,8 @@ def test_a_state_that_the_parameters_do_not_belong_to_is_refused_until_rebased(c
     train(resumed, other.loss, 1, start=7)
 
 
-def test_a_parameter_left_where_an_earlier_scale_put_it_belongs_to_its_state() -> None:
-    """variant="pytorch" leaves parameters without a gradient alone, while S goes on."""
+def test_accepts_a_parameter_at_an_earlier_scale() -> None:
+    """variant="pytorch" does not change parameters without a gradient, while S changes."""
     model, optimizer = make("adamw", variant="pytorch")
     train(optimizer, model.loss, 3)
     for _ in range(3):
@@ -216,7 +214,7 @@ def test_a_parameter_left_where_an_earlier_scale_put_it_belongs_to_its_state() -
     assert_identical(tensors([other.a, other.b]), tensors([model.a, model.b]))
 
 
-def test_a_mechanic_checkpoint_loads_into_plain_adamw() -> None:
+def test_loads_a_mechanic_checkpoint_into_plain_adamw() -> None:
     model, optimizer = make("adamw")
     train(optimizer, model.loss, 5)
     other = Model()
@@ -226,7 +224,7 @@ def test_a_mechanic_checkpoint_loads_into_plain_adamw() -> None:
     assert plain.state[other.a]["step"] == 6
 
 
-def test_bfloat16_keeps_a_float32_delta_through_a_load() -> None:
+def test_keeps_a_float32_delta_of_bfloat16_parameters() -> None:
     parameter = torch.randn(8, 8).bfloat16().requires_grad_()
     optimizer = Mechanic(torch.optim.SGD([parameter], lr=1.0), variant="optax")
     for _ in range(3):
@@ -239,7 +237,7 @@ def test_bfloat16_keeps_a_float32_delta_through_a_load() -> None:
     assert torch.equal(loaded, delta)
 
 
-def test_a_state_dict_that_does_not_fit_is_refused_before_anything_changes() -> None:
+def test_refuses_a_mismatched_state_dict_without_changes() -> None:
     model, optimizer = make("adamw")
     train(optimizer, model.loss, 3)
     small = torch.ones(2, requires_grad=True)
@@ -256,7 +254,7 @@ def test_a_state_dict_that_does_not_fit_is_refused_before_anything_changes() -> 
 
 
 @pytest.mark.parametrize("saved_with", [True, False])
-def test_store_delta_may_change_at_a_load(saved_with: bool) -> None:
+def test_store_delta_may_change_when_loading(saved_with: bool) -> None:
     model, optimizer = make("sgd", store_delta=saved_with)
     train(optimizer, model.loss, 8)
     saved = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
@@ -271,7 +269,7 @@ def test_store_delta_may_change_at_a_load(saved_with: bool) -> None:
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_weights_that_arrive_after_a_look_at_the_state_are_kept(base: str) -> None:
+def test_keeps_weights_loaded_after_reading_the_state(base: str) -> None:
     model, optimizer = make(base)
     get_optimizer_state_dict(model, optimizer)
     with torch.no_grad():
@@ -280,7 +278,7 @@ def test_weights_that_arrive_after_a_look_at_the_state_are_kept(base: str) -> No
     assert (model.a - 100.0).abs().max() < 1.0
 
 
-def test_a_warm_base_keeps_its_moments_when_it_is_wrapped() -> None:
+def test_wrapping_keeps_the_moments_of_a_trained_base() -> None:
     model = Model()
     base = adamw([model.a, model.b], lr=1e-3)
     train(base, model.loss, 3)
@@ -294,7 +292,7 @@ def test_a_warm_base_keeps_its_moments_when_it_is_wrapped() -> None:
     ({"betas": (0.9, 0.99)}, "other betas"), ({"betas": (0.8, 0.99, 0.999, 0.9999, 0.99999, 0.999999)}, "other betas"),
     ({"variant": "pytorch"}, "of variant optax, this one pytorch"),
 ], ids=str)  # fmt: skip
-def test_a_tuner_with_other_settings_is_refused_before_anything_changes(options: dict[str, Any], words: str) -> None:
+def test_refuses_a_tuner_with_other_settings_without_changes(options: dict[str, Any], words: str) -> None:
     model, optimizer = make("adamw")
     train(optimizer, model.loss, 3)
     other, resumed = make("adamw", **options)
@@ -307,7 +305,7 @@ def test_a_tuner_with_other_settings_is_refused_before_anything_changes(options:
     assert torch.equal(after["param_groups"][0]["mechanic"], before["param_groups"][0]["mechanic"])
 
 
-def test_a_checkpoint_of_another_precision_loads() -> None:
+def test_loads_a_checkpoint_of_another_precision() -> None:
     model, optimizer = make("sgd")
     train(optimizer, model.loss, 3)
     for dtype in (torch.float64, torch.bfloat16, torch.float16, torch.float32):
@@ -319,11 +317,11 @@ def test_a_checkpoint_of_another_precision_loads() -> None:
             p.grad = torch.ones_like(p)
         resumed.step()
         assert resumed.state[other.a]["mechanic_x_ref"].dtype == dtype
-        model, optimizer = other, resumed  # and out of it again
+        model, optimizer = other, resumed  # load from this precision next
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "plain", "mechanic"])
-def test_a_parameter_that_never_had_a_gradient_is_no_obstacle(how: str) -> None:
+def test_loads_a_checkpoint_with_a_parameter_without_gradients(how: str) -> None:
     model, optimizer = make("adamw")
     model.b.requires_grad_(True)
     (model.a.square().sum()).backward()
@@ -344,7 +342,7 @@ def test_a_parameter_that_never_had_a_gradient_is_no_obstacle(how: str) -> None:
         assert "mechanic_x_ref" in resumed.state[other.b]
 
 
-def test_moments_that_were_loaded_survive_a_look_at_the_state_beside_a_base_without_one() -> None:
+def test_reading_the_state_keeps_loaded_moments_beside_a_stateless_base() -> None:
     def bases(model: Model) -> list[torch.optim.Optimizer]:
         return [adamw([model.a]), torch.optim.SGD([model.b], lr=1.0)]
 
@@ -365,7 +363,7 @@ def test_moments_that_were_loaded_survive_a_look_at_the_state_beside_a_base_with
     assert joint.state[other.a]["step"] == 4
 
 
-def test_load_hooks_run() -> None:
+def test_runs_load_hooks() -> None:
     _, optimizer = make("adamw")
     calls = []
     optimizer.register_load_state_dict_pre_hook(lambda *_: calls.append("before"))
@@ -374,8 +372,8 @@ def test_load_hooks_run() -> None:
     assert calls == ["before", "after"]
 
 
-def test_state_can_be_written_through() -> None:
-    """ZeroRedundancyOptimizer assigns to state, and into the dicts in it."""
+def test_writes_to_state_reach_the_base() -> None:
+    """ZeroRedundancyOptimizer assigns to state and to the dicts in it."""
     model, optimizer = make("list")
     train(optimizer, model.loss, 1)
     optimizer.state[model.b] = {"step": torch.tensor(7.0)}
@@ -387,5 +385,5 @@ def test_state_can_be_written_through() -> None:
     assert "step" in repr(optimizer.state)
 
 
-def test_torch_still_has_the_function_whose_call_we_recognise() -> None:
+def test_torch_has_the_function_that_creates_state() -> None:
     assert callable(dcp_state_dict._init_optim_state)

@@ -1,4 +1,4 @@
-"""One small all_reduce a step, hidden behind the base step, on every layout and on ranks with nothing to add."""
+"""One small all_reduce per step, overlapped with the base step, in every layout and on ranks without gradients."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ LAYOUTS = [
 @pytest.mark.parametrize("nonfinite", ["raise", "ignore"])
 @pytest.mark.parametrize(("variant", "sizes"), [
     ("optax", [32]),
-    ("multiplicative", [48]),  # the learning rate is in it
-    ("pytorch", [16, 16]),  # half of its sums are known only after the base step
+    ("multiplicative", [48]),  # includes the learning rate
+    ("pytorch", [16, 16]),  # half of its sums need the base step
 ])  # fmt: skip
 @pytest.mark.parametrize(("layout", "world_size"), LAYOUTS)
 def test_one_all_reduce_of_at_most_64_bytes(
@@ -29,14 +29,14 @@ def test_one_all_reduce_of_at_most_64_bytes(
 ) -> None:
     options = {"variant": variant, "nonfinite": nonfinite}
     for trained in run(train, world_size, layout, "adamw", 4, torch.float64, options):
-        steps = trained.collectives[1:]  # at the first step the ranks compare what they hold as well
-        if layout == "pipeline":  # which the test sends round by broadcasts of its own
+        steps = trained.collectives[1:]  # the first step also runs the startup check
+        if layout == "pipeline":  # the test broadcasts the parameters of each stage
             steps = [[call for call in step if call[0] != "broadcast_"] for step in steps]
         assert steps == [[("allreduce_", size) for size in sizes]] * 3
 
 
 @ranks(2)
-def test_zero_adds_its_own_broadcasts_and_nothing_else() -> None:
+def test_zero_adds_only_its_broadcasts() -> None:
     trained = train("zero1", "adamw", 4)
     for step in trained.collectives[1:]:
         assert [call for call in step if call[0] != "broadcast_"] == [("allreduce_", 32)]
@@ -47,9 +47,7 @@ def test_zero_adds_its_own_broadcasts_and_nothing_else() -> None:
     ("ignore", ["started", "base begins", "base ends", "awaited"]),
     ("raise", ["started", "awaited", "base begins", "base ends"]),
 ])  # fmt: skip
-def test_the_all_reduce_runs_while_the_base_optimizer_steps_or_is_known_before(
-    nonfinite: str, order: list[str]
-) -> None:
+def test_overlaps_the_all_reduce_with_the_base_step_or_awaits_it_first(nonfinite: str, order: list[str]) -> None:
     events: list[str] = []
     all_reduce = dist.all_reduce
 
@@ -61,7 +59,7 @@ def test_the_all_reduce_runs_while_the_base_optimizer_steps_or_is_known_before(
             events.append("awaited")
             self.work.wait()
 
-    def noted(*args: object, **kwargs: object) -> Work:
+    def recording(*args: object, **kwargs: object) -> Work:
         events.append("started")
         assert kwargs["async_op"]
         return Work(all_reduce(*args, **kwargs))
@@ -73,7 +71,7 @@ def test_the_all_reduce_runs_while_the_base_optimizer_steps_or_is_known_before(
     for _ in range(2):
         prepared.model(torch.randn(4, 6)).sum().backward()
         events.clear()
-        manic.step.sums.dist.all_reduce = noted
+        manic.step.sums.dist.all_reduce = recording
         try:
             prepared.optimizer.step()
         finally:

@@ -1,4 +1,4 @@
-"""A pass over many tensors meets every element once, however they are sized and laid out, and changes nothing else."""
+"""A pass over many tensors visits every element once, for all sizes and strides, and changes nothing else."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def tensors(dtype: torch.dtype, transposed: bool, seed: int = 0) -> list[Tensor]
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_every_element_is_met_once_beside_its_own(dtype: torch.dtype, transposed: bool) -> None:
+def test_visits_corresponding_elements_once(dtype: torch.dtype, transposed: bool) -> None:
     changed, read = tensors(dtype, transposed), tensors(dtype, False, seed=1)
     before = [(a.clone(), b.clone()) for a, b in zip(changed, read)]
     rows = batched(zip(changed, read), tensor_of=lambda row: row[0], kind_of=lambda row: None)
@@ -45,7 +45,7 @@ def test_every_element_is_met_once_beside_its_own(dtype: torch.dtype, transposed
         assert torch.equal(b, old_b)
 
 
-def test_kinds_and_dtypes_stay_apart_and_batches_are_bounded() -> None:
+def test_batches_have_one_kind_and_dtype_and_bounded_size() -> None:
     items = [(torch.zeros(size, dtype=dtype), kind) for size in (1, 10, 9_999, 1 << 14, 1 << 15) for kind in "ab"
              for dtype in (torch.float32, torch.bfloat16) for _ in range(50)]  # fmt: skip
     batches = batched(items, tensor_of=lambda item: item[0], kind_of=lambda item: item[1])
@@ -56,12 +56,12 @@ def test_kinds_and_dtypes_stay_apart_and_batches_are_bounded() -> None:
     assert len(batches) < 300
 
 
-def test_an_interrupted_pass_leaves_what_it_was_at() -> None:
+def test_an_interrupted_pass_does_not_write_its_chunk() -> None:
     small = [torch.ones(3), torch.ones(2)]
     walk = pieces(small, written=(0,))
     (piece,) = next(walk)
     piece.zero_()
-    walk.close()  # what a for loop does that is left by an exception
+    walk.close()  # as an exception in a for loop does
     assert all((tensor == 1).all() for tensor in small)
 
 
@@ -70,10 +70,10 @@ def test_an_interrupted_pass_leaves_what_it_was_at() -> None:
     {}, {"store_delta": False}, {"update": "snapshot"}, {"variant": "pytorch"}, {"update": "decoupled"},
     {"variant": "multiplicative"},
 ], ids=str)  # fmt: skip
-def test_together_or_each_alone_gives_the_same_numbers(
+def test_batched_and_single_passes_are_equal(
     options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Small parameters, worked on together, do what they do one by one, and pieces what whole tensors do."""
+    """Batches of small parameters equal single ones, and pieces equal whole tensors."""
     runs = []
     for small, piece in ((1 << 14, 1 << 20), (-1, 1 << 40), (100, 1000)):
         monkeypatch.setattr(chunks, "SMALL", small)

@@ -1,4 +1,4 @@
-"""What becomes of parameters that something else changes between two steps."""
+"""Parameters that are changed between two steps, outside the optimizer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def merge_an_adapter(parameters: list[Tensor]) -> None:
 
 def exchange_storage(parameters: list[Tensor]) -> None:
     for p in parameters:
-        p.data = p.data * 0.5  # as frameworks do that swap weights
+        p.data = p.data * 0.5  # as frameworks that swap weights do
 
 
 EDITS: list[Edit] = [clip, load_another_model, merge_an_adapter, exchange_storage]
@@ -46,7 +46,7 @@ def train(optimizer: Mechanic, loss: Any, steps: range) -> None:
 
 
 def edited(edit: Edit, **options: Any) -> tuple[list[Tensor], Any, Mechanic, list[Tensor]]:
-    """Train, edit, and return where the edit has put the parameters."""
+    """Train, edit, and return the edited values of the parameters last."""
     parameters, loss = problem()
     optimizer = Mechanic(torch.optim.AdamW(parameters, lr=1.0), s_init=1e-3, **{"variant": "optax", **options})
     train(optimizer, loss, range(8))
@@ -59,7 +59,7 @@ def edited(edit: Edit, **options: Any) -> tuple[list[Tensor], Any, Mechanic, lis
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_the_next_step_undoes_it(edit: Edit) -> None:
+def test_the_next_step_reverts_an_edit(edit: Edit) -> None:
     parameters, loss, optimizer, _ = edited(edit)
     with pytest.raises(RuntimeError, match=r"2 of 2 parameters are not x_ref .*call rebase\(\)"):
         optimizer.check_consistency()
@@ -75,7 +75,7 @@ def test_the_next_step_undoes_it(edit: Edit) -> None:
     "options", [{}, {"store_delta": False}, {"variant": "pytorch"}, {"variant": "multiplicative"}], ids=str
 )
 @pytest.mark.parametrize("edit", EDITS)
-def test_rebase_goes_on_from_it(edit: Edit, options: dict[str, Any]) -> None:
+def test_rebase_continues_from_an_edit(edit: Edit, options: dict[str, Any]) -> None:
     parameters, loss, optimizer, after = edited(edit, **options)
     scale = optimizer.scale
     optimizer.rebase()
@@ -88,7 +88,7 @@ def test_rebase_goes_on_from_it(edit: Edit, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_without_a_stored_delta_it_is_kept(edit: Edit) -> None:
+def test_an_edit_is_kept_without_a_stored_delta(edit: Edit) -> None:
     parameters, loss, optimizer, after = edited(edit, store_delta=False)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -125,7 +125,7 @@ def test_an_edit_and_an_error_in_the_same_step_do_not_spoil_the_scale(options: d
 @pytest.mark.parametrize(
     "options", [{}, {"store_delta": False}, {"variant": "pytorch"}, {"variant": "multiplicative"}], ids=str
 )
-def test_an_average_that_is_swapped_in_and_out_again_leaves_no_trace(options: dict[str, Any]) -> None:
+def test_swapping_an_average_in_and_out_changes_nothing(options: dict[str, Any]) -> None:
     runs = []
     for swaps in (False, True):
         parameters, loss = problem()

@@ -1,4 +1,4 @@
-"""Every fault in every layout and on every rank: all ranks act alike, and nothing of the step is left behind."""
+"""Every fault in every layout and on every rank: all ranks react equally, and the step is rolled back."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from support.snapshots import backward, differing, everyone, everything, take_st
 from support.tuners import rows_of
 
 BEFORE, AFTER = 3, 3
-"""Steps before and after the one in which the fault is."""
+"""Steps before and after the one with the fault."""
 
 
 def poison(prepared: Setup, value: float) -> bool:
-    """Put ``value`` into one of this rank's gradients; False if it has none."""
+    """Set an element of one of this rank's gradients to ``value``; return False if it has none."""
     for group in prepared.mechanic.param_groups:
         for parameter in group["params"]:
             if parameter.grad is not None and local(parameter.grad).numel():
@@ -33,7 +33,7 @@ def poison(prepared: Setup, value: float) -> bool:
 
 
 def gradient_fault(layout: str, rank: int, fault: Gradient) -> None:
-    """On each rank: the step with the bad gradient never happened."""
+    """On each rank, the run equals one without the step with the bad gradient."""
     options = {**dict(fault.options), "nonfinite": fault.nonfinite, "s_init": 1e-3}
     undisturbed = setup(layout, fault.base, torch.float64, **options)
     take_steps(undisturbed, 0, BEFORE)
@@ -45,7 +45,7 @@ def gradient_fault(layout: str, rank: int, fault: Gradient) -> None:
     backward(prepared, BEFORE)
     here = dist.get_rank() if dist.is_initialized() else 0
     poisoned = poison(prepared, fault.value) if here == rank else False
-    assert any(everyone(poisoned)), "no rank has a gradient to spoil"
+    assert any(everyone(poisoned)), "no rank has a gradient"
     before = everything(prepared)
     message = ""
     try:
@@ -53,7 +53,7 @@ def gradient_fault(layout: str, rank: int, fault: Gradient) -> None:
     except RuntimeError as error:
         message = str(error)
     after = everything(prepared)
-    assert len(set(everyone(message))) == 1, "ranks say different things"
+    assert len(set(everyone(message))) == 1, "ranks raise different messages"
     if fault.nonfinite == "raise":
         assert f"step {BEFORE + 1} was not taken" in message, message
         assert f"rank {rank}: 1 of " in message, message
@@ -66,14 +66,14 @@ def gradient_fault(layout: str, rank: int, fault: Gradient) -> None:
     take_steps(prepared, BEFORE + 1, AFTER)
     found = everything(prepared)
     rows_of(found["tuner"], options.get("variant", "optax"))["nonfinite"].zero_()
-    assert differing(expected, found) == [], "the steps after it are not those of a run without it"
+    assert differing(expected, found) == [], "later steps differ from a run without the fault"
 
 
 def error_fault(layout: str, rank: int, where: str) -> None:
-    """On one rank, an exception in mid-step: there, parameters hold an iterate, and all that was set is put back."""
+    """An exception on one rank in a step: its parameters hold an iterate, and its settings are restored."""
     here = dist.get_rank() if dist.is_initialized() else 0
     tuner = FailingTuner(s_init=1e-3)
-    # A host that waits for the sums hears of the tuner's error before anything has changed: test_mechanic.py.
+    # If the host waits for the sums, the tuner raises before the first change: see test_mechanic.py.
     nonfinite = "ignore" if where == "in the tuner" else "raise"
     prepared = setup(layout, "adamw", torch.float64, variant=tuner, nonfinite=nonfinite)
     take_steps(prepared, 0, BEFORE)
@@ -90,9 +90,9 @@ def error_fault(layout: str, rank: int, where: str) -> None:
         own = [name for name in changed if not name.startswith(("exp_avg", "step"))]
         if where == "before the base optimizer's step":
             assert changed == []
-        else:  # AdamW has stepped, on Delta: x is moved by that, at the scale as it was
+        else:  # AdamW has updated Delta: x has that displacement at the old scale
             assert all(name.startswith(("mechanic_delta", "parameter")) for name in own), own
-            assert own, "the base optimizer has done nothing: the test shows nothing"
+            assert own, "the base optimizer has changed nothing: the test is void"
             assert_at_the_old_scale(mechanic, before)
     else:
         mechanic.step()
@@ -139,7 +139,7 @@ def inject(
 
 
 def on_each_rank(case: str, layout: str, fault: Any) -> int:
-    """Called on every rank: the fault on one rank after the other."""
+    """Called on every rank: inject the fault on one rank after the other."""
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     for rank in range(world_size):
         {"gradient": gradient_fault, "error": error_fault}[case](layout, rank, fault)
@@ -147,10 +147,10 @@ def on_each_rank(case: str, layout: str, fault: Any) -> int:
 
 
 @pytest.mark.parametrize(("layout", "world_size", "fault"), quick_first(LAYOUTS, GRADIENTS), ids=str)
-def test_a_gradient_that_is_not_finite(layout: str, world_size: int, fault: Gradient) -> None:
+def test_injected_nonfinite_gradients(layout: str, world_size: int, fault: Gradient) -> None:
     assert run(on_each_rank, world_size, "gradient", layout, fault) == [world_size] * world_size
 
 
 @pytest.mark.parametrize(("layout", "world_size", "where"), quick_first(NO_PIPELINE, list(ERRORS)), ids=str)
-def test_an_error_in_the_middle_of_a_step(layout: str, world_size: int, where: str) -> None:
+def test_injected_errors_in_a_step(layout: str, world_size: int, where: str) -> None:
     assert run(on_each_rank, world_size, "error", layout, where) == [world_size] * world_size

@@ -1,4 +1,4 @@
-"""A step that fails at any of its operators leaves parameters, tuner and settings as they were."""
+"""A step that fails at any of its operators rolls back parameters, tuner and settings."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CASES = [
 
 def make(base: str, options: dict[str, Any], dtype: torch.dtype, steps: int = 3) -> tuple[list[Tensor], Mechanic]:
     generator = torch.Generator().manual_seed(0)
-    shapes = [(3,), (), (6, 5), (40,)]  # of which the last is worked on in pieces
+    shapes = [(3,), (), (6, 5), (40,)]  # the last is processed in pieces
     parameters = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
     optimizer = Mechanic(BASES[base](parameters), s_init=1e-2, **{"variant": "optax", **options})
     for step in range(steps):
@@ -55,10 +55,10 @@ def set_gradients(parameters: list[Tensor], step: int) -> None:
 
 
 @pytest.mark.parametrize(("base", "options", "dtype"), CASES, ids=str)
-def test_whichever_operator_fails(
+def test_a_step_that_fails_at_any_operator_rolls_back(
     base: str, options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunks, "SMALL", 10)  # the first two together, the others each alone
+    monkeypatch.setattr(chunks, "SMALL", 10)  # the first two are batched, the others are single
     monkeypatch.setattr(chunks, "CPU_PIECE", 30)
     parameters, optimizer = make(base, options, dtype)
     set_gradients(parameters, 3)
@@ -92,13 +92,13 @@ def test_whichever_operator_fails(
         for p, x, after in zip(parameters, before, moved_to):
             if at <= begins[0] and stored:
                 assert torch.equal(p.detach(), x), where
-            # Where an update has arrived in Delta, x is moved by it, at the scale as it was.
+            # If Delta has the update, x has that displacement at the old scale.
             bound = 2.0 * float((after - x).abs().max()) + 1e-9
-            if options.get("variant") == "multiplicative":  # of the base's own step, decay may have come alone
+            if options.get("variant") == "multiplicative":  # the base step may have applied only its decay
                 bound += 0.2 * float(optimizer.scale * x.abs().max())
             torch.testing.assert_close(p.detach(), x, rtol=rounding, atol=bound, msg=where)
         if stored:
-            optimizer.check_consistency()  # and Delta is the one of where the parameters are
+            optimizer.check_consistency()  # Delta matches the parameters
         set_gradients(parameters, 3)
         optimizer.step()
         optimizer.check_consistency()
@@ -110,7 +110,7 @@ def test_whichever_operator_fails(
     ("AdamW", {}), ("AdamW, fused", {"nonfinite": "ignore"}), ("SGD, coupled decay", {"store_delta": False}),
     ("AdamW", {"update": "snapshot"}), ("AdamW", {"variant": "pytorch"}), ("AdamW", {"variant": "multiplicative"}),
 ], ids=str)  # fmt: skip
-def test_a_first_step_that_fails_at_any_operator_leaves_no_trace(
+def test_a_first_step_that_fails_at_any_operator_leaves_no_state(
     base: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chunks, "SMALL", 10)

@@ -1,4 +1,4 @@
-"""Parameters in bfloat16 and float16: what is kept of a run in float32, and what is not."""
+"""Parameters in bfloat16 and float16: agreement with a float32 run, and its limits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def adamw(parameters: list[Tensor], **options: Any) -> AdamW:
 
 
 class Bowl:
-    """Noisy gradients of a quadratic function, exact in ``dtype``: as those of training, they fade where x arrives."""
+    """Noisy gradients of a quadratic function, exact in ``dtype``; their mean goes to zero near the minimum."""
 
     def __init__(self, dtype: torch.dtype, size: float = 0.5, noise: float = 0.3) -> None:
         self._generator = torch.Generator().manual_seed(3)
@@ -48,7 +48,7 @@ def root_mean_square(x: Tensor) -> float:
     "options",
     [{}, {"update": "snapshot"}, {"store_delta": False}, {"variant": "pytorch"}, {"variant": "multiplicative"}],
 )
-def test_what_is_kept_in_what(dtype: torch.dtype, options: dict[str, Any]) -> None:
+def test_dtypes_of_the_state(dtype: torch.dtype, options: dict[str, Any]) -> None:
     wide, _ = problem()
     parameters = [p.detach().to(dtype).requires_grad_() for p in wide]
     optimizer = Mechanic(SGD(parameters, lr=1.0, momentum=0.9), s_init=1e-2, **{"variant": "optax", **options})
@@ -76,10 +76,11 @@ BASES: dict[str, Base] = {
 
 
 def follow(name: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[float, float]:
-    """Train for 1,000 steps in ``dtype`` and in float32, on the gradients that the run in float32 meets.
+    """Train for 1,000 steps in ``dtype`` and in float32, both on the gradients of the float32 run.
 
     Returns:
-        How far x was off at most: root mean squares, in units of the dtype's eps relative to x. And how far S was.
+        The largest error of x (root mean square, in units of the dtype's eps relative to x), and the largest relative
+        error of S.
     """
     bowl = Bowl(dtype)
     wide, narrow = (bowl.start.to(kind, copy=True).requires_grad_() for kind in (torch.float32, dtype))
@@ -95,12 +96,12 @@ def follow(name: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[floa
         error = root_mean_square(narrow.detach().float() - wide.detach())
         of_x.append(error / (torch.finfo(dtype).eps * root_mean_square(wide.detach())))
         of_scale.append(abs(optimizers[1].scale.item() / optimizers[0].scale.item() - 1))
-    assert root_mean_square(wide.detach() - bowl.start.float()) > 0.5, "it did not go anywhere"
+    assert root_mean_square(wide.detach() - bowl.start.float()) > 0.5, "the displacement is too small"
     return max(of_x), max(of_scale)
 
 
-# Rounding alone makes 0.24 of x. What is above that is the base optimizer's state, which is in the dtype too: in
-# bfloat16, 0.999 times a number is that number again, so AdamW's second moment never falls.
+# Rounding alone gives an error of 0.24 in x. The rest is due to the base optimizer's state, which has the dtype too: in
+# bfloat16, 0.999 times a number rounds to that number, so AdamW's second moment never falls.
 @pytest.mark.parametrize(("name", "dtype", "of_x", "of_scale"), [
     ("SGD", torch.bfloat16, 0.3, 2e-3),
     ("SGD, momentum", torch.bfloat16, 0.8, 2e-3),
@@ -118,16 +119,16 @@ def test_follows_the_float32_run(name: str, dtype: torch.dtype, of_x: float, of_
 @pytest.mark.parametrize(("name", "options"), [
     ("SGD", {"store_delta": False}), ("AdamW, lr 0.001", {"update": "snapshot"}),
 ], ids=str)  # fmt: skip
-def test_does_not_follow_it_where_the_docs_say_so(name: str, options: dict[str, Any]) -> None:
+def test_diverges_from_it_where_the_docs_say_so(name: str, options: dict[str, Any]) -> None:
     assert follow(name, torch.bfloat16, options)[0] > 100
 
 
-# Torch's own loop makes nan of AdamW's eps, 1e-8, which is 0 in float16.
+# Torch's loop implementation of AdamW gives nan in float16: its eps of 1e-8 rounds to 0.
 @pytest.mark.parametrize(("name", "dtype"), [
     *((name, torch.bfloat16) for name in BASES), ("SGD, momentum", torch.float16), ("AdamW", torch.float16),
 ])  # fmt: skip
-def test_is_the_base_in_low_precision_summed_without_loss(name: str, dtype: torch.dtype) -> None:
-    """What Mechanic adds to a base optimizer in low precision is one rounding a step, of x."""
+def test_equals_the_low_precision_base_with_an_exact_sum(name: str, dtype: torch.dtype) -> None:
+    """Mechanic adds one rounding of x per step to a base optimizer in low precision."""
     bowl = Bowl(dtype, size=0.02)
     x, update = bowl.start.clone().requires_grad_(), torch.zeros_like(bowl.start).requires_grad_()
     optimizer, base = Mechanic(BASES[name]([x]), s_decay=0.0, variant="optax"), BASES[name]([update])
@@ -150,14 +151,14 @@ def test_is_the_base_in_low_precision_summed_without_loss(name: str, dtype: torc
         error = root_mean_square(x.detach().double() - right) / root_mean_square(right)
         assert error < 0.3 * torch.finfo(dtype).eps
         assert optimizer.scale.item() == pytest.approx(reference.scale, rel=1e-3 if decay else 1e-6)
-    # Decay and update are rounded together, which favours neither side.
+    # Decay and update are rounded together, without bias.
     error = root_mean_square(optimizer.state[x]["mechanic_delta"].double() - delta) / root_mean_square(delta)
     assert error < (0.1 * torch.finfo(dtype).eps if decay else 1e-6)
-    assert root_mean_square(right - start) > 0.02, "it did not go anywhere"
+    assert root_mean_square(right - start) > 0.02, "the displacement is too small"
 
 
 def first_steps(wrap: Callable[[list[Tensor]], Any], dtype: torch.dtype) -> tuple[Tensor, Any]:
-    """Six steps of 65,536 weights that point one way on the whole, noise aside."""
+    """Six steps of 65,536 weights with noisy gradients of a common mean."""
     generator = torch.Generator().manual_seed(3)
     start = (0.02 * torch.randn(256, 256, generator=generator)).bfloat16()
     parameter = start.to(dtype, copy=True).requires_grad_()
@@ -174,8 +175,8 @@ def moved(parameter: Tensor) -> float:
     return (parameter != start.to(parameter.dtype)).double().mean().item()
 
 
-def test_the_first_steps_are_not_lost() -> None:
-    """They are too small to show in bfloat16, but are there when the scale has grown."""
+def test_does_not_lose_the_first_steps() -> None:
+    """They are below the rounding of bfloat16, but appear after the scale has grown."""
     wide, expected = first_steps(lambda ps: Mechanic(adamw(ps), variant="optax"), torch.float32)
     assert moved(wide) > 0.999
     narrow, optimizer = first_steps(lambda ps: Mechanic(adamw(ps), variant="optax"), torch.bfloat16)
@@ -186,10 +187,10 @@ def test_the_first_steps_are_not_lost() -> None:
     assert optimizer.scale.item() == pytest.approx(expected.scale.item(), rel=1e-3)
 
 
-def test_the_first_steps_are_lost_where_delta_is_recomputed() -> None:
+def test_loses_the_first_steps_without_a_stored_delta() -> None:
     narrow, optimizer = first_steps(lambda ps: Mechanic(adamw(ps), store_delta=False, variant="optax"), torch.bfloat16)
     assert moved(narrow) < 0.03
-    assert optimizer.scale.item() < 1e-6, "it started at six times that, and float32 is at 3.2e-6 by then"
+    assert optimizer.scale.item() < 1e-6, "it started at 6e-6, and float32 is at 3.2e-6 then"
 
     package = pytest.importorskip("mechanic_pytorch")
     theirs, _ = first_steps(lambda ps: package.mechanize(AdamW)(ps, lr=1.0, weight_decay=0.1), torch.bfloat16)
@@ -221,7 +222,7 @@ def network() -> nn.Module:
 
 
 def learn(dtype: torch.dtype = torch.float32, policy: bool = False) -> tuple[float, float, set[torch.dtype]]:
-    """Train float32 parameters with a forward in ``dtype``: the scale, how the loss fell, what dtypes the state has."""
+    """Train float32 parameters with a forward in ``dtype``: the scale, the relative loss, and the state's dtypes."""
     model = network()
     low = dtype != torch.float32
     if policy:
@@ -252,8 +253,8 @@ def test_float32_parameters_under_a_mixed_precision_policy() -> None:
         assert_learns_as_in_float32(found)
 
 
-def test_a_grad_scaler_takes_no_float16_gradients() -> None:
-    """Torch's rule, which the docs pass on."""
+def test_grad_scaler_refuses_float16_gradients() -> None:
+    """Torch's rule, as documented."""
     parameter = torch.ones(3, dtype=torch.float16, requires_grad=True)
     optimizer = Mechanic(SGD([parameter], lr=1.0), variant="optax")
     scaler = torch.amp.GradScaler("cpu")

@@ -1,4 +1,4 @@
-"""What a step allocates: a chunk of scratch in displacement space, one copy for a snapshot, and no more at rest."""
+"""Allocations of a step: a chunk in displacement space, one copy for a snapshot; and the state at rest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIZE = 5 * CPU_PIECE
 
 
 class Allocations(TorchDispatchMode):
-    """Notes the sizes, in elements, of tensors that are not views or inputs of what made them."""
+    """Records the sizes, in elements, of new tensors that do not share storage with an operator's inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,10 +60,10 @@ def test_a_step_allocates_chunks_and_at_most_a_snapshot(
 
 
 @pytest.mark.parametrize(("options", "copies"), [({}, 2), ({"store_delta": False}, 1)], ids=str)
-def test_at_rest_there_are_x_ref_and_delta(options: dict[str, Any], copies: int) -> None:
+def test_at_rest_holds_x_ref_and_delta(options: dict[str, Any], copies: int) -> None:
     parameter = torch.ones(SIZE, requires_grad=True)
     base = torch.optim.AdamW([parameter], lr=1.0, fused=True)
     optimizer = Mechanic(base, **{"variant": "optax", **options})
     step(optimizer, parameter)
     held = [name for name, value in optimizer.state[parameter].items() if value.numel() == SIZE]
-    assert len(held) == 2 + copies  # AdamW's own are two
+    assert len(held) == 2 + copies  # two are AdamW's

@@ -1,4 +1,4 @@
-"""A scale that is stuck, at its bound, or running away is spoken of, once."""
+"""Warnings about a scale that does not grow, is at its bound, or runs away: each once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support.problems import problem
 
 
 class Listener(logging.Handler):
-    """Notes what manic says through logging."""
+    """Records manic's log messages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,11 +26,11 @@ class Listener(logging.Handler):
 
 
 def run(steps: int, zero: bool = False, **options: Any) -> tuple[Mechanic, list[str]]:
-    """Train on the little problem, or on gradients of 0, and collect what is said."""
+    """Train on the small problem, or on zero gradients, and collect the log messages."""
     parameters, loss = problem()
     lr = options.pop("lr", 1.0)
     optimizer = Mechanic(torch.optim.AdamW(parameters, lr=lr), **{"variant": "optax", **options})
-    heard = Listener()
+    listener = Listener()
     for step in range(steps):
         optimizer.zero_grad()
         loss(step).backward()
@@ -38,63 +38,63 @@ def run(steps: int, zero: bool = False, **options: Any) -> tuple[Mechanic, list[
             for parameter in parameters:
                 parameter.grad.zero_()  # type: ignore[union-attr]
         optimizer.step()
-    return optimizer, heard.messages
+    return optimizer, listener.messages
 
 
 @pytest.mark.parametrize(
     "options", [{}, {"nonfinite": "ignore"}, {"variant": "pytorch"}, {"nonfinite": "skip"}], ids=str
 )
-def test_a_scale_that_has_not_left_its_start(options: dict[str, Any]) -> None:
+def test_warns_about_a_scale_that_does_not_grow(options: dict[str, Any]) -> None:
     assert run(PATIENCE - 1, zero=True, **options)[1] == []
-    _, said = run(2 * PATIENCE, zero=True, **options)
-    assert len(said) == 1
-    assert f"after {PATIENCE} steps: it has not left its start" in said[0]
+    _, messages = run(2 * PATIENCE, zero=True, **options)
+    assert len(messages) == 1
+    assert f"after {PATIENCE} steps: it has not left its start" in messages[0]
 
 
 @pytest.mark.parametrize("options", [{}, {"nonfinite": "ignore"}, {"variant": "pytorch"}], ids=str)
 @pytest.mark.parametrize("lr", [1e-4, 1.0, 1e3])
-def test_a_run_that_learns_is_not_spoken_of(lr: float, options: dict[str, Any]) -> None:
-    optimizer, said = run(PATIENCE + 10, lr=lr, **options)
-    assert said == []
+def test_does_not_warn_about_a_growing_scale(lr: float, options: dict[str, Any]) -> None:
+    optimizer, messages = run(PATIENCE + 10, lr=lr, **options)
+    assert messages == []
     assert optimizer.scale > 0
 
 
-def test_a_start_that_was_right_is_not_taken_for_stuck() -> None:
+def test_does_not_warn_about_a_correct_initial_scale() -> None:
     learned = run(PATIENCE)[0].scale.item()
     assert run(PATIENCE + 10, s_init=learned)[1] == []
 
 
-def test_a_scale_that_runs_away() -> None:
+def test_warns_once_about_a_runaway_scale() -> None:
     parameter = torch.ones(10, requires_grad=True)
     optimizer = Mechanic(torch.optim.SGD([parameter], lr=1.0), s_decay=0.0, variant="optax")
-    heard = Listener()
-    for _ in range(200):  # downhill without end
+    listener = Listener()
+    for _ in range(200):  # a linear loss has no minimum
         parameter.grad = torch.ones(10)
         optimizer.step()
-    assert ["probably run away" in message for message in heard.messages] == [True]
+    assert ["probably run away" in message for message in listener.messages] == [True]
 
 
 @pytest.mark.parametrize("options", [{}, {"variant": "pytorch"}, {"store_delta": False}], ids=str)
-def test_s_max_holds_the_scale_and_says_so_once(options: dict[str, Any]) -> None:
-    free, said = run(100, **options)
-    assert said == []
+def test_s_max_bounds_the_scale_and_warns_once(options: dict[str, Any]) -> None:
+    free, messages = run(100, **options)
+    assert messages == []
     bound = free.scale.item() / 3
-    optimizer, said = run(100, s_max=bound, **options)
+    optimizer, messages = run(100, s_max=bound, **options)
     assert optimizer.scale.item() <= bound * (1 + 1e-12)
-    assert len(said) == 1
-    assert "held there" in said[0]
+    assert len(messages) == 1
+    assert "held there" in messages[0]
     assert run(100, s_max=100.0, **options)[0].scale == free.scale
 
 
-def test_where_the_host_does_not_hear_of_the_scale_it_asks_now_and_then() -> None:
+def test_checks_the_scale_at_intervals_without_a_host_sync_per_step() -> None:
     parameter = torch.ones(10, requires_grad=True)
     optimizer = Mechanic(torch.optim.SGD([parameter], lr=1.0), s_decay=0.0, nonfinite="ignore", variant="optax")
-    heard, said_after = Listener(), []
+    listener, warned_after = Listener(), []
     for step in range(2 * INTERVAL):
         parameter.grad = torch.ones(10)
         optimizer.step()
-        if heard.messages:
-            said_after.append(step + 1)
-            heard.messages.clear()
-    assert len(said_after) == 1
-    assert said_after[0] in (PATIENCE, INTERVAL)
+        if listener.messages:
+            warned_after.append(step + 1)
+            listener.messages.clear()
+    assert len(warned_after) == 1
+    assert warned_after[0] in (PATIENCE, INTERVAL)

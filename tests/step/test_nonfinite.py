@@ -1,4 +1,4 @@
-"""Gradients that are not finite: what each mode promises, on one process. On ranks: test_faults.py."""
+"""Nonfinite gradients in each mode, on one process. On ranks: test_faults.py."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def train(parameters: list[Tensor], loss: Any, optimizer: Mechanic, steps: Any, 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("value", VALUES)
-def test_skip_gives_the_run_without_that_step(value: float, options: dict[str, Any]) -> None:
+def test_skip_equals_the_run_without_that_step(value: float, options: dict[str, Any]) -> None:
     parameters, loss, optimizer = make(nonfinite="skip", **options)
     train(parameters, loss, optimizer, range(12), bad={0: value, 4: value, 5: value})
     others, other_loss, undisturbed = make(nonfinite="skip", **options)
@@ -54,7 +54,7 @@ def test_skip_gives_the_run_without_that_step(value: float, options: dict[str, A
 
 
 @pytest.mark.parametrize("base", bases.CASES)
-def test_raise_leaves_every_base_optimizer_as_it_was(base: str) -> None:
+def test_raise_leaves_every_base_optimizer_unchanged(base: str) -> None:
     parameters, loss, optimizer = make(base)
     others, other_loss, undisturbed = make(base)
     train(parameters, loss, optimizer, range(3))
@@ -67,7 +67,7 @@ def test_raise_leaves_every_base_optimizer_as_it_was(base: str) -> None:
         assert torch.equal(p, q)
 
 
-def test_the_error_names_parameters_that_have_names() -> None:
+def test_the_error_includes_parameter_names() -> None:
     model = torch.nn.Linear(3, 2)
     optimizer = Mechanic(torch.optim.SGD(model.named_parameters(), lr=1.0), variant="optax")
     for p in model.parameters():
@@ -76,11 +76,11 @@ def test_the_error_names_parameters_that_have_names() -> None:
         optimizer.step()
 
 
-def test_a_first_step_that_was_not_taken_is_no_start() -> None:
+def test_a_skipped_first_step_does_not_set_x_ref() -> None:
     parameters, loss, optimizer = make(nonfinite="skip")
     train(parameters, loss, optimizer, [0], bad={0: math.nan})
     with torch.no_grad():
-        parameters[0].mul_(2.0)  # weights that are loaded late, say
+        parameters[0].mul_(2.0)  # for example weights loaded late
     start = parameters[0].detach().clone()
     train(parameters, loss, optimizer, [1])
     assert torch.equal(optimizer.state[parameters[0]]["mechanic_x_ref"], start)
@@ -89,23 +89,23 @@ def test_a_first_step_that_was_not_taken_is_no_start() -> None:
 @pytest.mark.parametrize("variant", TUNERS)
 @pytest.mark.parametrize("when", ["before backward", "after it"])
 @pytest.mark.parametrize("mode", ["raise", "skip"])
-def test_a_parameter_that_is_not_finite_cannot_be_skipped(mode: str, when: str, variant: str) -> None:
+def test_a_nonfinite_parameter_raises_despite_skip(mode: str, when: str, variant: str) -> None:
     parameters, loss, optimizer = make(nonfinite=mode, variant=variant)
     train(parameters, loss, optimizer, range(3))
     if when == "after it":
         loss(3).backward()
-        if variant == "pytorch":  # whose sums of the position come after the base step
+        if variant == "pytorch":  # it sums the parameters after the base step
             parameters[0].grad[0, 0] = math.nan  # type: ignore[index]
     with torch.no_grad():
         parameters[0][0, 0] = math.nan
     if when == "before backward":
         optimizer.zero_grad()
-        loss(3).backward()  # and its gradients are not finite either
+        loss(3).backward()  # its gradients are nonfinite too
     with pytest.raises(NonfiniteError, match=r"1 of 30 local elements of the value of parameter 0.*go back to a c"):
         optimizer.step()
 
 
-def test_steps_that_are_all_left_out_are_spoken_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_warns_about_many_skipped_steps_in_a_row(caplog: pytest.LogCaptureFixture) -> None:
     parameters, loss, optimizer = make(nonfinite="skip")
     train(parameters, loss, optimizer, range(TOO_MANY - 1), bad=dict.fromkeys(range(TOO_MANY), math.nan))
     assert not caplog.records
@@ -114,16 +114,16 @@ def test_steps_that_are_all_left_out_are_spoken_of(caplog: pytest.LogCaptureFixt
 
 
 @pytest.mark.parametrize("mode", ["raise", "skip"])
-def test_a_first_step_that_was_not_taken_leaves_no_state(mode: str) -> None:
+def test_a_skipped_first_step_leaves_no_state(mode: str) -> None:
     parameters, loss, optimizer = make(nonfinite=mode)
     with contextlib.suppress(NonfiniteError):
         train(parameters, loss, optimizer, [0], bad={0: math.nan})
     assert len(optimizer.state) == 0
-    assert not optimizer.state  # what torch's checkpointing asks before it lets a state be created
+    assert not optimizer.state  # torch's checkpointing creates a state if this is false
 
 
 @pytest.mark.parametrize("mode", ["raise", "skip"])
-def test_after_a_load_a_step_that_was_not_taken_does_not_start_anew(mode: str) -> None:
+def test_a_skipped_step_after_a_load_does_not_reset_the_state(mode: str) -> None:
     parameters, loss, optimizer = make(nonfinite=mode)
     train(parameters, loss, optimizer, range(8))
     saved = copy.deepcopy(([p.detach() for p in parameters], optimizer.state_dict()))
@@ -131,7 +131,7 @@ def test_after_a_load_a_step_that_was_not_taken_does_not_start_anew(mode: str) -
     with torch.no_grad():
         for p, x in zip(others, saved[0]):
             p.copy_(x)
-    resumed.optimizers[0].load_state_dict(saved[1])  # behind its back
+    resumed.optimizers[0].load_state_dict(saved[1])  # not through the wrapper
     with contextlib.suppress(NonfiniteError):
         train(others, other_loss, resumed, [8], bad={8: math.nan})
     train(others, other_loss, resumed, range(9, 12))
@@ -142,20 +142,20 @@ def test_after_a_load_a_step_that_was_not_taken_does_not_start_anew(mode: str) -
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_ignore_goes_on_and_keeps_the_tuner_finite(options: dict[str, Any]) -> None:
+def test_ignore_continues_and_keeps_the_tuner_finite(options: dict[str, Any]) -> None:
     parameters, loss, optimizer = make(nonfinite="ignore", **options)
     train(parameters, loss, optimizer, range(4))
     scale = optimizer.scale
     train(parameters, loss, optimizer, [4], bad={4: math.inf})
     assert optimizer.scale == scale
-    assert not parameters[1].isfinite().all(), "the base optimizer was to get the gradient as it is"
+    assert not parameters[1].isfinite().all(), "the base optimizer must get the unchanged gradient"
     train(parameters, loss, optimizer, range(5, 8))
     assert state_of(optimizer).isfinite().all()
     assert optimizer.metrics()["nonfinite_steps"] == 4
     assert optimizer.scale == scale
 
 
-def test_the_three_modes_agree_on_sound_gradients() -> None:
+def test_the_three_modes_agree_on_finite_gradients() -> None:
     found = []
     for mode in ("raise", "skip", "ignore"):
         parameters, loss, optimizer = make(nonfinite=mode)
@@ -169,8 +169,8 @@ def test_the_three_modes_agree_on_sound_gradients() -> None:
 @pytest.mark.parametrize("variant", TUNERS)
 @settings(deadline=None, max_examples=200)
 @given(steps=st.lists(st.tuples(*[st.floats(width=64)] * 5), min_size=1, max_size=12), s_init=st.floats(1e-30, 1e10))
-def test_no_sums_can_spoil_the_tuner(variant: str, steps: list[tuple[float, ...]], s_init: float) -> None:
-    """Any floats: infinities, nans, subnormals, numbers whose squares have no room."""
+def test_nonfinite_sums_do_not_reach_the_tuner(variant: str, steps: list[tuple[float, ...]], s_init: float) -> None:
+    """For any floats: infinities, nans, subnormals, and numbers whose squares overflow."""
     betas = (0.99,) if variant == "multiplicative" else (0.9, 0.999, 0.999999)
     tuner = make_tuner(variant, betas=betas, s_init=s_init)
     state = TunerState(tuner)
@@ -190,7 +190,7 @@ def test_no_sums_can_spoil_the_tuner(variant: str, steps: list[tuple[float, ...]
             assert state.nonfinite == was["nonfinite"][0] + 1
 
 
-def test_bad_options_are_refused() -> None:
+def test_refuses_bad_options() -> None:
     parameters, _ = problem()
     base = torch.optim.SGD(parameters, lr=1.0)
     with pytest.raises(ValueError, match="nonfinite must be one of"):

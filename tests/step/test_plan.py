@@ -1,4 +1,4 @@
-"""The plan of a step is kept, and made again when something that it depends on has changed."""
+"""The plan of a step is cached, and replaced after a change of its inputs."""
 
 from __future__ import annotations
 
@@ -98,8 +98,8 @@ def backward(parameters: list[Tensor], loss: Any, step: int) -> None:
 @pytest.mark.parametrize("change", [nothing, *CHANGES])
 @pytest.mark.parametrize("variant", TUNERS)
 @pytest.mark.parametrize("options", [{}, {"store_delta": False}, {"nonfinite": "ignore"}], ids=str)
-def test_a_run_goes_on_like_one_that_makes_its_plan_anew(change: Change, variant: str, options: dict[str, Any]) -> None:
-    """Which a resumed run does: it has all of the state, and no plan."""
+def test_a_cached_plan_equals_a_new_plan_in_each_step(change: Change, variant: str, options: dict[str, Any]) -> None:
+    """As after a resume, which restores the state but no plan."""
     parameters, loss = problem()
     optimizer = Mechanic(make(parameters), variant=variant, s_init=1e-3, **options)
     for step in range(6):
@@ -107,7 +107,7 @@ def test_a_run_goes_on_like_one_that_makes_its_plan_anew(change: Change, variant
         optimizer.step()
     backward(parameters, loss, 6)
     change(parameters, optimizer.optimizers[0])
-    twin = copy.deepcopy(optimizer)  # its parameters are copies, too, and it has no plan
+    twin = copy.deepcopy(optimizer)  # copies the parameters too, but not the plan
     others = [p for group in twin.param_groups for p in group["params"]]
     pairs = list(zip([p for group in optimizer.param_groups for p in group["params"]], others))
     for step in range(4):
@@ -118,7 +118,7 @@ def test_a_run_goes_on_like_one_that_makes_its_plan_anew(change: Change, variant
             p.grad, q.grad = (None, None) if has_none else (gradient, gradient.clone())
         optimizer.step()
         twin.step()
-        # A copy has no hooks, and leaves S to the learning rate: the same to rounding.
+        # A copy has no hooks, so it applies S through the learning rate: equal up to rounding.
         rounding = 1e-12 if change is hook else 0.0
         for a, b in ((optimizer.scale, twin.scale), *pairs):
             torch.testing.assert_close(a, b, rtol=rounding, atol=rounding)
@@ -137,29 +137,29 @@ class TestPlanner:
 
     @staticmethod
     @torch.no_grad()
-    def made(planner: Planner) -> Plan:
+    def plan_of(planner: Planner) -> Plan:
         with planner.plan() as plan:
             return plan
 
     @pytest.mark.parametrize("variant", TUNERS)
     def test_keeps_the_plan(self, variant: str) -> None:
         parameters, base, planner = self.planner(variant)
-        first = self.made(planner)
+        first = self.plan_of(planner)
         for p in parameters:  # as a step and a backward pass do
             with torch.no_grad():
                 p.add_(1.0)
             p.grad = torch.ones_like(p)
         base.param_groups[0]["lr"] = 0.1
-        assert self.made(planner) is first
+        assert self.plan_of(planner) is first
 
     @pytest.mark.parametrize("change", CHANGES)
-    def test_makes_another(self, change: Change) -> None:
+    def test_replaces_the_plan(self, change: Change) -> None:
         parameters, base, planner = self.planner("multiplicative")
-        first = self.made(planner)
+        first = self.plan_of(planner)
         change(parameters, base)
-        second = self.made(planner)
+        second = self.plan_of(planner)
         assert second is not first
-        assert self.made(planner) is second
+        assert self.plan_of(planner) is second
 
     def test_holds_no_gradients_between_steps(self) -> None:
         parameters, _, planner = self.planner("multiplicative")

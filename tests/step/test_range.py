@@ -1,4 +1,4 @@
-"""However large or small what comes in is: sums, scale and parameters are finite, and those of float64."""
+"""For inputs of any magnitude, sums, scale and parameters are finite and equal to those of float64."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from manic.tuners.mechanic_reference import EPS, MechanicReference
 
 FLOAT32_ACCURACY = 2e-6
 S_DECAY = 0.01
-# The tuner adds EPS to |h|: what is less than a rounding of that is nothing.
-NOTHING = 1e-16 * EPS
+# The tuner adds EPS to |h|: values below its rounding count as zero.
+NEGLIGIBLE = 1e-16 * EPS
 
 
 def drifting(size: int, steps: int, magnitude: float, dtype: torch.dtype) -> list[Tensor]:
-    """Gradients that point one way on the whole, so that no sum of them is what is left of larger ones."""
+    """Gradients with a common mean, so that sums do not cancel."""
     generator = torch.Generator().manual_seed(1)
     drift = torch.randn(size, generator=generator, dtype=torch.float64)
     noise = torch.randn(steps, size, generator=generator, dtype=torch.float64)
@@ -33,7 +33,7 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def check_steps(start: Tensor, gradients: list[Tensor], lr: float, s_init: float = 1e-6) -> Mechanic:
-    """Compare every step with float64 arithmetic on what the optimizer held before it."""
+    """Compare every step with float64 arithmetic on the optimizer's state before it."""
     x = start.clone().requires_grad_()
     optimizer = Mechanic(torch.optim.SGD([x], lr=lr), s_init=s_init, s_decay=S_DECAY, variant="optax")
     reference = MechanicReference([], optimizer, "optax", s_init, S_DECAY)
@@ -47,7 +47,7 @@ def check_steps(start: Tensor, gradients: list[Tensor], lr: float, s_init: float
         metrics = {name: value.item() for name, value in optimizer.metrics().items()}
         pull = S_DECAY * scale * g.norm() / (position.norm() + EPS)
         terms = torch.stack([delta * g, pull * delta * position])
-        h, rounding = terms.sum().item(), FLOAT32_ACCURACY * terms.abs().sum().item() + NOTHING
+        h, rounding = terms.sum().item(), FLOAT32_ACCURACY * terms.abs().sum().item() + NEGLIGIBLE
         reference.learn(h)
         assert metrics["grad_norm"] == pytest.approx(g.norm().item(), rel=FLOAT32_ACCURACY, abs=0.0)
         assert metrics["param_norm"] == pytest.approx(position.norm().item(), rel=FLOAT32_ACCURACY, abs=0.0)
@@ -56,7 +56,7 @@ def check_steps(start: Tensor, gradients: list[Tensor], lr: float, s_init: float
         state = optimizer.state[x]
         right = state["mechanic_x_ref"].double() + reference.scale * state["mechanic_delta"].double()
         finfo = torch.finfo(start.dtype)
-        assert right.abs().max() < finfo.max, "the dtype has no such number: the comparison shows nothing"
+        assert right.abs().max() < finfo.max, "overflow in the dtype: the comparison is void"
         size = state["mechanic_x_ref"].double().abs() + (reference.scale * state["mechanic_delta"].double()).abs()
         rounding_of_x = (finfo.eps + 10 * FLOAT32_ACCURACY) * size + finfo.tiny
         assert ((x.detach().double() - right).abs() <= rounding_of_x).all()
@@ -109,7 +109,7 @@ def test_learning_rate_and_gradients_of_any_size(lr: float, magnitude: float) ->
 def test_any_combination(
     size: int, dtype: torch.dtype, of_gradient: float, of_x: float, lr: float, s_init: float
 ) -> None:
-    """Powers of ten, as far as sums of 200 products of gradients, Delta and what x becomes are float32 numbers."""
+    """Powers of ten for which sums of 200 products of gradients, Delta and x do not overflow float32."""
     of_gradient = min(of_gradient, (34 - lr) / 2, 15 - lr - s_init)
     gradients = drifting(size, 4, 10**of_gradient, dtype)
     check_steps(weights(size, dtype, 10**of_x), gradients, 10**lr, 10**s_init)
@@ -139,7 +139,7 @@ def test_zeros(of_x: float, of_gradient: float, variant: str, dtype: torch.dtype
 
 
 def relative_errors(count: int, dtype: torch.dtype) -> list[float]:
-    """Of the four sums over ``count`` elements: the same eight pieces again and again, at full size."""
+    """Relative errors of the four sums over ``count`` elements: eight pieces of full size, repeated."""
     generator = torch.Generator().manual_seed(5)
     size = 1 << 20
     pairs = [("delta", "grad"), ("grad", "grad"), ("delta", "x"), ("x", "x")]
@@ -156,8 +156,8 @@ def relative_errors(count: int, dtype: torch.dtype) -> list[float]:
     return ((total - exact).abs() / exact).tolist()
 
 
-# A piece's sums are float32, those of pieces are added in float64: errors are those of one piece, however many there
-# are. Squares of bfloat16 numbers have few digits, and are rounded to the same side more often than not.
+# Sums within a piece are float32, sums of pieces float64: the error is that of one piece, for any number of pieces.
+# Squares of bfloat16 numbers have few digits, so their rounding is biased.
 @pytest.mark.parametrize(("dtype", "of_products", "of_squares"), [
     (torch.float32, 2e-6, 2e-5), (torch.bfloat16, 2e-6, 1e-4),
 ])  # fmt: skip

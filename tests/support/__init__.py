@@ -1,1 +1,1 @@
-"""What tests share: models in every layout, runs, faults, jobs, and the references they are held against."""
+"""Shared by the tests: models in every layout, runs, faults, jobs and reference values."""

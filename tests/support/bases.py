@@ -1,4 +1,4 @@
-"""Every base optimizer that manic promises to wrap, in the configurations whose step differs."""
+"""Every supported base optimizer, in all configurations whose steps differ."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 
 class SignMomentum(Optimizer):
-    """A third-party optimizer in the manner of Lion: decoupled decay, and its update ignores the position."""
+    """A third-party optimizer like Lion: decoupled decay, and an update independent of the position."""
 
     def __init__(self, params: Any, lr: float = 1.0, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
@@ -32,7 +32,7 @@ class SignMomentum(Optimizer):
 
 
 class TrustRatio(Optimizer):
-    """A third-party optimizer in the manner of LAMB: its update depends on the parameter's norm."""
+    """A third-party optimizer like LAMB: its update depends on the parameter's norm."""
 
     def __init__(self, params: Any, lr: float = 1.0) -> None:
         super().__init__(params, {"lr": lr})

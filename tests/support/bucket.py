@@ -1,4 +1,4 @@
-"""The file system bucket://, registered with fsspec: a disk without renaming, as object stores are."""
+"""The file system bucket://, registered with fsspec: a disk without renames, like an object store."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 
 class Bucket(LocalFileSystem):
-    """Files on a disk as an object store has them: nothing is renamed in one go."""
+    """Files on a disk without atomic renames, like an object store."""
 
     protocol = "bucket"
 

@@ -1,4 +1,4 @@
-"""What fails on purpose: an operator of torch, or a tuner."""
+"""Injected failures: an operator of torch, or a tuner."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from manic.tuners.mechanic import MechanicOptax
 
 
 class FailsAt(TorchDispatchMode):
-    """Raises in the place of operator number ``at``, once; counts all.
+    """Raises instead of operator number ``at``, once; counts all operators.
 
     Args:
-        at: From 1; ``None``: never.
-        error: What is raised.
-        name: Count only operators whose names begin like this.
+        at: Number of the operator, from 1; ``None``: never raise.
+        error: The error to raise; default: a MemoryError.
+        name: Count only operators whose names start with this; default: all.
     """
 
     def __init__(self, at: int | None, error: BaseException | None = None, name: str = "") -> None:
@@ -27,7 +27,7 @@ class FailsAt(TorchDispatchMode):
         self.error, self.name = error or MemoryError("out of luck"), f"aten.{name}"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        counts = func.namespace == "aten" and str(func).startswith(self.name)  # not the profiler's marks
+        counts = func.namespace == "aten" and str(func).startswith(self.name)  # excludes the profiler's markers
         self.count += counts
         if counts and self.count == self.at:
             self.failed_in = str(func)
@@ -36,7 +36,7 @@ class FailsAt(TorchDispatchMode):
 
 
 class FailingTuner(MechanicOptax):
-    """``"optax"``, until it is told to fail."""
+    """``"optax"``, which raises ``error`` if it is set."""
 
     error: BaseException | None = None
 

@@ -1,4 +1,4 @@
-"""Which faults in the middle of a step are tried in which layouts, and how many that makes."""
+"""The faults in a step that are tested in each layout, and their number."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ LAYOUTS = [
     ("single", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 3), ("hsdp", 4), ("tp", 2), ("tp+fsdp2", 4), ("mixed", 4),
     ("fsdp1-orig", 2), ("fsdp1-flat", 2), ("fsdp1-hybrid", 4), ("zero1", 2), ("pipeline", 2),
 ]  # fmt: skip
-# What the default suite tries; the rest is slow.
+# Layouts in the default suite; the others are slow.
 QUICK = {("ddp", 2), ("fsdp2", 3), ("tp+fsdp2", 4), ("fsdp1-orig", 2), ("zero1", 2)}
 
 
 @dataclass(frozen=True)
 class Gradient:
-    """One element of one rank's gradients is not finite."""
+    """A nonfinite element in one rank's gradients."""
 
     value: float
     nonfinite: str
@@ -43,12 +43,12 @@ GRADIENTS = [
 ERRORS = ("before the base optimizer's step", "after it", "in the tuner", "while parameters are written")
 
 
-# A pipeline's ranks go on to exchange activations, here by broadcasts: one that stops alone is another test's subject.
+# After the step, pipeline ranks broadcast parameters; test_lost_ranks.py covers a rank that stops alone.
 NO_PIPELINE = [layout for layout in LAYOUTS if layout[0] != "pipeline"]
 
 
 def quick_first(layouts: list[tuple[str, int]], values: list[Any]) -> list[Any]:
-    """All layouts with each value, of which those not in QUICK, or not of the first two values, are slow."""
+    """All layouts with each value; combinations not in QUICK, or not of the first two values, are slow."""
     return [
         pytest.param(*layout, value, marks=() if layout in QUICK and values.index(value) < 2 else pytest.mark.slow)
         for layout, value in itertools.product(layouts, values)
@@ -56,7 +56,7 @@ def quick_first(layouts: list[tuple[str, int]], values: list[Any]) -> list[Any]:
 
 
 def tried(quick: bool = False) -> dict[str, int]:
-    """How many faults are tried in all, or in the default suite: each on every rank."""
+    """Number of faults in the whole suite, or in the default suite; each fault is tested on every rank."""
     parameters = {"gradients": quick_first(LAYOUTS, GRADIENTS), "errors": quick_first(NO_PIPELINE, list(ERRORS))}
     return {
         name: sum(each.values[1] for each in cases if not (quick and each.marks)) for name, cases in parameters.items()

@@ -1,4 +1,4 @@
-"""Entries of a checkpoint exchanged for others, and a manifest that says that they are what was written."""
+"""Replacement of a checkpoint's entries, with a matching manifest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from manic.checkpoint.manifest import MANIFEST, render
 
 
 def seal(folder: Path) -> None:
-    """Make the manifest say that the files are what was written."""
+    """Update the manifest to the files' current content."""
     path = folder / MANIFEST
     content = json.loads(path.read_bytes())
     content.pop("sha256")
@@ -32,7 +32,7 @@ def saved(thing: Any) -> bytes:
 
 
 def put(folder: Path, key: str, content: bytes) -> None:
-    """Exchange one entry of a checkpoint."""
+    """Replace one entry of a checkpoint."""
     metadata = pickle.loads((folder / ".metadata").read_bytes())
     found = [index for index in metadata.storage_data if index.fqn == key]
     assert found, key

@@ -1,4 +1,4 @@
-"""The main job, small: run on ranks, started by torchrun, waited for, killed, and its records read."""
+"""A small run of launch/train.py: run it on ranks or under torchrun, wait for it, kill it, and read its records."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LAUNCH = Path(__file__).parents[2] / "launch"
 SMALL = (
     "--layers 2 --width 32 --heads 4 --seq-len 32 --batch-size 8 --device cpu --log-every 1 --eval-every 0 "
     f"--data {Path(__file__).parent / 'golden'} "
-    "--variant optax --lr 300"  # from a scale of 6e-6: parameters move in few steps
+    "--variant optax --lr 300"  # the scale starts at 6e-6, so that a few steps have a visible displacement
 ).split()
 
 
@@ -28,7 +28,7 @@ def job(*arguments: str) -> None:
 
 
 def records(file: Path) -> dict[int, dict[str, Any]]:
-    """What does not depend on the clock, by step."""
+    """The metrics that do not depend on time, by step."""
     kept = ("loss", "scale", "lr", "h", "grad_norm", "param_norm")
     return {r["step"]: {k: r[k] for k in kept if k in r} for r in read_records(file) if "loss" in r}
 
@@ -36,8 +36,8 @@ def records(file: Path) -> dict[int, dict[str, Any]]:
 def wait_until(condition: Any, process: subprocess.Popen[bytes], timeout: float = 120.0) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
-        assert process.poll() is None, "the job ended by itself"
-        assert time.monotonic() < deadline, "the job does not get going"
+        assert process.poll() is None, "the job has ended"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.02)
 
 
@@ -48,7 +48,7 @@ def children_of(pid: int) -> list[int]:
 
 
 def kill_all(process: subprocess.Popen[bytes]) -> None:
-    """Kill torchrun and its ranks, which have sessions of their own and outlive it."""
+    """Kill torchrun and its ranks, which have separate sessions and would outlive it."""
     for pid in (*children_of(process.pid), process.pid):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

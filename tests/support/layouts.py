@@ -1,4 +1,4 @@
-"""One small model spread over the ranks in every way that manic supports, and trained for a few steps."""
+"""One small model, placed on the ranks in every supported layout and trained for a few steps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BATCH = 24
 
 
 class Net(nn.Module):
-    """Rows of 16, 7 and 3: over two to four ranks the shards are even, uneven and empty. One layer is frozen."""
+    """Rows of 16, 7 and 3: over two to four ranks, shards are even, uneven and empty. One layer is frozen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,13 +58,13 @@ def make_base(name: str, parameters: Any) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameters, lr=1.0, weight_decay=0.1, fused=True)
     if name == "sgd":
         return torch.optim.SGD(parameters, lr=1.0, momentum=0.9, nesterov=True, weight_decay=0.01)
-    if name == "asgd":  # reads its parameters: a snapshot is taken
+    if name == "asgd":  # reads its parameters, so the step takes a snapshot
         return torch.optim.ASGD(parameters, lr=1.0, lambd=0.01)
     raise AssertionError(name)
 
 
 class CollectiveLog(TorchDispatchMode):
-    """Notes the collectives that are called within, functional ones too."""
+    """Records collectives, including functional ones, while the mode is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Trained:
     metrics: dict[str, float]
     parameters: dict[str, Tensor]
     collectives: list[list[tuple[str, int]]] = field(default_factory=list)
-    """Of each optimizer step: what was called, and with how many bytes."""
+    """For each optimizer step, the collectives and their bytes."""
 
 
 @dataclass
@@ -101,7 +101,7 @@ def full(parameter: Tensor) -> Tensor:
 
 
 def setup(layout: str, base: str, dtype: torch.dtype, **options: Any) -> Setup:
-    """Spread the model in ``layout`` over the ranks there are, and wrap its base optimizer."""
+    """Place the model on all ranks in ``layout``, and wrap its base optimizer."""
     model: nn.Module = make_net(dtype)
     rank = dist.get_rank() if dist.is_initialized() else 0
     world = dist.get_world_size() if dist.is_initialized() else 1
@@ -204,7 +204,7 @@ def _average_local_gradient(parameter: Tensor, group: dist.ProcessGroup) -> None
 
 
 def _setup_pipeline(base: str, dtype: torch.dtype, rank: int, world: int, options: dict[str, Any]) -> Setup:
-    """Every rank computes all gradients, and its optimizer owns those of its stage: the layout without a schedule."""
+    """A pipeline without a schedule: every rank computes all gradients, and its optimizer owns those of its stage."""
     model = make_net(dtype)
     per_stage = world // 2
     stage = rank // per_stage

@@ -1,4 +1,4 @@
-"""In which layouts which rank is lost how: all that is tried, and what of it the default suite tries."""
+"""Combinations of layouts, faults and lost ranks: all that are tested, and those of the default suite."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ LAYOUTS = [
     ("hsdp", 4), ("tp+fsdp2", 4),
 ]  # fmt: skip
 MATRIX = [(fault, *layout, lost) for fault in FAULTS for layout in LAYOUTS for lost in ("first", "last")]
-# Every fault and every layout once, as far as that takes a second or is the point of the test.
+# Every fault and every layout at least once, where that is fast or necessary.
 SHORT = [
     ("killed before its first step", "fsdp2", 2, "last"),
     ("killed before its backward", "ddp", 2, "last"),

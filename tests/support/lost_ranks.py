@@ -1,7 +1,7 @@
-"""Ranks of which one is lost on purpose, and what the others then see and hold.
+"""Trials in which one rank is lost: the errors and the state of the survivors.
 
-Not on manic.testing, which ends all ranks soon after one was lost: here the others are the test. They stay alive after
-their error until all have reported, so that nobody is woken by another survivor's end.
+Independent of manic.testing, which ends all ranks soon after one fails. Survivors stay alive after their error until
+all have reported, so that the end of one survivor does not affect another.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from support import layouts
 from support.layouts import BATCH, Setup, batch, setup
 
 TIMEOUT = 5.0
-"""The process group's, in seconds."""
+"""Timeout of the process group, in seconds."""
 MARGIN = 10.0
-"""How much later an error may come on a busy machine, in seconds."""
+"""Tolerated delay of an error on a busy machine, in seconds."""
 LIFE = 120
-"""Seconds after which nothing of a trial is alive, whatever happened."""
+"""Seconds after which all processes of a trial have ended."""
 STEPS = 6
 
 
@@ -52,11 +52,11 @@ def _raise() -> None:
 
 @dataclass(frozen=True)
 class Fault:
-    """How a rank is lost."""
+    """The fault of the lost rank."""
 
     step: int
     where: str
-    """Before its backward, before its step, before it joins the step's all_reduce, or before its base step."""
+    """Before its backward, step, or base step, or before it joins the step's all_reduce."""
     act: Callable[[], None]
 
 
@@ -74,24 +74,24 @@ FAULTS = {
 
 @dataclass
 class Survivor:
-    """What a rank saw and held after another one was lost."""
+    """Error and state of a rank after another one was lost."""
 
     rank: int
     phase: str
-    """What it was doing: forward, backward or step; empty if no error came."""
+    """Its phase: forward, backward or step; empty without an error."""
     began: float
-    """When that phase began, by the clock that all processes of a machine share."""
+    """Start of that phase, by the clock that all processes of a machine share."""
     ended: float
-    """When the error came."""
+    """Time of the error."""
     error: str
     in_the_all_reduce: bool
-    """Whether the error came out of the wait for the step's own all_reduce."""
+    """Whether the wait for the step's all_reduce raised the error."""
     moved: bool
-    """Whether the parameters had left where they started, so that there was something to lose."""
+    """Whether the parameters had a displacement."""
     off: float
-    """How far its parameters are from x_t at most, relative to the largest of x_t."""
+    """Largest difference of its parameters from x_t, relative to the largest element of x_t."""
     wrong: list[str] = field(default_factory=list)
-    """What else is not as it was before the step that failed."""
+    """Other differences from the state before the failed step."""
 
 
 @dataclass
@@ -99,10 +99,10 @@ class Trial:
     lost_at: float
     survivors: list[Survivor]
     missing: list[int]
-    """Ranks that never reported: they hang, or died without a word."""
+    """Ranks that did not report: they hang or have died."""
 
     def seconds(self, survivor: Survivor) -> float:
-        """From the loss, or from when it could be noticed if that was later, to the error."""
+        """Seconds to the error from the loss, or from the start of the survivor's phase if that was later."""
         return survivor.ended - max(self.lost_at, survivor.began)
 
 
@@ -111,27 +111,27 @@ def local(tensor: Tensor) -> Tensor:
 
 
 class Watch:
-    """Remembers what a failed step must leave as it was."""
+    """Records the state that a failed step must not change."""
 
     def __init__(self, setup_: Setup) -> None:
         self.mechanic = setup_.mechanic
         self.parameters = [p for group in self.mechanic.param_groups for p in group["params"]]
-        # Taken between steps: FSDP1 points its parameters elsewhere for a forward pass, the shards stay.
+        # Taken between steps: in a forward pass, FSDP1's parameters are not views of the shards.
         self.shards = [local(p) for p in self.parameters]
         self.start = self._copies()
         self.settings = self._settings()
-        # ZeRO goes on to exchange parameters after Mechanic's step, which is complete by then.
-        self.mechanic.register_step_post_hook(lambda *_: self.note())
-        self.note()
+        # ZeRO broadcasts parameters after Mechanic's step, which is complete then.
+        self.mechanic.register_step_post_hook(lambda *_: self.record())
+        self.record()
 
     def _copies(self) -> list[Tensor]:
         return [shard.clone() for shard in self.shards]
 
-    def note(self) -> None:
+    def record(self) -> None:
         self.x = self._copies()
         self.tuner = self._tuner().clone()
 
-    def note_gradients(self) -> None:
+    def record_gradients(self) -> None:
         self.gradients = [p.grad for p in self.parameters]
         self.gradient_values = [None if g is None else local(g).clone() for g in self.gradients]
 
@@ -158,7 +158,7 @@ class Watch:
     def wrong(self, in_step: bool) -> list[str]:
         found = []
         if not torch.equal(self._tuner(), self.tuner):
-            found.append("the tuner has gone on")
+            found.append("the tuner has changed")
         if not torch.is_grad_enabled():
             found.append("gradients are off")
         if self._settings() != self.settings:
@@ -167,10 +167,10 @@ class Watch:
         if [id(p) for p in held] != [id(p) for p in self.parameters]:
             found.append("the param groups hold other tensors")
         if not {id(key) for key in self.mechanic.state} <= {id(p) for p in self.parameters}:
-            found.append("the state has keys that are no parameters")
+            found.append("the state has keys that are not parameters")
         if in_step:
             if any(p.grad is not gradient for p, gradient in zip(self.parameters, self.gradients)):
-                found.append("gradients were exchanged")
+                found.append("gradients were replaced")
             for index, (gradient, value) in enumerate(zip(self.gradients, self.gradient_values)):
                 if gradient is not None and not torch.equal(local(gradient), value):  # type: ignore[arg-type]
                     found.append(f"gradient {index} was changed")
@@ -180,8 +180,8 @@ class Watch:
 def trial(
     fault: str, world_size: int, lost: int, layout: str, base: str, dtype: torch.dtype, options: dict[str, Any]
 ) -> Trial:
-    """Train on ``world_size`` ranks until rank ``lost`` is lost, and hear what the others report."""
-    # A server that has torch imported forks the ranks, which takes no time; nothing in it has made a thread.
+    """Train on ``world_size`` ranks until rank ``lost`` is lost, and collect the others' reports."""
+    # A server with torch imported forks the ranks, which is fast; it has started no threads.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["torch", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.distributed.optim", "manic"]
@@ -199,7 +199,7 @@ def trial(
             there.close()
             processes.append(process)
             connections.append(here)
-        # All at once, or the time that a busy machine takes to start them would count as waiting for each other.
+        # Start together: the start time on a busy machine must not count towards the process group's timeout.
         ports = [connection.recv() if connection.poll(LIFE) else 0 for connection in connections]
         for connection in connections:
             connection.send(ports[0])
@@ -236,16 +236,16 @@ def _live(
     dtype: torch.dtype,
     options: dict[str, Any],
 ) -> None:
-    signal.alarm(LIFE)  # ends a rank that nobody is left to end, wherever it waits
+    signal.alarm(LIFE)  # ends a rank that is left behind
     torch.set_num_threads(1)
     timeout = timedelta(seconds=TIMEOUT)
-    # The first rank has the store, as in a job, on a port that is free.
+    # The first rank hosts the store, as in a job, on a free port.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if rank == 0 else None
     connection.send(store.port if store is not None else 0)
     port: int = connection.recv()
     store = store or dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
-    # The groups of a mesh that torch makes wait half an hour.
+    # The groups of torch's meshes have a timeout of 30 minutes.
     layouts.init_device_mesh = lambda kind, shape, mesh_dim_names: make_mesh(kind, shape, mesh_dim_names, timeout)
     setup_ = setup(layout, base, dtype, **{"s_init": 1e-2, **options})
     if rank == lost:
@@ -270,7 +270,7 @@ def _loss(setup_: Setup, layout: str, step: int) -> Tensor:
 
 def _train_until_lost(setup_: Setup, layout: str, fault: Fault, lose: Callable[[], None]) -> None:
     def lose_late() -> None:
-        time.sleep(0.3)  # the others have come to where they wait
+        time.sleep(0.3)  # until the others wait
         lose()
 
     for step in range(STEPS):
@@ -294,13 +294,13 @@ def _train_until_error(setup_: Setup, layout: str, rank: int) -> Survivor:
     phase, began = "", time.monotonic()
     try:
         for step in range(STEPS):
-            watch.note()
+            watch.record()
             phase, began = "forward", time.monotonic()
             setup_.optimizer.zero_grad()
             loss = _loss(setup_, layout, step)
             phase, began = "backward", time.monotonic()
             loss.backward()
-            watch.note_gradients()
+            watch.record_gradients()
             phase, began = "step", time.monotonic()
             setup_.optimizer.step()
         phase = ""

@@ -1,4 +1,4 @@
-"""Started by torchrun on every GPU: FSDP2 over NCCL finds the scale that one GPU finds."""
+"""Started by torchrun on every GPU: FSDP2 over NCCL and one GPU learn the same scale."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small problem to train on, and the plain reference of each variant around it."""
+"""A small training problem, and the reference implementation of each variant."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def reference_of(
 
 
 def problem(dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], Callable[[int], Tensor]]:
-    """Two matrices and a function of the step that gives a noisy loss of them."""
+    """Two matrices, and a function from the step to their noisy loss."""
     generator = torch.Generator().manual_seed(1)
 
     def draw(*shape: int) -> Tensor:

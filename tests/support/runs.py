@@ -1,4 +1,4 @@
-"""A run that can be saved at any step and taken up again: a layout's model and optimizer, a scheduler and a counter."""
+"""A run that can be saved and resumed at any step: a layout's model and optimizer, a scheduler and a counter."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Counter:
 
 
 class Run:
-    """Its noise comes from each rank's random state, so it goes on alike only if that is saved and loaded too."""
+    """A run with noise from each rank's random state: it resumes bit for bit only if that state is restored too."""
 
     def __init__(
         self, layout: str, base: str, directory: str | Path, *, noise: bool = True, setting: Any = None, **options: Any
@@ -37,17 +37,17 @@ class Run:
         self.checkpointer = Checkpointer(directory, self.setup.model, self.setup.optimizer, objects=objects, **options)
 
     def train(self, steps: int) -> list[float]:
-        """Take steps, and give the scale after each."""
+        """Take steps, and return the scale after each."""
         scales = []
         for _ in range(steps):
-            self.rehearse()
+            self.backward()
             self.setup.optimizer.step()
             self.scheduler.step()
             self.counter.step += 1
             scales.append(self.setup.mechanic.scale.item())
         return scales
 
-    def rehearse(self) -> None:
+    def backward(self) -> None:
         """Compute the gradients of the next step."""
         x, y = batch(self.counter.step, torch.float64)
         share = BATCH // self.setup.data_size

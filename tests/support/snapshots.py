@@ -1,4 +1,4 @@
-"""Steps of a model in any layout, and all that they change, compared between moments and between ranks."""
+"""Steps of a model in any layout, and comparison of their state over time and between ranks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def take_steps(prepared: Setup, first: int, number: int) -> None:
 
 @torch.no_grad()
 def everything(prepared: Setup) -> dict[str, Any]:
-    """All that a step changes, on this rank, and the settings that it changes for a while."""
+    """This rank's state that a step changes, and the settings that it changes temporarily."""
     mechanic = prepared.mechanic
     found: dict[str, Any] = {"tuner": state_of(mechanic).clone(), "grad mode": torch.is_grad_enabled()}
     for number, parameter in enumerate(prepared.model.parameters()):

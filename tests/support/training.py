@@ -1,4 +1,4 @@
-"""AdamW around given parameters, its training for a number of steps, and what it came to."""
+"""AdamW over given parameters, training for a number of steps, and comparison of the results."""
 
 from __future__ import annotations
 

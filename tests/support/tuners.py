@@ -1,4 +1,4 @@
-"""The tuner of an optimizer, as a checkpoint sees it: one tensor in the param groups, whose rows have names."""
+"""The tuner of an optimizer as stored in a checkpoint: one tensor in the param groups, with named rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from manic.tuners.registry import make_tuner
 
 
 def state_of(optimizer: Optimizer) -> Tensor:
-    """The tensor itself."""
+    """The tuner's tensor; not a copy."""
     tensor: Tensor = optimizer.param_groups[0]["mechanic"]
     return tensor
 
@@ -23,7 +23,7 @@ def rows_of(state: Tensor, variant: str | Tuner = "optax") -> dict[str, Tensor]:
 
 
 def with_sums(tuner: Tuner, **sums: float) -> dict[str, Any]:
-    """Sums for a tuner, of which those that are not given are 1."""
+    """Sums for a tuner; those not given are 1."""
     import torch
 
     names = (*tuner.sums, *(name for name in sums if name not in tuner.sums))

@@ -1,4 +1,4 @@
-"""The tuner of manic's own: it follows the schedule, not the base learning rate, and ends where a sweep does."""
+"""The multiplicative tuner follows the schedule, is independent of the base learning rate, and matches a sweep."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def sgd(parameters: list[Tensor], lr: float) -> torch.optim.Optimizer:
 
 
 def cosine(step: int) -> float:
-    """Nothing in the first step, a warm-up, and down along a cosine to nothing."""
+    """Zero in the first step, a warm-up, and a cosine to zero."""
     return step / 5 if step < 5 else 0.5 * (1.0 + math.cos(math.pi * (step - 5) / (STEPS - 5)))
 
 
 def stable(step: int) -> float:
-    """Nothing in the first step, a warm-up, and long the same before it comes down."""
+    """Zero in the first step, a warm-up, a long constant phase, and a decay."""
     return min(1.0, step / 5, 0.9 ** (step - 130))
 
 
@@ -80,7 +80,7 @@ def test_equals_the_reference_under_a_schedule(
 
 
 @pytest.mark.parametrize("bases", [adamw, sgd])
-def test_the_base_learning_rate_is_no_matter(bases: Bases) -> None:
+def test_is_independent_of_the_base_learning_rate(bases: Bases) -> None:
     found = []
     for lr in (1e-6, 1.0, 1e2):
         parameters, loss = problem()
@@ -108,13 +108,13 @@ def final_loss(bases: Bases, lr: float, variant: str | None) -> float:
 
 
 @pytest.mark.parametrize("bases", [adamw, sgd])
-def test_it_ends_about_where_the_best_of_a_sweep_does(bases: Bases) -> None:
+def test_matches_the_best_of_a_sweep(bases: Bases) -> None:
     best = min(final_loss(bases, 2.0**power, None) for power in range(-12, 2))
     assert final_loss(bases, 1.0, "multiplicative") < 1.25 * best < 0.5 * final_loss(bases, 1.0, "optax")
 
 
 @pytest.mark.parametrize("bases", [adamw, sgd])
-def test_in_a_long_run_at_a_constant_learning_rate_the_scale_comes_to_rest(bases: Bases) -> None:
+def test_scale_settles_in_a_long_run_at_a_constant_rate(bases: Bases) -> None:
     parameters, loss = problem()
     optimizer = Mechanic(bases(parameters, 1.0), variant="multiplicative")
     scales = train(parameters, loss, optimizer, schedule=lambda step: 1.0, steps=1200)
@@ -122,8 +122,8 @@ def test_in_a_long_run_at_a_constant_learning_rate_the_scale_comes_to_rest(bases
     assert max(scales[800:]) < 1.5 * min(scales[800:])
 
 
-def test_once_there_is_a_scale_the_host_asks_for_nothing() -> None:
-    class Asked(TorchDispatchMode):
+def test_has_no_host_sync_once_the_scale_is_set() -> None:
+    class HostSyncs(TorchDispatchMode):
         count = 0
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -137,14 +137,14 @@ def test_once_there_is_a_scale_the_host_asks_for_nothing() -> None:
     for step in range(3):
         optimizer.zero_grad()
         loss(step).backward()
-        with Asked() as asked:
+        with HostSyncs() as syncs:
             optimizer.step()
-        counts.append(asked.count)
+        counts.append(syncs.count)
     assert counts[0] > 0
     assert counts[1:] == [0, 0]
 
 
-def test_rebased_or_without_gradients_it_keeps_its_scale() -> None:
+def test_rebase_and_missing_gradients_keep_the_scale() -> None:
     parameters, loss = problem()
     optimizer = Mechanic(sgd(parameters, 1.0), variant="multiplicative")
     train(parameters, loss, optimizer)
@@ -157,22 +157,22 @@ def test_rebased_or_without_gradients_it_keeps_its_scale() -> None:
     assert all(torch.equal(p, x) for p, x in zip(parameters, before))
 
 
-def test_a_scale_that_is_bounded_is_bounded_from_the_first_step() -> None:
+def test_s_max_bounds_the_first_step() -> None:
     parameters, loss = problem()
     optimizer = Mechanic(adamw(parameters, 1.0), variant="multiplicative", s_max=1e-5)
     assert max(train(parameters, loss, optimizer)) == pytest.approx(1e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"store_delta": False}, {"nonfinite": "ignore"}], ids=str)
-def test_a_scale_that_has_fallen_far_is_measured_from_where_it_is(options: dict[str, Any]) -> None:
-    """Too far by a scale that was too large, the parameters could not come back by the small one learned from that."""
+def test_a_large_fall_of_the_scale_rebases(options: dict[str, Any]) -> None:
+    """Without a restart, parameters displaced by a too large scale could not return at the small one."""
     target = torch.arange(1.0, 5.0, dtype=torch.float64)
     parameter = target.clone().mul_(0.5).requires_grad_()
     optimizer = Mechanic(torch.optim.SGD([parameter], lr=1.0), variant="multiplicative", s_init=0.5, **options)
     kept: list[Tensor] = []
     fallen: list[float] = []
     for _ in range(80):
-        # The same way is up, whatever was done: as far as the tuner can see, it went too far.
+        # The gradient always points along the displacement, as if the scale were too large.
         parameter.grad = (
             parameter.detach() - optimizer.state.get(parameter, {}).get("mechanic_x_ref", 0.0 * target)
         ) + 0.1
@@ -191,7 +191,7 @@ def test_a_scale_that_has_fallen_far_is_measured_from_where_it_is(options: dict[
 def fallen(
     share: float, dtype: torch.dtype = torch.float64, has_fallen: bool = True, **options: Any
 ) -> tuple[list[Tensor], Mechanic]:
-    """A run before its 30th step: S is an eighth of what it was, and the learning rate ``share`` of its largest."""
+    """A run before its 30th step: S is an eighth of its peak, and the learning rate is ``share`` of its largest."""
     parameters, loss = problem(dtype)
     optimizer = Mechanic(sgd(parameters, 1.0), variant="multiplicative", **options)
     train(parameters, loss, optimizer, schedule=lambda step: min(1.0, step / 5), steps=29)
@@ -210,9 +210,9 @@ def displacement(optimizer: Mechanic, parameter: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("options", [{}, {"store_delta": True}, {"nonfinite": "ignore"}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize(("share", "goes_back"), [(1.0, False), (0.99, True), (0.9, False)])
-def test_a_restart_goes_back_only_where_the_learning_rate_has_just_begun_to_fall(
-    share: float, goes_back: bool, dtype: torch.dtype, options: dict[str, Any]
+@pytest.mark.parametrize(("share", "rolls_back"), [(1.0, False), (0.99, True), (0.9, False)])
+def test_rolls_back_only_at_the_first_fall_of_the_learning_rate(
+    share: float, rolls_back: bool, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
     expected, without = fallen(share, dtype, has_fallen=False, **options)
     without.step()
@@ -221,35 +221,33 @@ def test_a_restart_goes_back_only_where_the_learning_rate_has_just_begun_to_fall
     peak = float(rows["peak"])
     optimizer.step()
     assert optimizer.scale == without.scale
-    kept = float(optimizer.scale * rows["largest_lr"]) / peak if goes_back else 1.0
+    kept = float(optimizer.scale * rows["largest_lr"]) / peak if rolls_back else 1.0
     assert kept == 1.0 or 0.1 < kept < 0.15
     assert rows["peak"] == optimizer.scale * rows["largest_lr"]
     for parameter, other in zip(parameters, expected):
         state = optimizer.state[parameter]
         assert torch.equal(state["mechanic_x_ref"], parameter)
-        if not goes_back:
+        if not rolls_back:
             assert torch.equal(parameter, other)
-        way = displacement(without, other)
-        assert way.abs().max() > 0.05
-        x = without.state[other]["mechanic_x_ref"] + kept * way
+        expected_displacement = displacement(without, other)
+        assert expected_displacement.abs().max() > 0.05
+        x = without.state[other]["mechanic_x_ref"] + kept * expected_displacement
         whole = parameter.detach() + state.get("mechanic_delta", 0.0)
-        torch.testing.assert_close(whole, x, rtol=0.0, atol=1e-7)  # in bfloat16, too: what x is rounded by is kept
+        torch.testing.assert_close(whole, x, rtol=0.0, atol=1e-7)  # in bfloat16 too: Delta has the rounding error
     optimizer.check_consistency()
 
 
 @pytest.mark.parametrize(("nonfinite", "passes"), [("raise", 0), ("ignore", 3)])
-def test_a_host_that_reads_the_scale_goes_through_the_parameters_only_for_a_restart(
-    nonfinite: str, passes: int
-) -> None:
+def test_writes_x_ref_only_for_a_restart_if_the_host_syncs(nonfinite: str, passes: int) -> None:
     parameters, loss = problem()
     optimizer = Mechanic(sgd(parameters, 1.0), variant="multiplicative", nonfinite=nonfinite)
-    with FailsAt(None, name="lerp_") as written:  # as x_ref is, and nothing of SGD's
+    with FailsAt(None, name="lerp_") as written:  # writes x_ref, and SGD does not use it
         train(parameters, loss, optimizer, steps=30)
     assert written.count == passes * len(parameters)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.99])
-def test_a_restart_can_be_interrupted_anywhere(share: float) -> None:
+def test_a_restart_may_be_interrupted_at_any_operator(share: float) -> None:
     counts = []
     for has_fallen in (False, True):
         parameters, optimizer = fallen(share, has_fallen=has_fallen)
@@ -273,8 +271,8 @@ def test_a_restart_can_be_interrupted_anywhere(share: float) -> None:
 
 @pytest.mark.parametrize("start", [1e-3, 1e-8])
 @pytest.mark.parametrize("bases", [adamw, sgd])
-def test_a_warm_up_may_begin_at_next_to_nothing(bases: Bases, start: float) -> None:
-    """Or the first scale, which is made for the first update, would be far too large for the second."""
+def test_a_warm_up_may_start_near_zero(bases: Bases, start: float) -> None:
+    """Otherwise the initial scale, computed from the first update, would be far too large for the second."""
     parameters, loss = problem()
     base = bases(parameters, 1.0)
     scheduler = LambdaLR(base, lambda step: start + (1.0 - start) * min(1.0, step / 20))
@@ -293,7 +291,7 @@ def test_a_warm_up_may_begin_at_next_to_nothing(bases: Bases, start: float) -> N
 
 
 @pytest.mark.parametrize("nonfinite", ["raise", "ignore"])
-def test_parameters_of_two_dtypes_have_their_group_s_weight_decay(nonfinite: str) -> None:
+def test_groups_of_two_dtypes_use_their_weight_decay(nonfinite: str) -> None:
     moved = []
     for together in (True, False):
         wide = torch.full((4,), 2.0, requires_grad=True)
@@ -312,7 +310,7 @@ def test_parameters_of_two_dtypes_have_their_group_s_weight_decay(nonfinite: str
 
 
 @pytest.mark.parametrize("nonfinite", ["raise", "skip", "ignore"])
-def test_an_error_where_the_scale_begins_leaves_it_to_the_next_step(nonfinite: str) -> None:
+def test_an_error_at_the_initial_scale_defers_it_to_the_next_step(nonfinite: str) -> None:
     scales = []
     for fails in (False, True):
         parameters, loss = problem()
@@ -323,7 +321,7 @@ def test_an_error_where_the_scale_begins_leaves_it_to_the_next_step(nonfinite: s
             for group in optimizer.param_groups:
                 group["lr"] = float(step > 1)
             if fails and step == 2:
-                with pytest.raises(MemoryError), FailsAt(1, name="addcmul.default"):  # as x is written
+                with pytest.raises(MemoryError), FailsAt(1, name="addcmul.default"):  # while x is written
                     optimizer.step()
             optimizer.step()
         scales.append(float(optimizer.scale))
@@ -331,7 +329,7 @@ def test_an_error_where_the_scale_begins_leaves_it_to_the_next_step(nonfinite: s
     assert scales[1] == pytest.approx(scales[0], rel=0.5)  # the base has seen one gradient twice
 
 
-def test_hooks_of_the_base_optimizer_see_the_learning_rate_that_is_theirs() -> None:
+def test_base_hooks_see_the_unscaled_learning_rate() -> None:
     found = []
     for hooked in (False, True):
         parameters, loss = problem()
@@ -363,7 +361,7 @@ def test_learning_rates_may_be_tensors_of_any_shape(lr: Any) -> None:
     assert optimizer.param_groups[0]["lr"] is lr
 
 
-def test_a_rebase_right_after_a_load_goes_on_alike() -> None:
+def test_rebase_after_a_load_continues_bit_for_bit() -> None:
     parameters, loss = problem()
     optimizer = Mechanic(sgd(parameters, 1.0), variant="multiplicative")
     train(parameters, loss, optimizer)

@@ -43,7 +43,7 @@ class DoG(Tuner):
         return Learned({"s": self._bounded(s), "largest_distance": distance, "sum_of_squares": total}, s[0])
 
 
-def test_equals_dog_written_down_once_more() -> None:
+def test_equals_a_separate_implementation_of_dog() -> None:
     theirs, loss = problem()
     start = [p.detach().clone() for p in theirs]
     largest, total = 1e-6 * (1.0 + sum(float(p.square().sum()) for p in start) ** 0.5), 0.0
@@ -79,7 +79,7 @@ def alone(base: str) -> tuple[float, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_under_fsdp2_it_is_a_single_process(world_size: int, base: str) -> None:
+def test_fsdp2_equals_a_single_process(world_size: int, base: str) -> None:
     scale, parameters = alone(base)
     assert scale > 1e-3
     for found, gathered in run(trained, world_size, "fsdp2", base):
@@ -101,7 +101,7 @@ def load_and_train(layout: str, directory: str) -> tuple[list[float], dict[str, 
     return resumed.train(STEPS), resumed.setup.gather()
 
 
-def test_a_checkpoint_of_four_ranks_goes_on_on_any_other_number() -> None:
+def test_resumes_on_other_numbers_of_ranks() -> None:
     with tempfile.TemporaryDirectory(prefix="manic-dog-") as directory:
         scales, parameters = run(train_and_save, 4, directory)[0]
         for layout, world_size in (("fsdp2", 4), ("fsdp2", 2), ("fsdp2", 3), ("tp+fsdp2", 4), ("single", 1)):
@@ -114,7 +114,7 @@ def test_a_checkpoint_of_four_ranks_goes_on_on_any_other_number() -> None:
         assert tuner["updates"] == STEPS
 
 
-def test_its_state_is_no_other_tuner_s(tmp_path: Path) -> None:
+def test_refuses_the_state_of_another_tuner(tmp_path: Path) -> None:
     saved = setup("single", "adamw", torch.float64, variant=DoG())
     other = setup("single", "adamw", torch.float64, variant="optax")
     for prepared in (saved, other):

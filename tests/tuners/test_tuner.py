@@ -1,4 +1,4 @@
-"""The tuners alone: a state and sums in, a proposal out."""
+"""The tuners alone: proposals from a state and sums."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Driven:
         self.tuner, self.state = tuner, TunerState(tuner)
 
     def learn(self, **sums: float) -> Tensor:
-        """Take a step: what is not given is 1, or 0 for <Delta, x>; the late sums are among them."""
+        """Take a step; sums not given are 1, or 0 for <Delta, x>, including late sums."""
         names = (*self.tuner.sums, *(name for name in self.tuner.late_sums if name in sums or name == "delta_x"))
         if "x_square" in self.tuner.late_sums:
             names = (*names, "x_square")
@@ -67,24 +67,24 @@ def test_equals_the_reference_on_any_rewards(variant: str, hs: list[float], s_in
     ),
     beta=st.floats(0.5, 0.9999),
 )
-def test_the_multiplicative_one_equals_its_reference(steps: list[tuple[float, ...]], beta: float) -> None:
+def test_multiplicative_equals_its_reference(steps: list[tuple[float, ...]], beta: float) -> None:
     tuner = driven("multiplicative", betas=(beta,))
     reference = MultiplicativeReference([], None, 1e-4, beta)  # type: ignore[arg-type]
-    # The first step has no displacement yet, and a learning rate of 0: nothing but the scale comes of it.
+    # The first step has no displacement and a learning rate of 0, so it only sets the scale.
     reference.scale = tuner.learn(update_square=4.0, x_square=9.0, delta_square=0.0, lr=0.0).item()
     reference.learn(1.0, 1.0, 0.0, 0.0)
     assert reference.scale == pytest.approx(1e-4 * 3.0 / 2.0)
-    for cosine, way, gradient, lr in steps:
-        delta_grad = cosine * way * gradient
-        scale = tuner.learn(delta_grad=delta_grad, grad_square=gradient**2, delta_square=way**2, lr=lr)
-        reference.learn(delta_grad, gradient**2, way**2, lr)
+    for cosine, delta, gradient, lr in steps:
+        delta_grad = cosine * delta * gradient
+        scale = tuner.learn(delta_grad=delta_grad, grad_square=gradient**2, delta_square=delta**2, lr=lr)
+        reference.learn(delta_grad, gradient**2, delta**2, lr)
         reference.restart(lr)
         assert scale.item() == pytest.approx(reference.scale, rel=1e-9)
         assert tuner.tuner.rows(tuner.state.tensor)["peak"].item() == pytest.approx(reference.peak, rel=1e-9)
 
 
 @pytest.mark.parametrize("x_square", [0.0, 4.0])
-def test_the_first_step_has_the_length_that_is_asked_for(x_square: float) -> None:
+def test_the_first_step_has_length_s_init(x_square: float) -> None:
     tuner = driven("multiplicative", s_init=1e-3)
     assert tuner.learn(update_square=0.0, x_square=x_square, delta_square=0.0) == 0.0
     assert not tuner.state.has_left_start
@@ -98,7 +98,7 @@ def test_the_first_step_has_the_length_that_is_asked_for(x_square: float) -> Non
 
 
 @pytest.mark.parametrize("variant", PUBLISHED)
-def test_the_lambda_term_pulls_by_global_norms(variant: str) -> None:
+def test_the_lambda_term_uses_global_norms(variant: str) -> None:
     tuner = driven(variant, s_init=0.5, s_decay=0.1)
     s = tuner.learn(delta_grad=-1.0).item()
     tuner.learn(delta_grad=2.0, grad_square=9.0, delta_x=5.0, x_square=4.0)
@@ -138,22 +138,22 @@ def test_all_zero_sums_are_harmless(variant: str) -> None:
 
 
 class TestSavedStates:
-    def test_another_number_of_betas(self) -> None:
+    def test_refuses_another_number_of_betas(self) -> None:
         with pytest.raises(ValueError, match="other betas"):
             driven("optax", betas=(0.9, 0.99)).state.load(driven("optax").state.tensor)
 
-    def test_another_variant(self) -> None:
+    def test_refuses_another_variant(self) -> None:
         with pytest.raises(ValueError, match="of variant optax, this one pytorch; pass the same"):
             driven("pytorch").state.load(driven("optax").state.tensor)
 
-    def test_another_version(self) -> None:
+    def test_refuses_another_version(self) -> None:
         for saved in (torch.rand(13, 1), torch.rand(8, 6), torch.rand(3)):
             with pytest.raises(ValueError, match="does not have schema 1"):
                 driven("multiplicative").state.load(saved)
 
 
 class TestOptions:
-    """An option that the variant does not have is an error, not a silence."""
+    """Options that the variant does not have are refused."""
 
     @pytest.mark.parametrize(("variant", "options", "message"), [
         ("multiplicative", {"s_decay": 0.01}, r"does not have the option\(s\) s_decay; it has"),
@@ -162,7 +162,7 @@ class TestOptions:
         ("adagrad", {}, "variant must be one of"),
         ("optax", {"betas": ()}, "betas must be one or more numbers strictly between 0 and 1"),
     ])  # fmt: skip
-    def test_is_refused(self, variant: str, options: dict[str, Any], message: str) -> None:
+    def test_refuses_options_of_other_variants(self, variant: str, options: dict[str, Any], message: str) -> None:
         parameters, _ = problem()
         base = torch.optim.SGD(parameters, lr=1.0)
         with pytest.raises(ValueError, match=message):
@@ -171,7 +171,7 @@ class TestOptions:
             with pytest.raises(ValueError, match=message):
                 Mechanic(base, **options)
 
-    def test_a_tuner_brings_its_own(self) -> None:
+    def test_refuses_options_beside_a_tuner(self) -> None:
         parameters, _ = problem()
         base = torch.optim.SGD(parameters, lr=1.0)
         with pytest.raises(

@@ -1,6 +1,6 @@
-"""Sharded checkpoints of a run: what is saved, how it is written, and how it is verified and loaded again.
+"""Sharded checkpoints of a run: collecting, writing, verifying and loading its state.
 
-It works with any optimizer and knows nothing of a step.
+Works with any optimizer and does not depend on the step.
 """
 
 from manic.checkpoint.checkpointer import Checkpointer

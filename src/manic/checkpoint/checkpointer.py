@@ -1,8 +1,8 @@
 """Checkpointer: sharded checkpoints of a training run through ``torch.distributed.checkpoint``.
 
-It works with any optimizer, and any layout that DCP knows; what it writes can be loaded on another number of ranks.
-What a run's state is, is run_state.py's business, how it is copied, written and read, staging.py's and transfer.py's,
-what a checkpoint's files are, manifest.py's, and where they are, directory.py's: here is what happens when.
+Works with any optimizer and any layout that DCP supports; a checkpoint can be loaded on another number of ranks.
+This module orders the operations. run_state.py collects and applies the state, staging.py copies it, transfer.py writes
+and reads it, manifest.py lists and checks the files, directory.py names and publishes the folders.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Save:
-    """A save that has begun: of which step, into which folder, what, spread how, and since when."""
+    """A save in progress: step, folder, state, layout of the parameters and start time (``time.perf_counter``)."""
 
     step: int
     folder: str
@@ -52,26 +52,27 @@ class _Save:
 
 
 class Checkpointer:
-    """Saves and loads the whole state of a run: model, optimizer, the random state, and what else is given.
+    """Saves and loads the whole state of a run: model, optimizers, random states and further objects.
 
-    Every step gets a folder of its own, ``step_00000100``, which appears when it is complete and is never written over.
-    Each rank writes its own shards; nothing is gathered. All methods but :meth:`steps`, :meth:`latest` and
+    Each step has one folder, ``step_00000100``, which appears when it is complete and is never overwritten.
+    Each rank writes its own shards; nothing is gathered. All methods except :meth:`steps`, :meth:`latest` and
     :meth:`path` must be called on all ranks.
 
     Args:
-        directory: Where checkpoints live: a local path, or a URL that fsspec knows (``s3://...``, with what fsspec
-            needs for it installed). Made when the first one is saved. On several nodes: a shared one.
-        model: The model, sharded or wrapped in whatever way.
+        directory: The directory of checkpoints: a local path, or a URL that fsspec supports (``s3://...``, with the
+            packages that fsspec needs for it). Created by the first save. With several nodes: a shared directory.
+        model: The model, sharded or wrapped by any of PyTorch's wrappers.
         optimizer: Its optimizer, or several.
-        objects: Whatever else has ``state_dict`` and ``load_state_dict``, the same on all ranks: a scheduler, say.
-            Their states consist of tensors, plain data and classes that ``torch.serialization.add_safe_globals`` knows.
-        keep_latest: How many checkpoints to keep, the newest ones; ``None``: all.
-        keep_every: Keep those whose step is a multiple of this as well.
-        on_error: What a save does that cannot write: ``"raise"`` an ``OSError`` on every rank, or ``"warn"`` through
-            ``logging`` and let training go on. Checkpoints that there are stay as they are.
-        progress: Called as bytes are written and verified, on every rank and maybe on another thread, with ``"save"``
-            or ``"verify"``, the bytes that this rank has done, and about how many there are.
-        timeout: How long a rank waits for another one that saves or loads; default: torch's for gloo, half an hour.
+        objects: Further objects with ``state_dict`` and ``load_state_dict``, for example a scheduler; the same on all
+            ranks. Their states hold tensors, plain data and classes registered with
+            ``torch.serialization.add_safe_globals``.
+        keep_latest: How many of the newest checkpoints to keep; ``None``: all.
+        keep_every: Also keep checkpoints whose step is a multiple of this.
+        on_error: What a failed save does: ``"raise"`` an ``OSError`` on every rank, or ``"warn"`` through ``logging``
+            and continue. Existing checkpoints are not changed.
+        progress: Called as bytes are written and verified, on every rank, possibly on another thread, with ``"save"``
+            or ``"verify"``, the bytes that this rank has processed, and their approximate total.
+        timeout: How long a rank waits for another rank that saves or loads; default: torch's for gloo, 30 minutes.
 
     Raises:
         ValueError: if ``keep_latest`` or ``keep_every`` is not positive, or ``on_error`` is unknown.
@@ -110,32 +111,32 @@ class Checkpointer:
         self._own_group: ProcessGroup | None = None
 
     def steps(self) -> list[int]:
-        """The steps that there are checkpoints of, ascending."""
+        """Steps that have a checkpoint, ascending."""
         return self._directory.steps()
 
     def latest(self) -> int | None:
-        """The newest step that there is a checkpoint of."""
+        """The newest step that has a checkpoint, or ``None``."""
         return max(self.steps(), default=None)
 
     def path(self, step: int) -> str:
-        """Where the checkpoint of ``step`` is, or would be."""
+        """Path or URL of the checkpoint of ``step``, whether or not it exists."""
         return self._directory.path(step)
 
     def save(self, step: int) -> str | None:
-        """Save the state of the run after ``step`` steps, and wait until it is there.
+        """Save the state of the run after ``step`` steps, and wait until it is written.
 
         Args:
-            step: How many steps were taken; not negative.
+            step: Number of steps taken; not negative.
 
         Returns:
-            The checkpoint's folder; ``None`` if it could not be written and ``on_error`` is ``"warn"``.
+            The checkpoint's folder; ``None`` if the write failed and ``on_error`` is ``"warn"``.
 
         Raises:
-            FileExistsError: on every rank, if there is a checkpoint of that step.
-            OSError: on every rank, if it cannot be written; or, after it was written, if an earlier save on another
-                thread could not be.
-            ValueError: if ``step`` is negative; on every rank, if some rank's state holds an object that could not be
-                loaded again.
+            FileExistsError: on every rank, if that step has a checkpoint.
+            OSError: on every rank, if the write fails; or, after a successful write, if an earlier save on another
+                thread failed.
+            ValueError: if ``step`` is negative; on every rank, if the state of any rank holds an object that
+                :meth:`load` would refuse.
         """
         earlier = self._pending.exception() if self._pending is not None else None
         self._pending = None
@@ -145,22 +146,22 @@ class Checkpointer:
         return saved
 
     def async_save(self, step: int) -> Future[str | None]:
-        """Copy the state of the run after ``step`` steps to host memory, and save it from there on another thread.
+        """Copy the state of the run after ``step`` steps to host memory, and save the copy on another thread.
 
-        When it returns, the state is copied: the next step may be taken. The copy takes as much host memory as this
-        rank's shards and is kept for the next time. A save still under way is waited for first. Call :meth:`wait` when
-        training is over.
+        On return the state is copied, so the next step may run. The copy takes as much host memory as this rank's
+        shards; the memory is reused by the next call. Waits first for a save in progress. Call :meth:`wait` at the end
+        of training.
 
         Args:
-            step: How many steps were taken; not negative.
+            step: Number of steps taken; not negative.
 
         Returns:
-            Of what :meth:`save` returns, or raises. What it raises, the next call of any method that saves, loads or
-            waits raises as well; :meth:`save` when it has saved.
+            A future of the value or exception of :meth:`save`. The next call that saves, loads or waits raises that
+            exception too; :meth:`save` raises it after saving.
 
         Raises:
-            FileExistsError: on every rank, if there is a checkpoint of that step.
-            OSError: on every rank, if its folder cannot be made.
+            FileExistsError: on every rank, if that step has a checkpoint.
+            OSError: on every rank, if its folder cannot be created.
             ValueError: as :meth:`save`.
         """
         self.wait()
@@ -179,7 +180,7 @@ class Checkpointer:
             try:
                 future.set_result(self._reporting(step, lambda: self._write(begun)))
             except BaseException as error:
-                logger.error("saving step %d on another thread failed: %s", step, error)  # should nobody ask
+                logger.error("saving step %d on another thread failed: %s", step, error)  # the future may never be read
                 future.set_exception(error)
 
         threading.Thread(target=write, name=f"save of step {step}").start()
@@ -187,7 +188,7 @@ class Checkpointer:
         return future
 
     def wait(self) -> None:
-        """Wait until a save on another thread is over; raise what it raised."""
+        """Wait for a save on another thread to finish; raise the exception that it raised."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -195,35 +196,35 @@ class Checkpointer:
     def load(
         self, step: int | str | os.PathLike[str] = "latest", *, verify: Verify = "full", fallback: bool = False
     ) -> str:
-        """Load a checkpoint into model, optimizer and objects, whatever number of ranks it was saved on.
+        """Load a checkpoint, saved on any number of ranks, into model, optimizers and objects.
 
-        Where it holds no random state of this rank, the present one is kept.
+        A rank without a saved random state keeps its current one.
 
         Args:
-            step: Which one: a step, ``"latest"``, or the path or URL of a checkpoint anywhere.
-            verify: What is checked before anything is loaded: ``"full"``, every byte of every file, shared out over
-                the ranks; ``"size"``, every file's length; ``"off"``, nothing, as needed for a checkpoint that was not
-                written by this class.
-            fallback: With ``"latest"``: if it is incomplete or damaged, say so through ``logging`` and load the newest
-                one that is not. The next save sets the damaged ones aside, under ``.damaged_step_...``.
+            step: A step, ``"latest"``, or the path or URL of any checkpoint.
+            verify: What is checked before loading: ``"full"``, every byte of every file, divided among the ranks;
+                ``"size"``, every file's length; ``"off"``, nothing: required for a checkpoint that this class did not
+                write.
+            fallback: With ``"latest"``: if that checkpoint is incomplete or damaged, warn through ``logging`` and load
+                the newest intact one. The next save renames the damaged ones to ``.damaged_step_...``.
 
         Returns:
-            The path of the checkpoint that was loaded.
+            The path of the loaded checkpoint.
 
         Raises:
             FileNotFoundError: on every rank, if there is no such checkpoint.
-            DamagedCheckpointError: on every rank, if it is incomplete or damaged; an ``OSError``. Found by ``verify``,
-                nothing has changed; found while reading, do not go on with the model.
-            ValueError: on every rank, if it is of another model or optimizer, holds an object of a class that is not
-                admitted (see ``torch.serialization.add_safe_globals``), or one of the objects refuses it; nothing else
-                has changed then, but gradients are gone.
+            DamagedCheckpointError: on every rank, if the checkpoint is incomplete or damaged; an ``OSError``. If
+                ``verify`` detects it, nothing has changed; if reading detects it, do not use the model any more.
+            ValueError: on every rank, if the checkpoint is of another model or optimizer, holds an object of a class
+                that is not allowed (see ``torch.serialization.add_safe_globals``), or an object refuses its state;
+                nothing else has changed then, except that gradients are cleared.
         """
         self.wait()
         if verify not in ("full", "size", "off"):
             raise ValueError(f'verify must be "full", "size" or "off", got {verify!r}')
         if fallback and step != "latest":
-            raise ValueError('fallback=True goes with "latest"; one checkpoint was asked for')
-        # One rank looks: on a shared file system, others may not see the newest folder yet.
+            raise ValueError(f'fallback=True requires step="latest", got {step!r}')
+        # Only the first rank lists: on a shared file system, others may not see the newest folder yet.
         candidates = on_first_rank(lambda: self._candidates(step), self._group)
         tried: list[str] = []
         for path, number in candidates:
@@ -235,14 +236,14 @@ class Checkpointer:
                 tried.append(str(error))
                 self._damaged += [] if number is None else [number]
                 if rank() == 0:
-                    logger.warning("%s; going back to an older checkpoint", error)
+                    logger.warning("%s; falling back to an older checkpoint", error)
             else:
                 return path
-        raise DamagedCheckpointError(f"no checkpoint in {self.directory} is good: " + "; ".join(tried))
+        raise DamagedCheckpointError(f"no checkpoint in {self.directory} is intact: " + "; ".join(tried))
 
     @property
     def _group(self) -> ProcessGroup | None:
-        """Of all ranks, on the CPU and for this object alone, so that a save on a thread meets no other collective."""
+        """A gloo group of all ranks for this object alone: a save on a thread must not mix with other collectives."""
         if self._own_group is None and dist.is_initialized():
             self._own_group = dist.new_group(backend="gloo", timeout=self._timeout)
         return self._own_group
@@ -256,7 +257,7 @@ class Checkpointer:
         def begin() -> str:
             for damaged in list(self._damaged):
                 if damaged in self.steps():
-                    logger.warning("the damaged checkpoint is now %s", self._directory.set_aside(damaged))
+                    logger.warning("renamed the damaged checkpoint to %s", self._directory.set_aside(damaged))
                 self._damaged.remove(damaged)
             return self._directory.begin(step)
 
@@ -274,7 +275,7 @@ class Checkpointer:
         return self._staging.copy(state)
 
     def _write(self, save: _Save) -> str:
-        """Write the files, the manifest when they are there, and let the checkpoint appear."""
+        """Write the files, then the manifest, and publish the checkpoint."""
         files, records = write(save.state, save.folder, self._progress, self._group)
 
         def publish() -> str:
@@ -292,22 +293,22 @@ class Checkpointer:
         return on_first_rank(publish, self._group)
 
     def _retire(self, saved: int) -> None:
-        """Remove what is not to be kept; what has just been saved is."""
+        """Remove checkpoints beyond the ones to keep; the one just saved is always kept."""
         if self.keep_latest is None:
             return
         every = self.keep_every
-        try:  # the checkpoint is there, whatever becomes of the others
+        try:  # the save has succeeded; a failure to remove others must not fail it
             steps = self.steps()
-            # Later ones are of a run that was gone back from: they are no reason to remove those of this one.
+            # Later steps are left from before a rollback; they do not count towards keep_latest.
             earlier = [each for each in steps if each < saved]
             newest = [*earlier, saved][-self.keep_latest :]
             keep = {*newest, *steps[len(earlier) :], *(each for each in steps if every and each % every == 0)}
             self._directory.retire(keep)
-        except Exception as error:  # of whatever kind a URL's file system raises
+        except Exception as error:  # the file system behind a URL may raise any type
             logger.warning("could not remove an old checkpoint: %s", error)
 
     def _reporting(self, step: int, action: Callable[[], T]) -> T | None:
-        """Do something for a save; where it fails, tidy up and raise or warn."""
+        """Run a part of a save; on failure remove its folder and raise or warn."""
         try:
             return action()
         except (FileExistsError, ValueError):
@@ -322,7 +323,7 @@ class Checkpointer:
             return None
 
     def _candidates(self, step: int | str | os.PathLike[str]) -> list[tuple[str, int | None]]:
-        """Paths of checkpoints to load, the first one first, and the steps that their names say."""
+        """Paths of the checkpoints to try, in order, with the steps in their names."""
         if step == "latest":
             found = self._directory.find(None)
         elif not isinstance(step, (str, os.PathLike)):
@@ -330,7 +331,7 @@ class Checkpointer:
         else:
             files = Files(step)
             if not files.exists(f"{files.root}/.metadata") and not files.exists(f"{files.root}/{MANIFEST}"):
-                raise FileNotFoundError(f"{os.fspath(step)} is no checkpoint: it has neither .metadata nor {MANIFEST}")
+                raise FileNotFoundError(f"{os.fspath(step)} is not a checkpoint: no .metadata and no {MANIFEST}")
             return [(os.fspath(step), None)]
         return [(self.path(each), each) for each in found]
 
@@ -340,7 +341,7 @@ class Checkpointer:
             manifest = on_first_rank(lambda: Manifest.read(files), self._group)
             found = verify_files(files, manifest, verify, self._progress, self._group)
             if number is not None and manifest.step != number:
-                found.append(f"its manifest.json is that of step {manifest.step}")
+                found.append(f"its {MANIFEST} is of step {manifest.step}")
             if found:
                 raise DamagedCheckpointError(f"{path} is damaged: " + "; ".join(found))
 

@@ -1,9 +1,9 @@
-"""A directory of checkpoints: a folder for every step, which appears whole or not at all.
+"""A directory of checkpoints: one folder for each step, published atomically.
 
-It knows names and how a folder is put in place, and nothing of what is in one. On a local disk a folder is written
-under a hidden name and renamed. Behind a URL, where there may be no renaming, a file of that name marks it from before
-its first file until after its last.
-All methods are for one rank to call.
+Names, publishes and removes folders, and does not read their content. On a local disk a folder is written under a
+hidden name and renamed. Behind a URL, where a rename may not exist, a marker file with the hidden name exists from
+before the folder's first file until after its last.
+Methods must be called on one rank only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Directory"]
 logger = logging.getLogger(__name__)
 
 _STEP = re.compile(r"step_\d+")
-# Begin with a dot, so that no glob takes them for checkpoints.
+# Start with a dot, so that globs do not match them.
 _INCOMPLETE, _REMOVED, _DAMAGED = ".incomplete_", ".removed_", ".damaged_"
 
 
@@ -28,30 +28,30 @@ class Directory:
     """A directory of checkpoints.
 
     Args:
-        url: A local path, or a URL that fsspec knows.
+        url: A local path, or a URL that fsspec supports.
     """
 
     def __init__(self, url: str | os.PathLike[str]) -> None:
         self._given = os.fspath(url)  # for messages
         self._files = Files(os.fspath(url).rstrip("/"))
         self._fs, self._root = self._files.fs, self._files.root.rstrip("/")
-        # A local one stays where it is when the process changes its working directory.
+        # A local path is absolute, so that it survives a change of the working directory.
         self.url = self._root if self._files.is_local else os.fspath(url).rstrip("/")
         self._is_clean = False
 
     def path(self, step: int) -> str:
-        """Where the checkpoint of ``step`` is, or would be."""
+        """Path or URL of the checkpoint of ``step``, whether or not it exists."""
         return f"{self.url}/{_name(step)}"
 
     def steps(self) -> list[int]:
-        """The steps that there are checkpoints of, ascending."""
+        """Steps that have a checkpoint, ascending."""
         names = self._names()
-        # On a local disk both stand for folders, and what is hidden is no obstacle to what is there.
+        # On a local disk the hidden name is a separate folder; behind a URL it marks the visible one as incomplete.
         complete = names if self._files.is_local else {name for name in names if f"{_INCOMPLETE}{name}" not in names}
         return sorted(int(name.removeprefix("step_")) for name in complete if _is_step(name))
 
     def find(self, step: int | None) -> list[int]:
-        """The steps to load, the first one first: ``step`` alone, or all there are, the newest first.
+        """Steps to try to load, in order: ``step`` alone, or for ``None`` all steps, newest first.
 
         Raises:
             FileNotFoundError: if there is no such checkpoint.
@@ -62,28 +62,28 @@ class Directory:
                 raise FileNotFoundError(f"there is no checkpoint in {self._given}")
             return steps[::-1]
         if step not in steps:
-            raise FileNotFoundError(f"{self.path(step)} is no checkpoint; in {self._given}, there are steps {steps}")
+            raise FileNotFoundError(f"{self.path(step)} is not a checkpoint; {self._given} has steps {steps}")
         if step < steps[-1]:
             logger.warning(
-                "there are later checkpoints than %s, up to step %d: go on in another directory, or they stay the "
-                "latest",
+                "there are later checkpoints than %s, up to step %d: continue in another directory, or they remain "
+                "the latest",
                 self.path(step),
                 steps[-1],
             )
         return [step]
 
     def begin(self, step: int) -> str:
-        """Make the folder to write the checkpoint of ``step`` into; what earlier saves left unfinished goes.
+        """Create the folder to write the checkpoint of ``step`` into; remove unfinished folders of earlier saves.
 
         Returns:
-            Its path, or URL.
+            Its path or URL.
 
         Raises:
-            FileExistsError: if there is a checkpoint of that step.
-            OSError: if it cannot be made.
+            FileExistsError: if that step has a checkpoint.
+            OSError: if the folder cannot be created.
         """
         if step in self.steps():
-            raise FileExistsError(f"{self.path(step)} exists; checkpoints are never written over")
+            raise FileExistsError(f"{self.path(step)} exists; checkpoints are never overwritten")
         if not self._is_clean:
             for name in self._names():
                 if name.startswith((_INCOMPLETE, _REMOVED)):
@@ -99,7 +99,7 @@ class Directory:
         return folder if self._files.is_local else self.path(step)
 
     def publish(self, step: int) -> None:
-        """The folder of ``step`` is complete: let it appear."""
+        """Publish the complete folder of ``step``."""
         folder = self._unfinished(step)
         if self._files.is_local:
             _sync(folder)
@@ -109,16 +109,16 @@ class Directory:
             self._fs.rm(f"{self._root}/{_INCOMPLETE}{_name(step)}")
 
     def abandon(self, step: int) -> None:
-        """Remove what there is of a folder that will not be completed, if that is possible."""
+        """Remove the folder of a failed save; log a warning if that fails."""
         self._try_to_clear(f"{_INCOMPLETE}{_name(step)}")
 
     def retire(self, keep: Iterable[int]) -> None:
-        """Remove all checkpoints but those of the steps in ``keep``."""
+        """Remove all checkpoints except those of the steps in ``keep``."""
         kept = set(keep)
         for step in self.steps():
             if step in kept:
                 continue
-            # Out of sight first: what is half removed must not look like a checkpoint.
+            # Hide it first: a partly removed folder must not be listed as a checkpoint.
             if self._files.is_local:
                 self._clear(os.path.basename(self._hide(step, _REMOVED)))
             else:
@@ -126,11 +126,11 @@ class Directory:
                 self._clear(f"{_INCOMPLETE}{_name(step)}")
 
     def set_aside(self, step: int) -> str:
-        """Take the checkpoint of ``step`` out of the steps without removing it; return where it is now."""
+        """Hide the checkpoint of ``step`` without removing it; return its new path."""
         return self._hide(step, _DAMAGED)
 
     def _clear(self, name: str) -> None:
-        """Remove what is hidden under ``name``: a folder, or a marker, last, and the folder that it marks."""
+        """Remove a hidden folder, or a marked folder and then its marker."""
         if name not in self._names():
             return
         if not self._files.is_local and name.startswith(_INCOMPLETE):
@@ -175,7 +175,7 @@ def _name(step: int) -> str:
 
 
 def _sync(folder: str) -> None:
-    """Wait until the names in a folder are on the disk."""
+    """Flush a folder's entries to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,6 +1,6 @@
-"""Files of a checkpoint, local or behind an fsspec URL, with a digest of what is written.
+"""Files of a checkpoint, local or behind an fsspec URL, with a digest of every written file.
 
-It knows bytes and paths, and nothing of what is in them.
+Handles bytes and paths; does not interpret content.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from manic.checkpoint.safe_pickle import Reader
 
 __all__ = ["FileRecord", "Files", "record_of"]
 
-_CHUNK = 1 << 22  # bytes read at a time to be digested
+_CHUNK = 1 << 22  # bytes read at a time for a digest
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """How long a file is, in bytes, and its SHA-256 in hexadecimal."""
+    """A file's length in bytes and its SHA-256 in hexadecimal."""
 
     bytes: int
     sha256: str
@@ -36,7 +36,7 @@ class FileRecord:
 
 @contextmanager
 def _os_errors() -> Iterator[None]:
-    """Make every error an OSError that can be pickled: DCP sends errors to other ranks, which wait if it cannot."""
+    """Convert every error to an OSError that pickles: DCP sends errors to other ranks, which hang if that fails."""
     try:
         yield
     except Exception as error:
@@ -46,7 +46,7 @@ def _os_errors() -> Iterator[None]:
 
 
 class _OSErrors:
-    """A file system or stream, whatever library it is of, with OSErrors for errors."""
+    """A file system or stream of any library, with every error converted to an OSError."""
 
     def __init__(self, thing: Any) -> None:
         self._thing = thing
@@ -71,11 +71,11 @@ class _OSErrors:
 
 
 class Files(FileSystemBase):
-    """What DCP reads and writes through; it notes a record of every file that it wrote.
+    """The file system that DCP reads and writes through; keeps a record of every file written.
 
     Args:
-        url: A local path, or a URL that fsspec knows.
-        on_bytes: Called with the number of bytes after each write, maybe on another thread.
+        url: A local path, or a URL that fsspec supports.
+        on_bytes: Called with the number of bytes after each write, possibly on another thread.
     """
 
     def __init__(self, url: str | os.PathLike[str], on_bytes: Callable[[int], None] | None = None) -> None:
@@ -86,37 +86,37 @@ class Files(FileSystemBase):
         self._on_bytes = on_bytes or (lambda count: None)
 
     def writer(self) -> FileSystemWriter:
-        """What ``dcp.save`` takes to write into the root: one file per rank, on the disk when the save returns."""
-        # There is nothing to sync behind a URL, and torch would sync all disks of the machine instead.
+        """A storage writer for ``dcp.save``: one file per rank in the root, flushed to disk before the save returns."""
+        # A URL's files have nothing to sync; torch would then sync all disks of the machine.
         writer = FileSystemWriter(self.root, sync_files=self.is_local)
         writer.fs, writer.path = self, self.root  # type: ignore[assignment]
         return writer
 
     def reader(self) -> Reader:
-        """What ``dcp.load`` takes to read from the root."""
+        """A storage reader for ``dcp.load``."""
         reader = Reader(self.root)
         reader.fs, reader.path = self, self.root  # type: ignore[assignment]
         return reader
 
     def read(self, name: str) -> bytes:
-        """All of one file."""
+        """Content of one file."""
         with self.fs.open(f"{self.root}/{name}", "rb") as stream:
             content: bytes = stream.read()
         return content
 
     def write(self, name: str, content: bytes) -> None:
-        """Write one file, and on a local disk wait until it is there."""
+        """Write one file; on a local disk, flush it."""
         with self.fs.open(f"{self.root}/{name}", "wb") as stream:
             stream.write(content)
             if self.is_local:
                 stream.flush()
                 os.fsync(stream.fileno())
 
-    # What follows is FileSystemBase, with paths as the writer and reader above build them.
+    # The methods below implement FileSystemBase for the writer and reader above.
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
-        """A stream; one that is written to is digested on its way."""
+        """Open a stream; written bytes are digested."""
         path = os.fspath(path)
         raw = self.fs.open(path, mode)
         stream = _DigestingStream(raw, self._on_bytes) if "w" in mode else raw
@@ -128,11 +128,11 @@ class Files(FileSystemBase):
             self.records[os.path.basename(path)] = FileRecord(stream.size, stream.digest.hexdigest())
 
     def concat_path(self, path: str | os.PathLike[str], suffix: str) -> str:
-        """A file's path in a directory."""
+        """Path of a file in a directory."""
         return f"{os.fspath(path)}/{suffix}"
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
-        """Rename a file, with its record."""
+        """Rename a file and its record."""
         path, new_path = os.fspath(path), os.fspath(new_path)
         if self.is_local:
             os.replace(path, new_path)
@@ -142,16 +142,16 @@ class Files(FileSystemBase):
             self.records[os.path.basename(new_path)] = self.records.pop(os.path.basename(path))
 
     def init_path(self, path: str | os.PathLike[str]) -> str:
-        """The path as it is."""
+        """The path unchanged."""
         return os.fspath(path)
 
     def mkdir(self, path: str | os.PathLike[str]) -> None:
-        """Make a directory and those above it."""
+        """Create a directory and its parents."""
         self.fs.makedirs(os.fspath(path), exist_ok=True)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether fsspec knows it."""
+        """Whether fsspec supports this path or URL."""
         try:
             url_to_fs(os.fspath(checkpoint_id))
         except (ValueError, ImportError):
@@ -159,7 +159,7 @@ class Files(FileSystemBase):
         return True
 
     def exists(self, path: str | os.PathLike[str]) -> bool:
-        """Whether there is such a file or directory."""
+        """Whether the file or directory exists."""
         return bool(self.fs.exists(os.fspath(path)))
 
     def rm_file(self, path: str | os.PathLike[str]) -> None:
@@ -168,7 +168,7 @@ class Files(FileSystemBase):
 
 
 class _DigestingStream(io.IOBase):
-    """What is written goes on to ``raw`` and into a digest."""
+    """Forwards written bytes to ``raw`` and updates a digest."""
 
     def __init__(self, raw: Any, on_bytes: Callable[[int], None]) -> None:
         self.digest = hashlib.sha256()
@@ -195,7 +195,7 @@ class _DigestingStream(io.IOBase):
             self._raw.flush()
 
     def fileno(self) -> int:
-        self._raw.flush()  # who asks is going to sync the file
+        self._raw.flush()  # the caller syncs the file next
         number: int = self._raw.fileno()
         return number
 
@@ -205,10 +205,10 @@ class _DigestingStream(io.IOBase):
 
 
 def record_of(files: Files, name: str, on_bytes: Callable[[int], None]) -> FileRecord:
-    """What a file's record is now.
+    """Read a file and compute its record.
 
     Raises:
-        OSError: if it cannot be read.
+        OSError: if the file cannot be read.
     """
     digest, size = hashlib.sha256(), 0
     with files.fs.open(f"{files.root}/{name}", "rb") as stream:

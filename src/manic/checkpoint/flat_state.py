@@ -1,6 +1,6 @@
-"""The flat keys under which a run's state stands in a checkpoint, and the nested states that they stand for.
+"""Conversion between the flat keys of a checkpoint and nested state dicts.
 
-It knows how DCP and torch's state dicts name things, and no layout and no files.
+Follows the naming of DCP and of torch's state dicts; does not depend on layouts or files.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
-    _get_fqns,  # the name that torch gives a parameter, without wrappers' prefixes; tests/checkpoint/test_run_state.py
+    _get_fqns,  # a parameter's name without wrappers' prefixes; tested in tests/checkpoint/test_run_state.py
 )
 
 __all__ = [
@@ -27,12 +27,12 @@ __all__ = [
 
 
 def parameter_names(model: nn.Module) -> dict[int, str]:
-    """The name in a checkpoint of each parameter, by identity."""
+    """Each parameter's name in a checkpoint, by ``id``."""
     return {key: min(names) for key, names in all_parameter_names(model).items()}
 
 
 def all_parameter_names(model: nn.Module) -> dict[int, set[str]]:
-    """The names in a checkpoint of each parameter, by identity: several, where it is one of FSDP1's flat ones."""
+    """Each parameter's names in a checkpoint, by ``id``: several for FSDP1's flat parameters."""
     return {id(p): set(_get_fqns(model, name)) for name, p in model.named_parameters()}
 
 
@@ -42,7 +42,7 @@ def flat_keys(value: Any, prefix: str) -> Iterator[str]:
 
 
 def flat_entries(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    """A nested state as DCP stores it: keys, and what is stored under them."""
+    """Keys and values under which DCP stores a nested state."""
     if isinstance(value, Mapping):
         for key, each in value.items():
             yield from flat_entries(each, f"{prefix}.{key}")
@@ -54,14 +54,14 @@ def flat_entries(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def as_number(value: Any) -> Any:
-    """A NumPy scalar, which a schedule may have made a learning rate, as the number that it is."""
+    """Convert a NumPy scalar, for example a learning rate set by a schedule, to a Python number."""
     return value.item() if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0 else value
 
 
 def whole_or_flat(state: Any) -> Any:
-    """An object's state as it is where it holds tensors, which DCP then stores one by one; else as one value.
+    """An object's state unchanged if it holds tensors, which DCP stores one by one; else wrapped as one value.
 
-    One value comes back as it was, with its empty dicts, and with keys that a fresh object's state does not have.
+    A state stored as one value keeps empty dicts, and keys that a new object's state does not have.
     """
     return state if _has_tensor(state) else (state,)
 
@@ -75,7 +75,7 @@ def _has_tensor(value: Any) -> bool:
 
 
 def split(path: str, parameters: Container[str]) -> tuple[str, str]:
-    """A key of the flat state as a parameter's name and the rest, which is empty if no parameter is known."""
+    """Split a flat key into a parameter's name and the rest; the rest is empty if no parameter matches."""
     name = path
     while name not in parameters:
         if "." not in name:
@@ -85,9 +85,9 @@ def split(path: str, parameters: Container[str]) -> tuple[str, str]:
 
 
 def nest(flat: Mapping[str, Any], group_of: Mapping[str, int] | None = None) -> dict[str, Any]:
-    """The optimizer state as torch nests it, with the param groups of ``group_of``, or one for each parameter.
+    """The optimizer state as torch nests it, with the param groups of ``group_of``, or one group per parameter.
 
-    Torch's own inverse asks the live state for names, and with FSDP1 ranks then gather different ones.
+    Torch's own inverse takes names from the live state; with FSDP1, ranks would then gather different names.
     """
     parameters = set[str]()
     groups: dict[Any, dict[str, Any]] = {}
@@ -110,5 +110,5 @@ def nest(flat: Mapping[str, Any], group_of: Mapping[str, int] | None = None) -> 
             for part in outer:
                 place = place.setdefault(part, {})
             place[last] = value
-    # Torch takes an empty state for one with numbers as names, and does not look at the groups' names then.
+    # Torch treats an empty state as keyed by numbers, and then ignores the names in the groups.
     return {"state": state or {"": {}}, "param_groups": list(groups.values())}

@@ -1,6 +1,6 @@
-"""python -m manic.inspect DIR: what is in a checkpoint, from its files alone.
+"""python -m manic.inspect DIR: describe a checkpoint from its files alone.
 
-It knows how DCP and Checkpointer name things, builds no model, and reads no tensor but the tuner's own few numbers.
+Follows the naming of DCP and Checkpointer, builds no model, and reads no tensors except those of param groups.
 """
 
 from __future__ import annotations
@@ -31,25 +31,27 @@ from manic.tuners.state import HEADER, SCHEMA
 
 __all__ = ["inspect", "main"]
 
-# Settings of a param group that are worth a line; flat as "param_groups.<name>.lr", nested as "param_groups.<i>.lr".
+# Settings of a param group to report; flat as "param_groups.<name>.lr", nested as "param_groups.<i>.lr".
 _SETTING = re.compile(r"(?P<group>.*param_groups\..+)\.(?P<setting>lr|initial_lr|weight_decay|mechanic)")
 _STATE = re.compile(r"(^|.*\.)state\.(?P<path>.+)")
 
 
 def inspect(path: str | os.PathLike[str], verify: Verify = "full") -> dict[str, Any]:
-    """What there is to know of one checkpoint.
+    """Describe one checkpoint.
 
     Args:
-        path: The checkpoint's folder, local or a URL. Those that ``torch.distributed.checkpoint`` wrote without
-            :class:`~manic.checkpoint.Checkpointer` will do; they have no manifest to be checked against.
-        verify: How much to check: every byte of every file, every file's length, or nothing.
+        path: The checkpoint's folder, a local path or a URL. Also accepts checkpoints that
+            ``torch.distributed.checkpoint`` wrote without :class:`~manic.checkpoint.Checkpointer`; they have no
+            manifest to check against.
+        verify: How much to check: every byte of every file (``"full"``, the default), every file's length
+            (``"size"``), or nothing (``"off"``).
 
     Returns:
-        What can be written as JSON: ``path``; ``integrity``, with ``verified`` (``"full"``, ``"size"``, ``"off"`` or
+        Data that JSON can hold: ``path``; ``integrity``, with ``verified`` (``"full"``, ``"size"``, ``"off"`` or
         ``"no manifest"``) and ``problems``, a list of texts; ``manifest`` without its files, or ``None``; ``files``,
-        their number, and ``bytes``. Of a checkpoint without problems also ``tensors``, by what they are for: number,
-        elements, bytes and dtypes; ``tuners``, with ``scale``, ``updates``, ``nonfinite_steps``, ``variant`` and the
-        tuner's ``fields`` by name; ``groups``, one for each distinct setting of parameters: ``number`` of them, ``lr``,
+        their number; and ``bytes``. Without problems also ``tensors``, by purpose: number, elements, bytes and dtypes;
+        ``tuners``, with ``scale``, ``updates``, ``nonfinite_steps``, ``variant`` and the tuner's ``fields`` by name;
+        ``groups``, one for each distinct set of settings: ``number`` of parameters or groups that share it, ``lr``,
         ``effective_lr`` and so on.
 
     Raises:
@@ -62,7 +64,7 @@ def inspect(path: str | os.PathLike[str], verify: Verify = "full") -> dict[str, 
     except (FileNotFoundError, NotADirectoryError):
         names = set()
     if not names & {".metadata", MANIFEST}:
-        raise FileNotFoundError(f"{os.fspath(path)} is no checkpoint: it has neither .metadata nor {MANIFEST}")
+        raise FileNotFoundError(f"{os.fspath(path)} is not a checkpoint: no .metadata and no {MANIFEST}")
     verified: str = verify
     problems: list[str] = []
     manifest = None
@@ -81,14 +83,14 @@ def inspect(path: str | os.PathLike[str], verify: Verify = "full") -> dict[str, 
         "files": len(names),
         "bytes": sum(files.fs.size(f"{files.root}/{name}") or 0 for name in names),
     }
-    # Unpickling is not for files that are known to be other than what was written.
+    # Do not unpickle files that are known to differ from what was written.
     if not problems:
         try:
             found |= _content(files)
         except CheckpointException as error:
-            ((reason, _),) = error.failures.values()  # of the one rank that reads
+            ((reason, _),) = error.failures.values()  # one rank reads
             problems.append(f"cannot be read: {reason}")
-        except Exception as error:  # of a damaged file without a manifest, anything
+        except Exception as error:  # a damaged file without a manifest may raise any type
             problems.append(f"cannot be read: {error!r}")
     return found
 
@@ -125,7 +127,7 @@ def _placeholder(entry: TensorStorageMetadata | BytesStorageMetadata) -> Any:
 
 
 def _kind(key: str, parameters: set[str]) -> str:
-    """What a tensor is for: model, a kind of optimizer state, or the first part of its name."""
+    """A tensor's purpose: model, a kind of optimizer state, or the first part of its name."""
     match = _STATE.fullmatch(key)
     if match and not key.startswith("model."):
         name, state = split(match["path"], parameters)
@@ -134,7 +136,7 @@ def _kind(key: str, parameters: set[str]) -> str:
 
 
 def _groups(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The tuners, and the param groups with what tuner they have; equal ones once."""
+    """The distinct tuners, and the distinct param groups with the index of their tuner."""
     by_group: dict[str, dict[str, Any]] = defaultdict(dict)
     for key, value in settings.items():
         match = cast(re.Match[str], _SETTING.fullmatch(key))
@@ -159,7 +161,7 @@ def _groups(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tuner(state: torch.Tensor) -> dict[str, Any]:
-    """A saved tuner by the names of its rows, see :mod:`manic.tuners.state`."""
+    """A saved tuner by the names of its rows; see :mod:`manic.tuners.state`."""
     rows = state.tolist()
     if int(rows[0][0]) != SCHEMA:
         return {"scale": math.nan, "updates": 0, "nonfinite_steps": 0, "variant": "of another version", "fields": {}}
@@ -209,7 +211,7 @@ def _describe(found: Mapping[str, Any]) -> str:
 
 
 def _row(found: Mapping[str, Any]) -> str:
-    """One checkpoint of several, in one line."""
+    """One checkpoint of several as one line."""
     manifest = found["manifest"]
     scales = ", ".join(f"{tuner['scale']:.6g}" for tuner in found.get("tuners", [])) or "-"
     when = f"{manifest['time']}  {manifest['world_size']} rank(s)" if manifest else "-"
@@ -220,10 +222,10 @@ def _verdict(integrity: Mapping[str, Any]) -> str:
     if integrity["problems"]:
         return "DAMAGED: " + "; ".join(integrity["problems"])
     return {
-        "full": "every byte is what was written",
-        "size": "all files are there and as long as they were written; their content was not checked",
+        "full": "every byte is as written",
+        "size": "all files exist with the length written; their content was not checked",
         "off": "not checked",
-        "no manifest": f"not known: there is no {MANIFEST}",
+        "no manifest": f"unknown: there is no {MANIFEST}",
     }[integrity["verified"]]
 
 
@@ -236,7 +238,7 @@ def _size(count: float) -> str:
 
 
 def _inspect_one_of_many(path: str, verify: Verify) -> dict[str, Any]:
-    """As :func:`inspect`, but a folder that holds nothing is a damaged checkpoint among others."""
+    """As :func:`inspect`, but report an empty folder as a damaged checkpoint."""
     try:
         return inspect(path, verify)
     except FileNotFoundError as error:
@@ -245,12 +247,14 @@ def _inspect_one_of_many(path: str, verify: Verify) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; 0: all is well, 1: damaged, 2: no checkpoint, or one of a newer format."""
+    """Run the command; return 0 if no checkpoint is damaged, 1 if one is, 2 if there is none or its format is newer."""
     parser = argparse.ArgumentParser(
-        prog="python -m manic.inspect", description="What is in a checkpoint, from its files alone."
+        prog="python -m manic.inspect", description="Describe a checkpoint from its files alone."
     )
-    parser.add_argument("directory", metavar="DIR", help="a checkpoint, or a directory of them: local, or a URL")
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument(
+        "directory", metavar="DIR", help="a checkpoint, or a directory of checkpoints: a local path or a URL"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--verify", choices=("full", "size", "off"), default="full", help="how much to check")
     options = parser.parse_args(arguments)
     try:

@@ -1,7 +1,7 @@
-"""The whole state of a run as one state dict: model, optimizers, other objects, and the random state.
+"""The whole state of a run as one state dict: model, optimizers, other objects and random states.
 
-It collects and applies these, in any layout and for any optimizer, and knows nothing of files. How they are named in a
-checkpoint is flat_state.py's business, and which checkpoints fit, matching.py's.
+Collects and applies them for any layout and optimizer, without access to files. flat_state.py names the entries in a
+checkpoint; matching.py decides whether a checkpoint fits.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ from manic.checkpoint.flat_state import (
     parameter_names,
     whole_or_flat,
 )
-from manic.checkpoint.matching import check_alike, check_model, wanted_of_object, wanted_of_optimizer
+from manic.checkpoint.matching import check_model, check_same_settings, wanted_of_object, wanted_of_optimizer
 from manic.distributed.collectives import from_every_rank, on_every_rank, rank
 
 __all__ = ["RunState"]
 
-# Flat, so that every value stands under its parameter's name, and ranks may own different parameters.
+# Flat: every value has its parameter's name in its key, and ranks may own different parameters.
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 Read = Callable[[dict[str, Any]], None]
-"""Fills a state dict, in place where it holds tensors."""
+"""Fills a state dict; tensors in place."""
 
 
 class RunState:
-    """What of a run is saved.
+    """The parts of a run that are saved.
 
     Args:
-        model: The model, sharded or wrapped in whatever way.
-        optimizers: Its optimizers. One with a property ``own_keys`` can do without state and settings of these names;
-            one with a method ``check_param_groups`` is asked with it before anything is loaded.
-        objects: Whatever else has ``state_dict`` and ``load_state_dict``, the same on all ranks.
+        model: The model, sharded or wrapped by any of PyTorch's wrappers.
+        optimizers: Its optimizers. State and settings named in an optimizer's property ``own_keys`` may be missing
+            from a checkpoint. A method ``check_param_groups`` may refuse the saved settings before loading.
+        objects: Further objects with ``state_dict`` and ``load_state_dict``, the same on all ranks.
     """
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], objects: Mapping[str, Stateful]) -> None:
@@ -65,7 +65,7 @@ class RunState:
         self.objects = dict(objects)
 
     def collect(self) -> dict[str, Any]:
-        """The state now. Tensors are the run's own, not copies."""
+        """The current state. Tensors are the run's tensors, not copies."""
         model, optimizer = get_state_dict(self.model, self._inner(), options=_FLAT)
         return {
             "model": model,
@@ -76,64 +76,64 @@ class RunState:
 
     @staticmethod
     def plain_entries(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-        """Of what :meth:`collect` gave, what is no tensor, by the keys under which DCP stores it."""
+        """Entries of :meth:`collect` that are not tensors, by the keys under which DCP stores them."""
         for kind, each in state.items():
             for key, value in flat_entries(each, kind):
                 if not isinstance(value, torch.Tensor):
                     yield key, value
 
     def load(self, saved: Mapping[str, Any], read: Read, name: str, group: ProcessGroup | None) -> None:
-        """Load a checkpoint; what may refuse it is asked first.
+        """Load a checkpoint; every check runs before the first change.
 
         Args:
             saved: DCP's metadata of every key in the checkpoint.
             read: Reads from the checkpoint.
-            name: The checkpoint's, for messages.
-            group: Of all ranks, to agree over; default: the default group.
+            name: The checkpoint's name in messages.
+            group: A group of all ranks; ``None``: the default group.
 
         Raises:
-            ValueError: on every rank, if it is not of this run; nothing has changed then, unless it was one of the
-                objects that refused.
+            ValueError: on every rank, if the checkpoint does not fit this run; nothing has changed then, unless one of
+                the objects refused its state.
         """
-        # Of no use after a load; and while there are any, torch creates no state to load into.
+        # Gradients are useless after a load, and torch creates no state to load into while they exist.
         self.model.zero_grad(set_to_none=True)
         state = on_every_rank(self.collect, group)
         for optimizer in self.optimizers:
             if isinstance(optimizer, ZeroRedundancyOptimizer):
-                _ask_for_groups(optimizer, parameter_names(self.model), state["optimizer"])
+                _add_settings_of_all_groups(optimizer, parameter_names(self.model), state["optimizer"])
         own_keys = frozenset[str]().union(*(getattr(inner, "own_keys", ()) for inner in self._inner()))
-        # A pipeline's ranks have different parts of the model.
+        # The ranks of a pipeline hold different parts of the model.
         names: set[str] = set().union(*from_every_rank(set(flat_keys(state["model"], "model")), group))
         trainable = set().union(*(self._trainable(inner) for inner in self._inner()))
 
-        def ask() -> tuple[dict[str, Any], dict[str, Any]]:
+        def select() -> tuple[dict[str, Any], dict[str, Any]]:
             check_model(state["model"], saved, names, name)
             objects = {each: wanted_of_object(each, value, saved, name) for each, value in state["objects"].items()}
             return wanted_of_optimizer(state["optimizer"], saved, trainable, own_keys, name), objects
 
-        wanted, objects = on_every_rank(ask, group)
+        wanted, objects = on_every_rank(select, group)
         settings = {
             key: value
             for key, value in wanted.items()
             if key.startswith("param_groups.") or not isinstance(value, torch.Tensor)
         }
-        # What an older torch, say, had no setting for stays as it is; what the wrapper has none for starts anew.
+        # A setting missing from the checkpoint, for example of an older torch, keeps its value; own_keys are reset.
         kept = {
             key: value
             for key, value in state["optimizer"].items()
             if key.startswith("param_groups.") and key not in settings and key.rsplit(".", 1)[1] not in own_keys
         }
-        asked = {"objects": objects}
+        object_states = {"objects": objects}
         mine = state["random"][str(rank())]
         mine = {key: value for key, value in mine.items() if f"random.{rank()}.{key}" in saved}
 
         small = {"optimizer": settings, "random": {str(rank()): mine}}
-        # What stands among tensors, which are read in place, is read before them, too: it may be refused.
+        # Plain entries stored among tensors are read before the tensors, which are read in place: they may be refused.
         among = {name: each for name, each in objects.items() if not isinstance(each, tuple)}
         read({**small, **dict(self.plain_entries({"model": state["model"], "objects": among}))})
         on_every_rank(lambda: self._check_settings(small["optimizer"], name), group)
-        read(asked)  # last of what may refuse: tensors are read in place
-        on_every_rank(lambda: self._load_objects(asked["objects"]), group)
+        read(object_states)  # after every other check: tensors are read in place
+        on_every_rank(lambda: self._load_objects(object_states["objects"]), group)
 
         tensors = {key: value for key, value in wanted.items() if key not in settings}
         large = {"model": state["model"], "optimizer": tensors}
@@ -148,11 +148,11 @@ class RunState:
 
     @property
     def is_fsdp1(self) -> bool:
-        """Whether some of the model's state is ShardedTensors."""
+        """Whether the model's state holds ShardedTensors."""
         return any(isinstance(module, FullyShardedDataParallel) for module in self.model.modules())
 
     def layout(self) -> dict[str, int]:
-        """How the parameters are spread over the ranks, in words, and how many parameters are so."""
+        """Number of parameters by placement, in words."""
         wrappers = [
             cls.__name__
             for cls in (DistributedDataParallel, FullyShardedDataParallel)
@@ -162,23 +162,23 @@ class RunState:
         return dict(Counter(_placement(p) or plain for p in self.model.parameters()))
 
     def _inner(self) -> list[Optimizer]:
-        """The optimizers; of ZeRO, the one inside: ZeRO's own state dict is gathered on one rank."""
+        """The optimizers; for ZeRO, the inner one: ZeRO's own state dict is gathered on one rank."""
         inner = []
         for each in self.optimizers:
             if isinstance(each, ZeroRedundancyOptimizer):
-                # The one inside hears of a scheduler's changes only at the next step.
+                # A scheduler's changes reach the inner optimizer only at the next step.
                 _copy_settings(each.param_groups, each.optim.param_groups)
                 each = each.optim
             inner.append(each)
         return inner
 
     def _trainable(self, inner: Optimizer) -> set[str]:
-        """The names of an optimizer's parameters that are trained."""
+        """Names of an optimizer's trainable parameters."""
         names = parameter_names(self.model)
         return {names[id(p)] for group in inner.param_groups for p in group["params"] if p.requires_grad}
 
     def _groups(self, inner: Optimizer) -> dict[str, int]:
-        """Of each parameter's name, the index of its param group; FSDP1's flat parameters have several names."""
+        """Index of the param group by parameter name; FSDP1's flat parameters have several names."""
         names = all_parameter_names(self.model)
         groups = enumerate(inner.param_groups)
         return {name: index for index, group in groups for p in group["params"] for name in names[id(p)]}
@@ -192,7 +192,7 @@ class RunState:
                     groups.setdefault(index, []).append(each[name])
             for first, *others in groups.values():
                 for other in others:
-                    check_alike(first, other, checkpoint)
+                    check_same_settings(first, other, checkpoint)
             check = getattr(inner, "check_param_groups", None)
             if check is not None:
                 check([group for members in groups.values() for group in members])
@@ -207,13 +207,13 @@ class RunState:
             if isinstance(optimizer, ZeroRedundancyOptimizer):
                 _load_zero(optimizer, parameter_names(self.model), flat)
             else:
-                # Not strict: whatever has a state here was asked for and found, and SGD without momentum has none.
+                # Not strict: SGD without momentum has no state; missing state was detected before.
                 options = StateDictOptions(strict=False)
                 set_optimizer_state_dict(self.model, optimizer, nest(flat, self._groups(optimizer)), options=options)
 
 
 def _placement(parameter: torch.Tensor) -> str | None:
-    """Of a DTensor, in words."""
+    """A DTensor's placements in words; ``None`` for other tensors."""
     if not isinstance(parameter, DTensor):
         return None
     mesh = parameter.device_mesh
@@ -224,8 +224,8 @@ def _placement(parameter: torch.Tensor) -> str | None:
     )
 
 
-def _ask_for_groups(zero: ZeroRedundancyOptimizer, names: Mapping[int, str], flat: dict[str, Any]) -> None:
-    """Add the settings of every param group to what is to be loaded: a rank may own no parameter of a group."""
+def _add_settings_of_all_groups(zero: ZeroRedundancyOptimizer, names: Mapping[int, str], flat: dict[str, Any]) -> None:
+    """Add the settings of every param group to the entries to load: a rank may own no parameter of a group."""
     for group, mine in zip(zero.param_groups, zero.optim.param_groups):
         first = names[id(group["params"][0])]
         for key, value in mine.items():
@@ -235,7 +235,7 @@ def _ask_for_groups(zero: ZeroRedundancyOptimizer, names: Mapping[int, str], fla
 
 
 def _load_zero(zero: ZeroRedundancyOptimizer, names: Mapping[int, str], flat: Mapping[str, Any]) -> None:
-    """Load this rank's share of a ZeRO optimizer, of whose groups it may own nothing."""
+    """Load this rank's part of a ZeRO optimizer; the rank may own no parameter of a group."""
     nested = nest(flat)
     settings = {group["params"][0]: group for group in nested["param_groups"]}
     groups = []
@@ -257,7 +257,7 @@ def _random_state() -> dict[str, Any]:
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if "numpy" in sys.modules:
         state["numpy"] = sys.modules["numpy"].random.get_state()
-        if isinstance(state["numpy"], tuple):  # an array is none of the plain data that is loaded again
+        if isinstance(state["numpy"], tuple):  # an array is not plain data and would be refused
             state["numpy"] = tuple(each.tolist() if hasattr(each, "tolist") else each for each in state["numpy"])
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()

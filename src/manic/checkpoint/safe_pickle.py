@@ -1,6 +1,6 @@
-"""What a checkpoint's pickles may bring: tensors, plain data and DCP's index. Nothing that they ask for is called.
+"""Restricted unpickling of checkpoints: tensors, plain data and DCP's index; no other global is imported or called.
 
-``.metadata`` is one pickle, every entry of a ``.distcp`` file another. It knows how DCP reads them, and no model.
+``.metadata`` is one pickle, every entry of a ``.distcp`` file another. Follows how DCP reads them.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any, cast
 
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
-from torch.distributed.checkpoint._traverse import set_element  # as torch's planner does it; test_safe_pickle.py
+from torch.distributed.checkpoint._traverse import set_element  # used by torch's planner; test_safe_pickle.py
 from torch.distributed.checkpoint.filesystem import _StorageInfo  # in every .metadata; test_safe_pickle.py
 from torch.distributed.checkpoint.metadata import (
-    _MEM_FORMAT_ENCODING,  # in every .metadata, too
+    _MEM_FORMAT_ENCODING,  # in every .metadata too
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
@@ -28,26 +28,26 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-__all__ = ["ADMITTED", "Reader", "RefusedError", "SafePlanner", "check_loadable", "read_metadata"]
+__all__ = ["ALLOWED", "Reader", "RefusedError", "SafePlanner", "check_loadable", "read_metadata"]
 
-_WAY_OUT = (
-    "Only tensors and plain Python data are loaded. If you trust whoever wrote it, name the classes to "
+_ADVICE = (
+    "Only tensors and plain Python data are loaded. If you trust its author, allow the classes with "
     "torch.serialization.add_safe_globals"
 )
 
 
 class RefusedError(pickle.UnpicklingError):
-    """An entry that is no tensor holds something else than plain data; the message names both."""
+    """An entry holds a class that is not allowed; the message names both."""
 
 
 class Reader(FileSystemReader):
-    """Torch's reader, which unpickles ``.metadata`` without restraint, with restraint."""
+    """Torch's reader with restricted unpickling of ``.metadata``; torch's own is unrestricted."""
 
     def read_metadata(self, *_: Any, **kwargs: Any) -> Metadata:
-        """DCP's index; ``rank``, which DCP passes where there is none for all, asks for that of one rank.
+        """DCP's index; of one rank if DCP passes ``rank``, as it does without an index of all ranks.
 
         Raises:
-            pickle.UnpicklingError: if it is none.
+            pickle.UnpicklingError: if the file is not an index.
         """
         rank = kwargs.get("rank")
         path = self.fs.concat_path(self.path, ".metadata" if rank is None else f"__{rank}.metadata")
@@ -58,7 +58,7 @@ class Reader(FileSystemReader):
         return metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read what is planned; torch's own error for a tensor that is none does not say which."""
+        """Read the planned items; an error names the entry that is not a tensor, which torch's does not."""
         try:
             return super().read_data(plan, planner)
         except RefusedError:
@@ -76,18 +76,18 @@ class Reader(FileSystemReader):
                 try:
                     torch.load(content, map_location="cpu", weights_only=True)
                 except pickle.UnpicklingError as error:
-                    return f"{item.storage_index.fqn} is no tensor, but holds {_what(content, error)}"
+                    return f"{item.storage_index.fqn} is not a tensor; it holds {_disallowed(content, error)}"
         return None
 
 
 class SafePlanner(DefaultLoadPlanner):
-    """Torch's planner, which unpickles what is no tensor without restraint, with ``weights_only=True``."""
+    """Torch's planner with ``weights_only=True`` for entries that are not tensors; torch's own is unrestricted."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Put one entry that is no tensor into its place.
+        """Store one entry that is not a tensor in the state dict.
 
         Raises:
-            RefusedError: if it is more than plain data.
+            RefusedError: if it holds a class that is not allowed.
         """
         name = read_item.dest_index.fqn
         if self.flatten_state_dict:
@@ -100,24 +100,24 @@ def read_metadata(content: bytes) -> Metadata:
     """Unpickle DCP's index.
 
     Raises:
-        pickle.UnpicklingError: if it asks for anything that an index does not consist of, is no index, or has entries
-            in files outside of the checkpoint.
+        pickle.UnpicklingError: if it names a global that is not in :data:`ALLOWED`, is not an index, or refers to files
+            outside the checkpoint.
     """
     metadata = _Unpickler(io.BytesIO(content)).load()
     if not isinstance(metadata, Metadata):
-        raise pickle.UnpicklingError(f".metadata is a {type(metadata).__name__}, not the index of a checkpoint")
+        raise pickle.UnpicklingError(f".metadata is a {type(metadata).__name__}, not an index")
     for where in (metadata.storage_data or {}).values():
         path = PurePath(where.relative_path)
         if path.is_absolute() or ".." in path.parts:
-            raise pickle.UnpicklingError(f".metadata asks for a file outside of the checkpoint: {path}")
+            raise pickle.UnpicklingError(f".metadata refers to a file outside the checkpoint: {path}")
     return metadata
 
 
 def check_loadable(entries: Iterable[tuple[str, Any]]) -> None:
-    """Raise ValueError if one of the entries that are to be saved could not be loaded again.
+    """Raise ValueError if a load would refuse one of the entries to save.
 
     Args:
-        entries: Names, and what is to be saved under them: no tensors.
+        entries: Names and values of entries that are not tensors.
     """
     for name, value in entries:
         if not _is_plain(value):
@@ -127,40 +127,40 @@ def check_loadable(entries: Iterable[tuple[str, Any]]) -> None:
             try:
                 _load(name, content)
             except RefusedError as error:
-                raise ValueError(f"not saved, since it could not be loaded again: {error}") from None
+                raise ValueError(f"not saved, because a load would refuse it: {error}") from None
 
 
 def _load(name: str, content: io.BytesIO) -> Any:
     try:
         return torch.load(content, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise RefusedError(f"{name} holds {_what(content, error)}. {_WAY_OUT}") from None
+        raise RefusedError(f"{name} holds {_disallowed(content, error)}. {_ADVICE}") from None
 
 
-def _what(content: io.BytesIO, error: pickle.UnpicklingError) -> str:
-    """What ``weights_only`` does not admit, in words."""
+def _disallowed(content: io.BytesIO, error: pickle.UnpicklingError) -> str:
+    """The globals that ``weights_only`` refuses, in words."""
     content.seek(0)
     try:
         names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(content))
-    except Exception:  # it is not even what torch.save writes
+    except Exception:  # torch.save did not write it
         names = []
     if names:
         return ", ".join(names)
     paragraphs = str(error).split("\n\n")  # torch puts advice before and after the reason
-    return f"what torch refuses: {paragraphs[-2] if len(paragraphs) > 2 else error}"
+    return f"data that torch refuses: {paragraphs[-2] if len(paragraphs) > 2 else error}"
 
 
-class _Plain(Exception):
-    """Raised where data is not plain."""
+class _NotPlain(Exception):
+    """Raised for data that is not plain."""
 
 
-class _NotPlain(pickle.Pickler):
+class _PlainPickler(pickle.Pickler):
     def reducer_override(self, thing: Any) -> Any:
-        """Called by C code for all but the plain types, which makes looking at a million numbers cheap."""
-        raise _Plain
+        """Called by C code for every type that is not plain; a million numbers are therefore checked fast."""
+        raise _NotPlain
 
 
-class _Nowhere:
+class _NullStream:
     def write(self, data: Any) -> int:
         return len(data)
 
@@ -169,30 +169,30 @@ def _is_plain(value: Any) -> bool:
     if type(value) in (bool, int, float, str, type(None)):
         return True
     try:
-        _NotPlain(cast(Any, _Nowhere()), protocol=2).dump(value)
-    except _Plain:
+        _PlainPickler(cast(Any, _NullStream()), protocol=2).dump(value)
+    except _NotPlain:
         return False
     return True
 
 
 class _StandIn:
-    """What a pickle gets in place of a class: it can make instances, and cannot change the class itself."""
+    """Replaces a class in a pickle: creates instances, and does not let the pickle change the class."""
 
-    made: type
+    target: type
 
     def __new__(cls) -> Any:
-        return object.__new__(cls.made)
+        return object.__new__(cls.target)
 
     def __setstate__(self, state: Any) -> None:
-        """Never runs, but is why pickle's BUILD on this class fails: it would set attributes."""
+        """Never runs; its presence makes pickle's BUILD on this class fail instead of setting attributes."""
 
 
-def _stand_in(made: type) -> type:
-    return type(made.__name__, (_StandIn,), {"made": made})
+def _stand_in(target: type) -> type:
+    return type(target.__name__, (_StandIn,), {"target": target})
 
 
 class _Properties(TensorProperties):
-    """As :class:`_StandIn`, where the memory format is a number: an enum's member could be changed, too."""
+    """As :class:`_StandIn`, with the memory format as a number: a pickle could change an enum's member too."""
 
     def __setstate__(self, state: Any) -> None:
         dtype, layout, requires_grad, memory_format, pin_memory = state
@@ -202,7 +202,7 @@ class _Properties(TensorProperties):
 
 
 class _MemoryFormat:
-    """In place of the enum and of ``getattr``, by which Python 3.11.2 pickles an enum's member."""
+    """Replaces the enum, and ``getattr``, with which Python 3.11.2 pickles an enum's member."""
 
     __slots__ = ()
 
@@ -211,7 +211,7 @@ class _MemoryFormat:
 
 
 class _Path:
-    """In place of all path classes: where the checkpoint was written, which nobody asks for."""
+    """Replaces all path classes: the path of the save, which is not used."""
 
     __slots__ = ()
 
@@ -223,10 +223,10 @@ _MEMORY_FORMATS: dict[str | int, int] = {
     key: each.value for each in _MEM_FORMAT_ENCODING for key in (each.name, each.value)
 }
 _METADATA = "torch.distributed.checkpoint.metadata"
-_OLDER = "torch.distributed._shard.sharded_tensor.metadata"  # where older versions of torch have them
+_OLDER = "torch.distributed._shard.sharded_tensor.metadata"  # their module in older versions of torch
 _LAYOUTS = {str(each): each for each in vars(torch).values() if isinstance(each, torch.layout)}
 
-ADMITTED: dict[tuple[str, str], Any] = {
+ALLOWED: dict[tuple[str, str], Any] = {
     (_METADATA, "BytesStorageMetadata"): _stand_in(BytesStorageMetadata),
     (_METADATA, "ChunkStorageMetadata"): _stand_in(ChunkStorageMetadata),
     (_METADATA, "Metadata"): _stand_in(Metadata),
@@ -248,15 +248,15 @@ ADMITTED: dict[tuple[str, str], Any] = {
         for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
     },
 }
-"""What an index may ask for, by module and name, and what it gets."""
+"""Globals that an index may name, by module and name, and their replacements."""
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows what an index consists of, and nothing else; none of it runs code, or can be changed."""
+    """Resolves only the globals in :data:`ALLOWED`; none of the replacements runs code or can be changed."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in ADMITTED:
+        if (module, name) not in ALLOWED:
             raise pickle.UnpicklingError(
-                f".metadata asks for {module}.{name}, which no index that DCP writes has in it; it was not looked up"
+                f".metadata names {module}.{name}, which is not part of DCP's index; it was not imported"
             )
-        return ADMITTED[module, name]
+        return ALLOWED[module, name]

@@ -1,6 +1,6 @@
-"""Copies of a run's state in host memory, from which another thread can write while training goes on.
+"""Copies of a run's state in host memory, which another thread writes while training continues.
 
-It knows tensors and the memory that their copies take, and nothing of files.
+Handles tensors and the memory of their copies, not files.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["Staging"]
 
 
 class Staging:
-    """Host memory for one copy, taken for the first and kept for the next.
+    """Host memory for one copy, allocated by the first and reused by the next.
 
     Args:
         has_sharded_tensors: Whether the state holds FSDP1's ShardedTensors.
@@ -23,7 +23,7 @@ class Staging:
     def __init__(self, has_sharded_tensors: bool) -> None:
         self._stager: AsyncStager
         if has_sharded_tensors:
-            self._stager = BlockingAsyncStager()  # the other knows no ShardedTensor
+            self._stager = BlockingAsyncStager()  # DefaultStager does not support ShardedTensor
         else:
             cuda = torch.cuda.is_available()
             options = StagingOptions(
@@ -32,6 +32,6 @@ class Staging:
             self._stager = DefaultStager(options)
 
     def copy(self, state: dict[str, Any]) -> dict[str, Any]:
-        """A copy of ``state``, which the next one is written over."""
+        """Copy ``state``; the next call overwrites the copy."""
         staged: dict[str, Any] = self._stager.stage(state)  # type: ignore[assignment]
         return staged

@@ -1,6 +1,6 @@
-"""A run's state to and from a checkpoint's files through DCP: written, verified, read, and what a failure means.
+"""Writing, verifying and reading a state dict through DCP, and the translation of DCP's errors.
 
-It knows DCP, its errors and the ranks that take part, and nothing of a run, its steps and where its checkpoints are.
+Handles DCP, its errors and the participating ranks; does not depend on the run, its steps or the directory.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from manic.checkpoint.manifest import DamagedCheckpointError, Manifest, Verify
 from manic.checkpoint.safe_pickle import RefusedError, SafePlanner
 from manic.distributed.collectives import from_every_rank, rank, world_size
 
-__all__ = ["Progress", "Told", "read", "read_index", "verify_files", "write"]
+__all__ = ["Progress", "ProgressCounter", "read", "read_index", "verify_files", "write"]
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
-"""Told ``"save"`` or ``"verify"``, how many bytes this rank has done, and about how many there are to do."""
+"""Called with ``"save"`` or ``"verify"``, the bytes that this rank has processed, and their approximate total."""
 
 
-class Told:
-    """Counts bytes that are done, and tells a callback, on whose errors nothing of a checkpoint depends.
+class ProgressCounter:
+    """Counts processed bytes and reports them to a callback; errors of the callback are logged.
 
     Args:
         progress: The callback.
         what: ``"save"`` or ``"verify"``.
-        total: About how many bytes there are.
+        total: Approximate total, in bytes.
     """
 
     def __init__(self, progress: Progress, what: str, total: int) -> None:
@@ -55,16 +55,16 @@ class Told:
 def write(
     state: dict[str, Any], folder: str, progress: Progress, group: ProcessGroup | None
 ) -> tuple[Files, dict[str, FileRecord]]:
-    """Write the state's files, each rank its own.
+    """Write the state; each rank writes one file of its shards.
 
     Returns:
-        What they were written through, and the records of all ranks' files by name.
+        The file system that wrote, and the records of all ranks' files by name.
 
     Raises:
-        OSError: on every rank, if some rank could not write.
-        RuntimeError: on every rank, if something else failed.
+        OSError: on every rank, if any rank could not write.
+        RuntimeError: on every rank, if a save fails for another reason.
     """
-    files = Files(folder, Told(progress, "save", _bytes(state)))
+    files = Files(folder, ProgressCounter(progress, "save", _bytes(state)))
     try:
         dcp.save(state, storage_writer=files.writer(), process_group=group)
     except CheckpointException as error:
@@ -78,43 +78,43 @@ def write(
 def verify_files(
     files: Files, manifest: Manifest, verify: Verify, progress: Progress, group: ProcessGroup | None
 ) -> list[str]:
-    """What is wrong with the files that a manifest lists, in words, alike on every rank; they share the reading."""
+    """Damage to the files that a manifest lists, in words, the same on every rank; ranks divide the reading."""
     names = sorted(manifest.files, key=lambda name: -manifest.files[name].bytes)[rank() :: world_size()]
-    told = Told(progress, "verify", sum(manifest.files[name].bytes for name in names))
-    problems = from_every_rank(manifest.problems(files, verify, names, told), group)
+    counter = ProgressCounter(progress, "verify", sum(manifest.files[name].bytes for name in names))
+    problems = from_every_rank(manifest.problems(files, verify, names, counter), group)
     return [problem for each in problems for problem in each]
 
 
 def read_index(files: Files, path: str) -> Mapping[str, Any]:
-    """DCP's metadata of every key in a checkpoint; ``path`` is its name in messages.
+    """DCP's metadata of every key in a checkpoint; messages name the checkpoint ``path``.
 
     Raises:
-        DamagedCheckpointError: if it cannot be read.
+        DamagedCheckpointError: if the index cannot be read.
     """
     try:
         index: Mapping[str, Any] = files.reader().read_metadata().state_dict_metadata
     except pickle.UnpicklingError as error:
         raise DamagedCheckpointError(f"{path} is damaged: .metadata cannot be read: {error}") from error
-    except Exception as error:  # unpickling what is damaged may raise anything
+    except Exception as error:  # unpickling damaged data may raise any type
         raise DamagedCheckpointError(f"{path} is damaged: .metadata cannot be read: {error!r}") from error
     return index
 
 
 def read(state: dict[str, Any], files: Files, path: str, verified: Verify, group: ProcessGroup | None) -> None:
-    """Fill ``state`` from a checkpoint, in place where it holds tensors.
+    """Fill ``state`` from a checkpoint; tensors in place.
 
     Args:
-        state: What to read, by name.
-        files: The checkpoint's.
-        path: Its name in messages.
-        verified: What was checked before: bytes that were verified are not what is wrong.
-        group: Of all ranks.
+        state: The entries to read, by name.
+        files: The checkpoint's files.
+        path: The checkpoint's name in messages.
+        verified: What was checked before; an error after ``"full"`` is not reported as damage.
+        group: A group of all ranks; ``None``: the default group.
 
     Raises:
-        DamagedCheckpointError: on every rank, if a file is not what was written.
-        OSError: on every rank, if a file that was verified cannot be read.
-        RuntimeError: on every rank, if something else failed, memory say.
-        ValueError: on every rank, if the checkpoint does not fit, or holds what is not admitted.
+        DamagedCheckpointError: on every rank, if a file differs from what was written.
+        OSError: on every rank, if a verified file cannot be read.
+        RuntimeError: on every rank, if the load fails for another reason, for example lack of memory.
+        ValueError: on every rank, if the checkpoint does not fit, or holds a class that is not allowed.
     """
     try:
         dcp.load(state, storage_reader=files.reader(), planner=SafePlanner(), process_group=group)
@@ -134,7 +134,7 @@ def read(state: dict[str, Any], files: Files, path: str, verified: Verify, group
 
 
 def _bytes(state: Any) -> int:
-    """Of the tensors in a state dict that this rank holds; replicas count on every rank."""
+    """Bytes of the tensors in a state dict that this rank holds; replicas count on every rank."""
     if isinstance(state, Mapping):
         return sum(_bytes(value) for value in state.values())
     if isinstance(state, DTensor):
@@ -149,7 +149,7 @@ def _reasons(error: CheckpointException) -> str:
 
 
 def _os_error(what: str, error: CheckpointException) -> Exception:
-    """The same as one that can be caught for what it is: a disk that is full, say, or a mistake."""
+    """The error as an OSError with the first errno, or as a RuntimeError if no rank raised an OSError."""
     reasons = [reason[0] for reason in error.failures.values()]
     first = next((reason for reason in reasons if isinstance(reason, OSError)), None)
     if first is None:

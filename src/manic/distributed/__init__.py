@@ -1,1 +1,1 @@
-"""What the ranks of a group hold, and what they say to each other outside of a step's all_reduce."""
+"""The layout of the model over the ranks, and all communication besides the step's all_reduce."""

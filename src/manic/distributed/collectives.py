@@ -1,6 +1,6 @@
-"""One outcome on all ranks: what one rank, or each, did, or an error that every rank raises.
+"""Actions with one outcome on all ranks: a result, or an error that every rank raises.
 
-It knows process groups, and nothing of what ranks hold. Where torch.distributed is not initialised there is one rank.
+Without an initialised ``torch.distributed`` there is one rank.
 """
 
 from __future__ import annotations
@@ -20,21 +20,24 @@ T = TypeVar("T")
 
 
 def rank() -> int:
-    """This process's rank among all."""
+    """This process's rank in the default group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many ranks there are."""
+    """Number of ranks in the default group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def on_first_rank(action: Callable[[], T], group: ProcessGroup | None = None) -> T:
-    """Do it on rank 0; its result, or its error, is every rank's.
+    """Call ``action`` on rank 0; return its result, or raise its error, on every rank.
 
     Args:
-        action: Gives something that can be pickled. Must not communicate.
-        group: Of all ranks; default: the default group.
+        action: Returns a picklable value. Must not communicate.
+        group: A group of all ranks; ``None``: the default group.
+
+    Returns:
+        Rank 0's result.
     """
     box: list[Any] = [None, None]
     if rank() == 0:
@@ -48,11 +51,11 @@ def on_first_rank(action: Callable[[], T], group: ProcessGroup | None = None) ->
 
 
 def on_every_rank(action: Callable[[], T], group: ProcessGroup | None = None) -> T:
-    """Do it on every rank; the lowest failed rank's error is every rank's.
+    """Call ``action`` on every rank; if any fails, raise the error of the lowest failed rank on every rank.
 
     Args:
-        action: What to do. If it communicates, a rank that fails leaves the others waiting.
-        group: Of all ranks; default: the default group.
+        action: The action. If it communicates, a failed rank leaves the others waiting.
+        group: A group of all ranks; ``None``: the default group.
 
     Returns:
         This rank's result.
@@ -66,11 +69,14 @@ def on_every_rank(action: Callable[[], T], group: ProcessGroup | None = None) ->
 
 
 def from_every_rank(value: T, group: ProcessGroup | None = None) -> list[T]:
-    """Every rank's value, which can be pickled, by rank.
+    """Gather one value from every rank.
 
     Args:
-        value: This rank's.
-        group: The ranks; default: the default group.
+        value: This rank's value; picklable.
+        group: The group to gather over; ``None``: the default group.
+
+    Returns:
+        The values, by rank.
     """
     values = [value]
     if dist.is_initialized():
@@ -80,28 +86,28 @@ def from_every_rank(value: T, group: ProcessGroup | None = None) -> list[T]:
 
 
 def gather(row: Tensor, group: ProcessGroup) -> list[Tensor]:
-    """Every rank's ``row``, which has one shape on all of them, on the host; faster than :func:`from_every_rank`."""
+    """Gather ``row``, of the same shape on all ranks, to host memory; faster than :func:`from_every_rank`."""
     rows = [torch.empty_like(row) for _ in range(dist.get_world_size(group))]
     dist.all_gather(rows, row, group=group)
     return list(torch.stack(rows).cpu().unbind())
 
 
-def raise_together(kind: type[Exception], complaint: str, group: ProcessGroup | None, device: torch.device) -> None:
-    """Raise on every rank if any rank has something to complain of.
+def raise_together(kind: type[Exception], problem: str, group: ProcessGroup | None, device: torch.device) -> None:
+    """Raise on every rank if any rank has a problem.
 
     Args:
-        kind: What to raise.
-        complaint: This rank's, in words; empty: none.
+        kind: The type of the error.
+        problem: This rank's problem in words; empty: none.
         group: The process group, or ``None`` for this process alone.
-        device: Where the group's backend takes tensors from.
+        device: A device that the group's backend supports.
     """
     if group is None:
-        if complaint:
-            raise kind(complaint)
+        if problem:
+            raise kind(problem)
         return
-    lengths = gather(torch.tensor([len(complaint)], device=device), group)
+    lengths = gather(torch.tensor([len(problem)], device=device), group)
     if any(length[0] for length in lengths):
-        everyone = from_every_rank(complaint, group)
+        everyone = from_every_rank(problem, group)
         first = next(index for index, text in enumerate(everyone) if text)
         raise kind(f"rank {first}: {everyone[first]}")
 
@@ -109,7 +115,7 @@ def raise_together(kind: type[Exception], complaint: str, group: ProcessGroup | 
 def _outcome(action: Callable[[], Any]) -> list[Any]:
     try:
         return [action(), None]
-    except Exception as error:  # whatever it is, the other ranks are waiting
+    except Exception as error:  # any type: the other ranks wait for the outcome
         try:
             pickle.loads(pickle.dumps(error))
         except Exception:

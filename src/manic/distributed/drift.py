@@ -1,7 +1,7 @@
-"""Whether ranks that should hold the same still do, bit for bit, in the middle of a run.
+"""Detection of replicas that are no longer equal bit for bit, in the middle of a run.
 
-It compares digests over the process group, and names the first rank and tensor that differ. What ranks should hold is
-layout.py's knowledge.
+Compares digests over the process group, and names the first rank and tensor that differ. layout.py decides which ranks
+hold replicas.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from manic.step.chunks import pieces
 __all__ = ["raise_if_drifted"]
 
 Held = tuple[Tensor, str, Tensor]
-"""A parameter, the name of one of its tensors, and that tensor, of the parameter's shape and placements."""
+"""A parameter, the name of one of its tensors, and that tensor, with the parameter's shape and placements."""
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# Odd, so that no bit of a product is lost: the multiplier of Knuth's multiplicative hashing, for 64 bits.
+# Knuth's multiplicative hashing for 64 bits. Odd, so that a product loses no bit.
 _MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)
 
 
@@ -38,23 +38,23 @@ def raise_if_drifted(
     layout: Layout,
     device: torch.device,
 ) -> None:
-    """Raise, alike on every rank, if ranks differ that should not.
+    """Raise the same error on every rank if replicas differ.
 
     Args:
-        tuner: The tuner's state, the same on all ranks.
+        tuner: The tuner's state, equal on all ranks.
         scale: S, for the message.
-        groups: The param groups, whose settings are the same on all ranks of a pipeline stage.
-        held: What is compared of the parameters, in the same order on all ranks of a stage.
-        layout: How many ranks hold an element of each.
-        device: Where the group's backend takes tensors from.
+        groups: The param groups; their settings are equal on all ranks of a pipeline stage.
+        held: The parameters' tensors to compare, in the same order on all ranks of a stage.
+        layout: The number of replicas of each parameter.
+        device: A device that the group's backend supports.
 
     Raises:
-        RuntimeError: with the first difference in words.
+        RuntimeError: if replicas differ; the message names the first difference.
     """
     if layout.group is not None and (found := _difference(tuner, scale, groups, held, layout, device)):
         raise RuntimeError(
-            f"ranks have drifted apart: {found}. Go back to a checkpoint from before that; nothing in a sound run "
-            "changes parameters or settings on one rank alone"
+            f"ranks have drifted apart: {found}. Load an earlier checkpoint, and find what changes parameters or "
+            "settings on one rank alone"
         )
 
 
@@ -74,11 +74,11 @@ def _difference(
     if found := _odd_one(rows[:, 0].tolist(), len(rows)):
         scales = from_every_rank(float(scale), group)
         rank, other = found
-        return f"the tuner of rank {rank} is not that of rank {other}: S is {scales[rank]!r} and {scales[other]!r}"
+        return f"the tuner of rank {rank} differs from rank {other}: S is {scales[rank]!r} and {scales[other]!r}"
     if found := _odd_one(rows[:, 1].tolist(), len(rows) // layout.pipeline_stages):
         lines = from_every_rank(settings, group)
         rank, other = found
-        return f"the settings of rank {rank} are not those of rank {other}: {lines[rank]} and {lines[other]}"
+        return f"the settings of rank {rank} differ from rank {other}: {lines[rank]} and {lines[other]}"
     return _tensors(held, groups, layout, group, device)
 
 
@@ -96,7 +96,7 @@ def _tensors(
     longest = max(int(size) for size in gather(torch.tensor(len(held), device=device), group))
     every = torch.stack(gather(torch.cat((mine, mine.new_zeros(longest - len(held), 2))), group))
     for index, rows in enumerate(every.unbind(dim=1)):
-        # A stage of a pipeline may hold another tensor at this place than the others, or none.
+        # Pipeline stages may hold different tensors at this index, or none.
         for copies in set(rows[:, 1].tolist()) - {0, 1}:
             ranks = [rank for rank, row in enumerate(rows.tolist()) if row[1] == copies]
             if found := _odd_one([int(rows[rank, 0]) for rank in ranks], copies):
@@ -104,23 +104,23 @@ def _tensors(
                 names = from_every_rank(
                     [f"{name} of {describe(parameter, groups)}" for parameter, name, _ in held], group
                 )
-                return f"{names[rank][index]} on rank {rank} is not what rank {other} holds"
+                return f"{names[rank][index]} on rank {rank} differs from rank {other}"
     return ""
 
 
 def _odd_one(values: Sequence[int], copies: int) -> tuple[int, int] | None:
-    """Where ``values``, each of which should come in multiples of ``copies``, has one that does not, and its like."""
+    """Indices of a value whose count is not a multiple of ``copies``, and of one to compare it with; else ``None``."""
     counts = Counter(values)
     odd = sorted((value for value, count in counts.items() if count % copies), key=lambda value: counts[value])
     if not odd:
         return None
     rarest, *others = odd
-    like = others[-1] if others else next((value for value in values if value != rarest), rarest)
-    return values.index(rarest), values.index(like)
+    reference = others[-1] if others else next((value for value in values if value != rarest), rarest)
+    return values.index(rarest), values.index(reference)
 
 
 def _digest_of(tensor: Tensor) -> Tensor:
-    """A 0-dim int64 that is other if any bit of ``tensor`` is: the sum of its words, each times its own odd number."""
+    """A 0-dim int64 digest of all bits of ``tensor``: the sum of its words, each times an odd number of its index."""
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     start = 0
     for (piece,) in pieces([tensor]):

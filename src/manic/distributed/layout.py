@@ -1,7 +1,6 @@
-"""Which elements of each parameter this rank holds, and how many ranks of the group hold them.
+"""Which elements of each parameter this rank holds, and how many replicas of them the group has.
 
-It reads tensors' types, placements and meshes, and the group's ranks. It does no arithmetic on their elements and
-no communication.
+Reads tensors' types, placements and meshes, and the group's ranks; does not read elements and does not communicate.
 """
 
 from __future__ import annotations
@@ -17,22 +16,22 @@ from torch.distributed.tensor import DTensor, Replicate
 __all__ = ["Layout", "Plain", "check_gradient", "is_fsdp1", "local", "local_gradient", "local_storage"]
 
 Plain = Literal["replicated", "sharded"]
-"""What plain tensors are to the ranks of the group: the same on each (DDP), or other parts on each (ZeRO)."""
+"""Placement of plain tensors over the group: the same on each rank (DDP), or different parts on each (ZeRO)."""
 
-# FSDP1's mark on its flat parameters and on the original parameters that are views of them. It has no public form;
-# FSDP1 itself tells its parameters by it, and tests/distributed/test_layout.py fails if it goes.
+# The private attribute by which FSDP1 marks its flat parameters and the original parameters that are views of them.
+# tests/distributed/test_layout.py fails if it is removed.
 _FSDP1_MARK = "_fsdp_flattened"
 
 
 def is_fsdp1(parameter: Tensor) -> bool:
-    """Whether ``parameter`` is managed by ``torch.distributed.fsdp.FullyShardedDataParallel``."""
+    """Whether ``torch.distributed.fsdp.FullyShardedDataParallel`` manages ``parameter``."""
     return getattr(parameter, _FSDP1_MARK, False)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of ``tensor`` on this rank: a plain tensor without autograd that shares its storage.
+    """The shard of ``tensor`` on this rank: a plain tensor without autograd that shares its storage.
 
-    Call it where gradients are disabled.
+    Must be called with gradients disabled.
     """
     if isinstance(tensor, DTensor):
         return tensor.to_local()
@@ -40,19 +39,19 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def local_storage(tensor: Tensor) -> Tensor:
-    """What holds the storage of :func:`local`: the same object each time, as long as nothing exchanges it.
+    """The tensor that holds the storage of :func:`local`: the same object in each call until it is replaced.
 
-    ``DTensor.to_local()`` makes a view of a parameter's each time, at forty times the host's cost of this attribute,
-    which has no public form; tests/distributed/test_layout.py fails if it goes.
+    ``DTensor.to_local()`` creates a view in each call, at forty times the host time of this private attribute;
+    tests/distributed/test_layout.py fails if it is removed.
     """
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def local_gradient(parameter: Tensor) -> Tensor | None:
-    """The gradient of the elements that :func:`local` gives, or ``None``.
+    """The gradient of the elements of :func:`local`, or ``None``.
 
-    A DTensor gradient that is placed otherwise than its parameter (a sum not yet made, say) is redistributed first, and
-    ``parameter.grad`` becomes the result, so that the base optimizer need not do it again.
+    A DTensor gradient with other placements than its parameter (for example Partial) is redistributed first and stored
+    in ``parameter.grad``, so that the base optimizer does not redistribute it again.
 
     Raises:
         TypeError: if the gradient is sparse, complex, or plain where the parameter is a DTensor.
@@ -70,7 +69,7 @@ def local_gradient(parameter: Tensor) -> Tensor | None:
 
 
 def check_gradient(parameter: Tensor, gradient: Tensor) -> None:
-    """Raise TypeError if ``gradient`` of ``parameter`` is one that Mechanic cannot use."""
+    """Raise TypeError if Mechanic cannot use ``gradient`` of ``parameter``."""
     if gradient.layout != torch.strided or gradient.is_complex():
         kind = "complex" if gradient.is_complex() else "sparse"
         raise TypeError(
@@ -85,15 +84,15 @@ def check_gradient(parameter: Tensor, gradient: Tensor) -> None:
 
 
 class Layout:
-    """How the elements of the model are spread over the ranks that train it together.
+    """The placement of the model's elements over the ranks that train it.
 
     Args:
-        process_group: The ranks that hold the model between them, once or several times. ``None``: all ranks if
+        process_group: The ranks that together hold the model, once or several times. ``None``: all ranks if
             ``torch.distributed`` is initialised, else this process alone.
-        plain: What tensors that are not DTensors are to these ranks. Parameters of FSDP1 are recognised and need no
-            declaration under ``"replicated"``; ``"sharded"`` holds for them too.
-        pipeline_stages: Into how many stages of equally many ranks a pipeline splits the group. A parameter exists
-            in its own stage only.
+        plain: Placement of tensors that are not DTensors. With ``"replicated"``, parameters of FSDP1 are recognised;
+            ``"sharded"`` applies to them too.
+        pipeline_stages: Number of pipeline stages in the group, each of equally many ranks. A parameter exists in one
+            stage only.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -110,12 +109,12 @@ class Layout:
             raise ValueError("this rank is not in process_group; pass the group of the ranks that train this model")
         self._declared_group = process_group
         self.fsdp1_replicas = 1
-        """How many ranks hold each element of an FSDP1 shard; found when the ranks first compare notes."""
+        """Number of ranks that hold each element of an FSDP1 shard; set by :func:`manic.distributed.startup.agree`."""
         self._holders: dict[Any, float] = {}
 
     @property
     def group(self) -> ProcessGroup | None:
-        """The group to reduce over; ``None`` where there is nobody else."""
+        """The group to reduce over; ``None`` if this process is alone."""
         if self._declared_group is None and not (dist.is_available() and dist.is_initialized()):
             return None
         group = dist.group.WORLD if self._declared_group is None else self._declared_group
@@ -123,18 +122,18 @@ class Layout:
 
     @property
     def world_size(self) -> int:
-        """How many ranks there are to reduce over."""
+        """Number of ranks to reduce over."""
         group = self.group
         return 1 if group is None else dist.get_world_size(group)
 
     @property
     def is_first_rank(self) -> bool:
-        """Whether this rank is the one to say what all have to say."""
+        """Whether this rank logs for the group."""
         group = self.group
         return group is None or dist.get_rank(group) == 0
 
     def communication_device(self, home: torch.device) -> torch.device:
-        """Where the group's backend takes tensors from, as near to ``home`` as can be."""
+        """A device that the group's backend supports: ``home`` if possible."""
         group = self.group
         if group is None:
             return home
@@ -143,10 +142,10 @@ class Layout:
         return home
 
     def replicas(self, parameter: Tensor) -> float:
-        """How many ranks of the group hold each local element of ``parameter``.
+        """Number of ranks of the group that hold each local element of ``parameter``.
 
         Raises:
-            ValueError: if the group does not hold the parameter whole, or some elements oftener than others.
+            ValueError: if the group does not hold every element of the parameter, and each equally often.
         """
         group = self.group
         if group is None:
@@ -165,25 +164,25 @@ class Layout:
     def _dtensor_replicas(self, parameter: DTensor, group: ProcessGroup) -> float:
         mesh, placements = parameter.device_mesh, parameter.placements
         if any(placement.is_partial() for placement in placements):
-            raise ValueError(f"a parameter cannot be placed as {placements}: its value is a sum that was never made")
+            raise ValueError(f"a parameter cannot have placements {placements}: Partial values are not reduced")
         inside = torch.isin(mesh.mesh, torch.tensor(dist.get_process_group_ranks(group))).float()
-        # Anything but Replicate splits: _StridedShard (TP + FSDP2) is neither a Shard nor says is_shard().
+        # Every placement except Replicate splits; _StridedShard (TP + FSDP2) is not a Shard, and is_shard() is False.
         replicated = [dim for dim, placement in enumerate(placements) if isinstance(placement, Replicate)]
         holders = inside.sum(dim=replicated) if replicated else inside
         if holders.min() < 1 or holders.min() != holders.max():
             raise ValueError(
                 f"the process group's ranks {dist.get_process_group_ranks(group)} do not hold a parameter of shape "
                 f"{tuple(parameter.shape)}, placed as {placements} on {mesh}, a whole number of times; pass the "
-                "process_group of all ranks that hold the model between them"
+                "process_group of all ranks that together hold the model"
             )
-        # Under TP + FSDP2 a norm weight lives on the dp mesh alone: ranks outside of its mesh hold copies of it,
-        # which its placements don't show. Another pipeline stage holds none.
+        # With TP + FSDP2 the mesh of a norm weight is the dp mesh alone: ranks outside that mesh hold replicas which
+        # its placements do not show. Other pipeline stages hold none.
         copies = self._stage_size(group) / float(inside.sum())
         if copies != int(copies):
             raise ValueError(
                 f"a parameter of shape {tuple(parameter.shape)} is on {int(inside.sum())} of the "
-                f"{self._stage_size(group):g} ranks of a pipeline stage, which is no whole number of copies; set "
-                "process_group and pipeline_stages to what the model is spread over"
+                f"{self._stage_size(group):g} ranks of a pipeline stage, which is not a whole number of replicas; set "
+                "process_group and pipeline_stages to those of the model"
             )
         return float(holders.max()) * copies
 
@@ -191,7 +190,7 @@ class Layout:
         return dist.get_world_size(group) / self.pipeline_stages
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Layout:
-        # A process group cannot be copied, and a copy of the optimizer lives on the same ranks.
+        # A process group cannot be copied, and a copy of the optimizer has the same ranks.
         return self
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""The ranks compare, once, what they hold and how they are set; if they differ, all raise the same error.
+"""Startup check: ranks compare their parameters and settings; if they differ, all raise the same error.
 
-This is the only communication besides the step's all_reduce, and it takes place at the first step, after parameters
-were added and after a load. It makes no choice for the user but one: how often FSDP1's shards are replicated.
+Runs at the first step, after parameters were added and after a load; other steps do not compare ranks unless the
+drift check does. It infers only one setting: how often FSDP1's shards are replicated.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ __all__ = ["Agreement", "agree", "describe_group", "digest"]
 
 
 class Agreement:
-    """What the ranks have agreed on, so that they compare again only when it has changed.
+    """Remembers the parameters that the ranks have compared, so that they compare again only after a change.
 
     Args:
-        layout: What they hold.
+        layout: The placement of the model over the ranks.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -36,38 +36,38 @@ class Agreement:
         self._identities: list[list[int]] | None = None
 
     def holds_for(self, groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether these are the parameters that they have agreed on."""
+        """Whether the ranks have compared exactly these parameters."""
         return self._identities == _identities(groups)
 
     def renew(
         self, groups: Sequence[Mapping[str, Any]], settings: str, device: torch.device, dtype: torch.dtype
     ) -> None:
-        """Compare; see :func:`agree` for arguments and errors."""
+        """Compare again; see :func:`agree` for arguments and errors."""
         agree(groups, settings, self._layout, device, dtype)
         self._identities = _identities(groups)
 
 
 def _identities(groups: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-    # By group: inside of ZeRO, a rank may be given a new group that is empty.
+    # By group: inside ZeRO, a rank's part of a new group may be empty.
     return [[id(parameter) for parameter in group["params"]] for group in groups]
 
 
 def agree(
     groups: Sequence[Mapping[str, Any]], settings: str, layout: Layout, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Check over the group that all ranks hold what ``layout`` says, and run with the same settings.
+    """Check over the group that all ranks hold what ``layout`` declares and have the same settings.
 
     Args:
         groups: The optimizer's param groups.
-        settings: Whatever else must be equal, in words.
-        layout: Its ``fsdp1_replicas`` is set here.
-        device: Where the group's backend takes tensors from.
-        dtype: In which sums are compared: the tuner's.
+        settings: Further settings that must be equal, in words.
+        layout: The placement of the model; this function sets its ``fsdp1_replicas``.
+        device: A device that the group's backend supports.
+        dtype: The dtype of compared sums: the tuner's.
 
     Raises:
-        TypeError: on every rank alike, if any has a gradient that Mechanic cannot use.
-        ValueError: on every rank alike, if settings, param groups, parameters, shapes, dtypes or placements differ
-            between ranks that should hold the same, or if plain parameters that should be copies are not.
+        TypeError: on every rank, if any rank has a gradient that Mechanic cannot use.
+        ValueError: on every rank, if settings, param groups, parameters, shapes, dtypes or placements differ between
+            ranks of a stage, or if plain parameters that should be replicas differ.
     """
     group = layout.group
     parameters = [parameter for each in groups for parameter in each["params"]]
@@ -96,16 +96,16 @@ def agree(
     _compare([int(row[1]) for row in rows], layout.pipeline_stages, "param groups or parameters", held, group)
 
     for parameter in parameters:
-        layout.replicas(parameter)  # raises, alike on all ranks, if the group can't hold it evenly
+        layout.replicas(parameter)  # raises on all ranks if the group does not hold it evenly
     if layout.plain == "replicated":
         replicated = [p for p in parameters if not isinstance(p, DTensor) and not is_fsdp1(p)]
-        _check_copies(replicated, layout.pipeline_stages, group, device, dtype)
+        _check_replicas(replicated, layout.pipeline_stages, group, device, dtype)
         flattened = [p for p in parameters if is_fsdp1(p)]
         layout.fsdp1_replicas = _find_fsdp1_replicas(flattened, group, device, dtype)
 
 
 def _unusable_gradient(parameters: Sequence[Tensor]) -> str:
-    """What is wrong with the gradients, in words; empty: nothing."""
+    """The first gradient that Mechanic cannot use, in words; empty: none."""
     for parameter in parameters:
         try:
             if parameter.grad is not None:
@@ -116,13 +116,13 @@ def _unusable_gradient(parameters: Sequence[Tensor]) -> str:
 
 
 def describe_group(group: Mapping[str, Any]) -> str:
-    """What must be equal on all ranks about a param group's settings: those that are numbers, words or none."""
+    """The param group's settings that must be equal on all ranks: numbers, strings and ``None``."""
     settings = {key: _plain(value) for key, value in group.items() if key not in ("params", "param_names")}
     return "a param group with " + ", ".join(f"{key}={settings[key]}" for key in sorted(settings) if settings[key])
 
 
 def _plain(value: Any) -> str:
-    """A setting in words; empty if it is an object, whose words may name an address."""
+    """A setting in words; empty for an object, whose ``repr`` may contain an address."""
     if isinstance(value, Tensor):
         return repr(value.item()) if value.numel() == 1 else ""
     if isinstance(value, (list, tuple)):
@@ -132,7 +132,7 @@ def _plain(value: Any) -> str:
 
 
 def _describe(parameter: Tensor, layout: Layout) -> str | None:
-    """What must be equal on all ranks of a stage about ``parameter``; ``None`` if nothing need be."""
+    """The properties of ``parameter`` that must be equal on all ranks of a stage; ``None`` if there are none."""
     kind = f"{parameter.dtype}, {'trainable' if parameter.requires_grad else 'frozen'}"
     if isinstance(parameter, DTensor):
         mesh = parameter.device_mesh
@@ -145,12 +145,12 @@ def _describe(parameter: Tensor, layout: Layout) -> str | None:
 
 
 def digest(text: str) -> int:
-    """A number of 56 bits that stands for ``text``."""
+    """A 56-bit digest of ``text``."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
 def _compare(digests: list[int], stages: int, what: str, mine: list[str], group: ProcessGroup) -> None:
-    """Raise the same error everywhere unless each digest belongs to whole stages."""
+    """Raise the same error on every rank unless the count of each digest is a multiple of the stage size."""
     size = len(digests) // stages
     counts = Counter(digests)
     if all(count % size == 0 for count in counts.values()):
@@ -163,13 +163,13 @@ def _compare(digests: list[int], stages: int, what: str, mine: list[str], group:
     index = next((i for i, pair in enumerate(zip(first, second)) if pair[0] != pair[1]), min(len(first), len(second)))
 
     def at(lines: list[str]) -> str:
-        return f"{len(lines)}, number {index} being {lines[index] if index < len(lines) else 'missing'}"
+        return f"{len(lines)}, number {index} is {lines[index] if index < len(lines) else 'missing'}"
 
     raise ValueError(
         f"ranks of the process group hold different {what}: rank {reference} has {at(first)}; rank {other} has "
-        f"{at(second)}. Every rank must build the same model and optimizer, and load the same checkpoint. If each is "
-        'to hold other plain parameters (ZeRO), pass plain="sharded", with the same param groups on all, empty where a '
-        "rank owns nothing of one; if a pipeline splits the model, pass pipeline_stages; if these ranks do not train "
+        f"{at(second)}. Every rank must build the same model and optimizer, and load the same checkpoint. If ranks "
+        'hold different plain parameters (ZeRO), pass plain="sharded", with the same param groups on all ranks (a '
+        "rank's group may be empty); if a pipeline splits the model, pass pipeline_stages; if these ranks do not train "
         "one model, pass their process_group"
     )
 
@@ -190,10 +190,10 @@ def _moments(parameters: Sequence[Tensor], device: torch.device, dtype: torch.dt
     return torch.stack(rows).nan_to_num() if rows else torch.zeros(0, 4, dtype=dtype, device=device)
 
 
-def _check_copies(
+def _check_replicas(
     parameters: Sequence[Tensor], stages: int, group: ProcessGroup, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Raise everywhere if parameters that should be copies of each other differ, or stages hold the same ones."""
+    """Raise on every rank if replicas differ, or if stages hold the same parameters."""
     moments = _moments(parameters, device, dtype)
     if stages > 1:
         varied = bool((moments[:, 3] > 0).any())
@@ -202,31 +202,31 @@ def _check_copies(
         size = dist.get_world_size(group) // stages
         if any(count != size for moment, count in counts.items() if moment):
             raise ValueError(
-                f"pipeline_stages={stages} says that every plain parameter is on {size} rank(s) with the same values, "
-                f"but some are on {sorted({count for moment, count in counts.items() if moment})}: stages must hold "
+                f"pipeline_stages={stages} requires every plain parameter on {size} rank(s) with the same values, but "
+                f"some are on {sorted({count for moment, count in counts.items() if moment})}: stages must hold "
                 "different parameters, and the ranks of a stage the same"
             )
         return
     every = torch.stack(gather(moments, group))[..., 1:3]
     spread = every.amax(dim=0) - every.amin(dim=0)
-    # Copies are equal bit for bit; the margin is for ranks whose devices sum in another order.
+    # Replicas are equal bit for bit; the margin is for devices that sum in different orders.
     differs = (spread > 1e-6 * (every.abs().amax(dim=0) + 1e-12)).any(dim=-1)
     if differs.any():
         index = int(differs.nonzero()[0])
         raise ValueError(
             f"plain parameter {index} of shape {tuple(parameters[index].shape)} differs between the ranks of the "
-            "process group, so it is no replica: if each rank holds another part of the model (ZeRO), pass "
-            'plain="sharded"; if replicas were meant, start them equal (DistributedDataParallel does); if these ranks '
-            "do not train one model, pass their process_group"
+            "process group, so it is not replicated: if each rank holds another part of the model (ZeRO), pass "
+            'plain="sharded"; if it should be replicated, initialize it equally (DistributedDataParallel does); if '
+            "these ranks do not train one model, pass their process_group"
         )
 
 
 def _find_fsdp1_replicas(
     parameters: Sequence[Tensor], group: ProcessGroup, device: torch.device, dtype: torch.dtype
 ) -> int:
-    """How many ranks hold each FSDP1 shard: 1 for FULL_SHARD, the number of replicas for HYBRID_SHARD.
+    """Number of ranks that hold each FSDP1 shard: 1 for FULL_SHARD, the number of replicas for HYBRID_SHARD.
 
-    FSDP1's parameters say nothing of their group, but ranks that hold one shard hold the same numbers.
+    FSDP1's parameters do not expose their group, but ranks that hold the same shard hold the same values.
     """
     if not parameters:
         return 1
@@ -238,7 +238,7 @@ def _find_fsdp1_replicas(
     if len(counts) == 1 and dist.get_world_size(group) % max(counts) == 0:
         return counts.pop()
     raise ValueError(
-        "cannot tell from the values of the FSDP1 parameters how often each shard is replicated: "
+        "cannot infer from the values of the FSDP1 parameters how often each shard is replicated: "
         + ("all are constant" if not counts else f"some parameters are held {sorted(counts)} times")
-        + '. Pass plain="sharded" and process_group=<the FSDP sharding group>, over which the model is held once'
+        + '. Pass plain="sharded" and process_group=<the FSDP sharding group>, which holds the model once'
     )

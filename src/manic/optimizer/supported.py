@@ -1,7 +1,4 @@
-"""Which optimizers can be wrapped, and why the others cannot.
-
-It knows optimizers by their classes, groups and parameters, and nothing of a step.
-"""
+"""The check that a base optimizer can be wrapped, by its class, param groups and parameters."""
 
 from __future__ import annotations
 
@@ -13,23 +10,24 @@ from manic.optimizer.wrapper import OptimizerWrapper
 
 __all__ = ["check_bases"]
 
-# By the name of a class in torch.optim.
+# Reason by the name of a class in torch.optim.
 _UNSUPPORTED = {
-    "LBFGS": "it is no first-order optimizer: a step evaluates the loss at many points",
+    "LBFGS": "a step evaluates the loss at many points",
     "SparseAdam": "its gradients are sparse; use Adam with dense gradients",
 }
 
 
 def check_bases(optimizers: Sequence[Optimizer], may_be_empty: bool) -> None:
-    """Raise unless Mechanic can wrap ``optimizers``.
+    """Raise if Mechanic cannot wrap ``optimizers``.
 
     Args:
-        optimizers: Over disjoint parameters, to share one scale.
-        may_be_empty: Whether they may hold nothing that is trained, as a rank of ZeRO may.
+        optimizers: The base optimizers, over disjoint parameters; they share one scale.
+        may_be_empty: Whether they may have no trainable parameter, as on a rank of ZeRO.
 
     Raises:
-        TypeError: if one is no optimizer, or of a kind that cannot be scaled, or holds complex parameters.
-        ValueError: if there is none, a setting cannot be kept, a parameter is there twice, or nothing is to be trained.
+        TypeError: if one is not an optimizer, is of an unsupported class, or has complex parameters.
+        ValueError: if the list is empty, a setting is unsupported, a parameter is in two groups, or no parameter is
+            trainable.
     """
     if not optimizers:
         raise ValueError("Mechanic needs at least one optimizer to wrap, got an empty list")
@@ -38,13 +36,13 @@ def check_bases(optimizers: Sequence[Optimizer], may_be_empty: bool) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"Mechanic wraps torch.optim.Optimizer objects, got {type(optimizer).__name__}")
         if isinstance(optimizer, OptimizerWrapper):
-            raise TypeError("the optimizer is a Mechanic already; wrap the base optimizer once")
+            raise TypeError("the optimizer is already a Mechanic; wrap the base optimizer once")
         for cls in type(optimizer).__mro__:
             if cls.__module__.startswith("torch.optim") and cls.__name__ in _UNSUPPORTED:
                 raise TypeError(f"Mechanic cannot wrap {cls.__name__}: {_UNSUPPORTED[cls.__name__]}")
             if cls.__name__ == "ZeroRedundancyOptimizer":
                 raise TypeError(
-                    "Mechanic goes inside of ZeroRedundancyOptimizer: pass "
+                    "Mechanic must be inside ZeroRedundancyOptimizer: pass "
                     'optimizer_class=mechanize(AdamW, plain="sharded")'
                 )
         for group in optimizer.param_groups:

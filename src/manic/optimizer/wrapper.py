@@ -1,6 +1,6 @@
 """An Optimizer around other optimizers: one list of param groups, one state, one state dict.
 
-It knows what torch and its checkpointing expect of an optimizer, and nothing of what a step does.
+Implements what torch and its checkpointing expect of an optimizer, independent of the step.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ __all__ = ["JointState", "OptimizerWrapper", "OwnState", "is_creating_state"]
 
 
 class OwnState(Protocol):
-    """What a wrapper has of its own for the whole model: one tensor, kept in every param group."""
+    """A wrapper's own state for the whole model: one tensor, stored in every param group."""
 
     @property
     def tensor(self) -> Tensor:
-        """It."""
+        """The tensor."""
 
     @property
     def exists(self) -> bool:
-        """Whether every state that a checkpoint needs exists by now, whatever ``state`` holds."""
+        """Whether every state that a checkpoint needs exists, even if ``state`` is empty."""
 
     def check(self, saved: Tensor) -> None:
-        """Raise ValueError unless ``saved`` can be loaded."""
+        """Raise ValueError if ``saved`` cannot be loaded."""
 
     def load(self, saved: Tensor | None) -> None:
-        """Copy a loaded one into it; ``None``: the checkpoint is of the base optimizers alone."""
+        """Copy ``saved`` into the tensor; ``None``: the checkpoint is of the base optimizers alone."""
 
 
 def is_creating_state() -> bool:
-    """Whether ``torch.distributed.checkpoint`` is stepping a fresh optimizer only to make it create its state.
+    """Whether ``torch.distributed.checkpoint`` runs the current step only to create the optimizer's state.
 
     ``get_optimizer_state_dict`` and ``set_optimizer_state_dict`` do that with zero gradients and a learning rate of 0.
-    The values alone can't tell: a warm-up starts at 0 too, and a rank's gradients may all be zero.
+    The values alone do not show it: a warm-up starts at 0 too, and a rank's gradients may all be zero.
     """
     from torch.distributed.checkpoint import state_dict
 
@@ -50,11 +50,11 @@ def is_creating_state() -> bool:
 
 
 class JointState(MutableMapping[Any, Any]):
-    """The states of several optimizers as one mapping from parameter to dict; what is written arrives in theirs.
+    """The states of several optimizers as one mapping from parameter to dict; writes go to the optimizers' states.
 
     Args:
         optimizers: The optimizers, over disjoint parameters.
-        is_complete: Tells whether every state that a checkpoint needs exists by now.
+        is_complete: Returns whether every state that a checkpoint needs exists.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer], is_complete: Any) -> None:
@@ -90,7 +90,7 @@ class JointState(MutableMapping[Any, Any]):
         return sum(len(optimizer.state) for optimizer in self._optimizers)
 
     def __bool__(self) -> bool:
-        # Torch's checkpointing asks a false state to be created by a step; some bases fill theirs in the constructor.
+        # Torch's checkpointing runs a step if the state is false; some bases fill their state in the constructor.
         return bool(self._is_complete())
 
     def __repr__(self) -> str:
@@ -98,11 +98,11 @@ class JointState(MutableMapping[Any, Any]):
 
 
 class OptimizerWrapper(Optimizer):
-    """A ``torch.optim.Optimizer`` that stands for one or several others.
+    """A ``torch.optim.Optimizer`` that wraps one or several others.
 
-    Param groups are the base optimizers' own dicts, whatever was loaded or added, so a scheduler may hold either.
-    A subclass keeps per-parameter tensors in ``state`` under :attr:`STATE_KEYS`, and one tensor for the whole model in
-    every param group under :attr:`GROUP_KEY`, where checkpointing finds it on any rank.
+    Param groups are always the base optimizers' own dicts, so a scheduler may hold the wrapper or a base.
+    A subclass stores per-parameter tensors in ``state`` under :attr:`STATE_KEYS`, and one tensor for the whole model in
+    every param group under :attr:`GROUP_KEY`, where checkpointing finds it on every rank.
 
     Args:
         optimizers: The base optimizers, over disjoint parameters.
@@ -113,14 +113,14 @@ class OptimizerWrapper(Optimizer):
     GROUP_KEY: str = ""
 
     def __init__(self, optimizers: Sequence[Optimizer], own: OwnState) -> None:
-        # Not Optimizer.__init__, which would make groups and a state of its own; __setstate__ makes the rest.
+        # Optimizer.__init__ would create separate groups and state; __setstate__ creates the rest.
         self.optimizers = list(optimizers)
         self._own, self._shared = own, False
         super().__setstate__({"defaults": dict(optimizers[0].defaults) if len(optimizers) == 1 else {}})
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The base optimizers' param groups, in their order; the dicts themselves."""
+        """The base optimizers' param groups, in their order; not copies."""
         if len(self.optimizers) == 1:
             return self.optimizers[0].param_groups
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
@@ -132,11 +132,14 @@ class OptimizerWrapper(Optimizer):
 
     @property
     def own_keys(self) -> frozenset[str]:
-        """Keys of ``state`` and param groups that a checkpoint may lack: the wrapper then does without, or starts."""
+        """Keys of ``state`` and param groups that a checkpoint may lack; the wrapper continues without, or is reset."""
         return frozenset((*self.STATE_KEYS, self.GROUP_KEY))
 
     def check_param_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Ask whether param groups of a saved state dict can be loaded; changes nothing.
+        """Check that the param groups of a saved state dict can be loaded; changes nothing.
+
+        Args:
+            groups: The saved param groups.
 
         Raises:
             ValueError: if the wrapper's settings in them do not fit.
@@ -154,23 +157,26 @@ class OptimizerWrapper(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group to the base optimizer.
 
+        Args:
+            param_group: As for ``torch.optim.Optimizer.add_param_group``.
+
         Raises:
-            ValueError: with several base optimizers; call ``add_param_group`` of the one that shall own the group.
+            ValueError: with several base optimizers; call ``add_param_group`` on the one that should own the group.
         """
         if len(self.optimizers) > 1:
             names = ", ".join(type(optimizer).__name__ for optimizer in self.optimizers)
             raise ValueError(
-                f"which of {names} shall own the new group? Call add_param_group on that optimizer; "
-                f"{type(self).__name__} takes the group in at its next step"
+                f"the wrapper has several base optimizers ({names}): call add_param_group on the one that should own "
+                f"the group; {type(self).__name__} includes the group in its next step"
             )
         self.optimizers[0].add_param_group(param_group)
         self._share_global_state()
 
     def _share_global_state(self) -> None:
-        """Put the wrapper's tensor into groups that lack it, taking over what was loaded behind our back."""
+        """Store the wrapper's tensor in groups that lack it; adopt one that was loaded into a base optimizer."""
         live = self._own.tensor
         if self._shared and self.param_groups and not any(self.GROUP_KEY in group for group in self.param_groups):
-            self._own.load(None)  # a base optimizer was given a state dict of its own
+            self._own.load(None)  # a base optimizer loaded a plain state dict
         for group in self.param_groups:
             found = group.get(self.GROUP_KEY)
             if found is not live and isinstance(found, Tensor):
@@ -185,18 +191,18 @@ class OptimizerWrapper(Optimizer):
             self._shared = True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict()`` gave, or a state dict of the base optimizer alone.
+        """Load a state dict of this wrapper, or of the base optimizer alone.
 
-        The wrapper's tensors keep the dtype they were saved with. A state dict of the base optimizer alone puts the
-        wrapper's own state back to its start. As with torch's optimizers, tensors that need no copy are taken over as
-        they are: copy the state dict first if it is to be loaded again.
+        The wrapper's tensors keep the dtype they were saved with. A state dict of the base optimizer alone resets the
+        wrapper's own state. As with torch's optimizers, tensors that need no conversion are not copied: copy the state
+        dict first if it is loaded again.
 
         Args:
-            state_dict: Of an optimizer with as many groups and parameters.
+            state_dict: State dict of an optimizer with the same numbers of groups and parameters.
 
         Raises:
-            ValueError: if groups, shapes or the wrapper's settings do not fit; nothing of the wrapper or, but for what
-                the base optimizers check themselves, of them has changed then.
+            ValueError: if groups, shapes or the wrapper's settings do not fit; nothing has changed then, except after
+                an error of a base optimizer's own checks.
         """
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -238,7 +244,7 @@ class OptimizerWrapper(Optimizer):
             post_hook(self)
 
     def _own_state_to_load(self, states: Any, groups: list[dict[str, Any]]) -> dict[Tensor, dict[str, Tensor]]:
-        """The wrapper's tensors in ``states``, by parameter; each checked before anything changes."""
+        """The wrapper's tensors in ``states``, by parameter; raise ValueError if a shape does not fit."""
         own: dict[Tensor, dict[str, Tensor]] = {}
         for group, live in zip(groups, self.param_groups):
             if len(group["params"]) != len(live["params"]):
@@ -274,7 +280,7 @@ class OptimizerWrapper(Optimizer):
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
-        # As torch's optimizers: hooks, and a scheduler's wrapper of step, belong to this object and stay behind.
+        # As in torch's optimizers: hooks, and a scheduler's wrapper of step, belong to this object and are not copied.
         return {
             key: value
             for key, value in self.__dict__.items()

@@ -1,1 +1,1 @@
-"""Problems that optax was run on, and what came of it."""
+"""Problems and optax's results on them."""

@@ -1,4 +1,4 @@
-"""Small problems in plain NumPy numbers, so that JAX and torch start from the same bits. Imports neither."""
+"""Small problems in NumPy, so that JAX and torch start from the same bits. Imports neither."""
 
 from __future__ import annotations
 
