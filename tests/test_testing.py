@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 
 import pytest
@@ -94,6 +95,25 @@ def test_reports_a_dead_rank() -> None:
     with pytest.raises(RankError, match=r"rank 1: died \(exit code 7\)"):
         run(die_on_rank_one, 2)
     assert run(reduce, 2, 1.0)[0] == (0, 2.0)
+
+
+def test_a_call_that_is_interrupted_leaves_no_answer_to_the_next() -> None:
+    """As by a test's timeout, which raises in the middle of a call."""
+
+    def interrupt(*_: object) -> None:
+        raise TimeoutError("the test took too long")
+
+    assert run(reduce, 2, 1.0)[0] == (0, 2.0)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    remaining, _ = signal.setitimer(signal.ITIMER_REAL, 0.5)
+    try:
+        with pytest.raises(TimeoutError):
+            run(time.sleep, 2, 1.5)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, remaining)  # pytest-timeout's own
+    for value in (1.0, 2.0):
+        assert run(reduce, 2, value)[0] == (0, 2 * value)
 
 
 def test_refuses_bad_arguments() -> None:

@@ -200,12 +200,33 @@ class _Pool:
             self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         call.port = self._store.port
         message = pickle.dumps(call)
+        try:
+            results, failed = self._ask(workers, message, call.timeout)
+        except (
+            BaseException
+        ):  # a test's timeout, say: answers that nobody waited for would be taken for the next call's
+            self.kill()
+            raise
+        lost = len(results) < len(workers) or any(not process.is_alive() for process, _ in workers)
+        if lost:
+            self.kill()
+        if lost or failed:
+            raise RankError(_report(call, results))
+        for _, outcome in results.values():
+            if isinstance(outcome, _Skipped):
+                importlib.import_module("pytest").skip(str(outcome))
+        return [results[rank][1] for rank in range(len(workers))]
+
+    @staticmethod
+    def _ask(
+        workers: list[tuple[Any, Connection]], message: bytes, timeout: float
+    ) -> tuple[dict[int, tuple[bool, Any]], bool]:
+        """Send a call to every rank; return their outcomes, and whether one failed."""
         for _, connection in workers:
             connection.send_bytes(message)
-
         results: dict[int, tuple[bool, Any]] = {}
         failed = False
-        deadline = time.monotonic() + call.timeout + 1.0  # a rank dumps its stack at the timeout; then it is killed
+        deadline = time.monotonic() + timeout + 1.0  # a rank dumps its stack at the timeout; then it is killed
         while len(results) < len(workers) and time.monotonic() < deadline:
             pending = {workers[rank][1]: rank for rank in range(len(workers)) if rank not in results}
             for ready in wait(list(pending), timeout=max(0.0, deadline - time.monotonic())):
@@ -216,15 +237,7 @@ class _Pool:
                     results[rank] = (False, f"died (exit code {_exit_code(workers[rank][0])})")
                 if not results[rank][0] and not failed:
                     failed, deadline = True, min(deadline, time.monotonic() + _GRACE)
-        lost = len(results) < len(workers) or any(not process.is_alive() for process, _ in workers)
-        if lost:
-            self.kill()
-        if lost or failed:
-            raise RankError(_report(call, results))
-        for _, outcome in results.values():
-            if isinstance(outcome, _Skipped):
-                importlib.import_module("pytest").skip(str(outcome))
-        return [results[rank][1] for rank in range(len(workers))]
+        return results, failed
 
 
 def _report(call: _Call, results: dict[int, tuple[bool, Any]]) -> str:

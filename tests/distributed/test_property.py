@@ -158,6 +158,7 @@ def test_equals_the_reference(case: Case) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @settings(deadline=None, max_examples=1500, suppress_health_check=list(HealthCheck))
 @given(case=cases())
 def test_equals_the_reference_on_more_examples(case: Case) -> None:
