@@ -134,14 +134,14 @@ class Mechanic(OptimizerWrapper):
         if self._creates_state():
             return loss
         is_first, state, tuner = self._begin(), self._state, self._tuner
-        with transaction(self.optimizers, is_first) as under_way, self._planner.plan() as plan:
+        with transaction(self.optimizers, is_first, state.restorer()) as taken, self._planner.plan() as plan:
             state.compare_loaded()
             pending, proposal, reading = self._all_reduce(plan, tuner.sums), None, None
             if self._guard.waits:
                 proposal, reading = self._survey(plan, pending)
                 if proposal is None:
                     return loss  # skipped
-            with base_step(plan.captures, None if reading is None else reading.scale):
+            with base_step(plan.captures, None if reading is None else reading.scale, taken.is_committed):
                 with hidden(self.optimizers):
                     for base in self.optimizers:
                         base.step()
@@ -151,9 +151,9 @@ class Mechanic(OptimizerWrapper):
                     sums = self._all_reduce(plan, late, late=True, exact=tuner.late_until_scale).wait()
                     proposal = tuner.refine(state.tensor, proposal, sums)
                 state.rule.write(plan.captures, proposal.scale)
-                state.commit(proposal)
-            under_way.commit()
-        self._finish(plan, proposal, reading)
+                state.commit(proposal, reading)
+                taken.commit()
+            self._finish(plan, proposal, reading)
         return loss
 
     def _all_reduce(self, plan: Plan, names: Sequence[str], *, late: bool = False, exact: bool = False) -> PendingSums:
@@ -163,11 +163,7 @@ class Mechanic(OptimizerWrapper):
         return PendingSums(sums, names, self._layout.group, self._communication_device)
 
     def _survey(self, plan: Plan, pending: PendingSums) -> tuple[Proposal, Reading] | tuple[None, None]:
-        """The tuner's proposal, and its numbers on the host: the step's one host sync.
-
-        Returns:
-            ``None``, twice, for a step that is to be left out.
-        """
+        """The tuner's proposal, and its numbers on the host: the step's one host sync. ``None``: leave the step out."""
         proposal = self._tuner.propose(self._state.tensor, pending.wait())
         reading = Reading.of(proposal)
         if not reading.fits_float32:
@@ -184,6 +180,8 @@ class Mechanic(OptimizerWrapper):
         """Whether a step whose sums are not finite is left out; otherwise it is an error."""
 
         def position_is_finite() -> bool:
+            if reading.position_is_finite is not None:
+                return reading.position_is_finite
             sums = self._all_reduce(plan, ("delta_square", "x_square"), exact=True).wait()
             return bool(torch.stack(list(sums.values())).isfinite().all())
 
@@ -224,7 +222,7 @@ class Mechanic(OptimizerWrapper):
         is_capturing = self._is_capturing
         self._state.count_update(is_counted=not is_capturing)
         # Without a reading, the device decides whether there is a restart, in each step that may have one.
-        restarts = self._state.may_restart if reading is None else reading.restarts
+        restarts = self._state.may_restart and (reading is None or reading.restarts)
         if proposal.restart is not None and restarts:
             self._state.rule.restart(plan.captures, *proposal.restart)
         if not is_capturing:

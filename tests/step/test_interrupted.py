@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import manic
 from manic import Mechanic
 from manic.step import chunks
 from support.failing import FailsAt
-from support.tuners import state_of
+from support.tuners import rows_of, state_of
 
 BASES = {
     "AdamW": lambda ps: torch.optim.AdamW(ps, lr=1.0, weight_decay=0.1, foreach=False),
@@ -162,3 +166,52 @@ def test_an_error_in_the_closure_or_in_a_hook_before_a_step_changes_nothing() ->
     assert torch.is_grad_enabled()
     for p, x in zip(parameters, before):
         assert torch.equal(p.detach(), x)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"nonfinite": "ignore"}, {"update": "snapshot"}, {"variant": "pytorch"},
+    {"variant": "multiplicative", "store_delta": True},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("steps", [0, 3])
+def test_an_interrupt_at_any_line_leaves_tuner_and_parameters_of_one_step(steps: int, options: dict[str, Any]) -> None:
+    """As Ctrl-C is raised between two lines of Python, where no operator fails."""
+    source = str(Path(manic.__file__).parent)
+
+    def lines(at: int | None) -> int:
+        """Take a step, and raise at line number ``at`` of manic's code; returns how many lines there were."""
+        parameters, optimizer = make("AdamW", options, torch.float64, steps=steps)
+        before = [p.detach().clone() for p in parameters]
+        set_gradients(parameters, steps)
+        count, place = 0, list[str]()
+
+        def trace(frame: FrameType, event: str, argument: Any) -> Any:
+            nonlocal count
+            if not frame.f_code.co_filename.startswith(source):
+                return None
+            count += event == "line"
+            if event == "line" and count == at:
+                place.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
+                raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            optimizer.step()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        where = f"line {at}: {place}"
+        updates = int(rows_of(state_of(optimizer), options.get("variant", "optax"))["updates"][0])
+        assert updates in (steps, steps + 1), where
+        if updates == steps == 0:
+            assert len(optimizer.state) == 0, where
+            assert_equal(parameters, before, where)
+        else:
+            optimizer.check_consistency()
+        return count
+
+    whole = lines(None)
+    assert whole > 200
+    for at in range(1, whole + 1):
+        lines(at)

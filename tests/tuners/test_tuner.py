@@ -14,6 +14,7 @@ from torch import Tensor
 from manic import Mechanic
 from manic.tuners.base import Tuner
 from manic.tuners.mechanic_reference import BETAS, MechanicReference
+from manic.tuners.multiplicative import Multiplicative
 from manic.tuners.multiplicative_reference import MultiplicativeReference
 from manic.tuners.registry import TUNERS, make_tuner
 from manic.tuners.state import TunerState
@@ -179,3 +180,39 @@ class TestOptions:
         ):
             Mechanic(base, variant=make_tuner("optax"), s_init=1.0)
         assert "s_init=0.5" in repr(Mechanic(base, variant=make_tuner("optax", s_init=0.5)))
+
+
+class TestDeclarations:
+    """What does not fit together is refused before a run, and the order of sums does not matter."""
+
+    @pytest.mark.parametrize(("changes", "message"), [
+        ({"sums": ("grad_square", "loss")}, "sums must be among"),
+        ({"sums": ("delta_square",)}, "sums must have grad_square"),
+        ({"late_sums": ("delta_grad",)}, "late_sums must be among"),
+        ({"scales": "update"}, "scales is 'update'"),
+        ({"scales": "displacement"}, "update_square needs scales='updates'; a restart needs scales='updates'"),
+        ({"fields": ("r", "updates")}, "fields are"),
+        ({"fixed": ("weight",)}, "fixed fields need an initial value"),
+    ])  # fmt: skip
+    def test_are_refused(self, changes: dict[str, Any], message: str) -> None:
+        tuner = type("Other", (Multiplicative,), {"name": "other", **changes})()
+        with pytest.raises(ValueError, match=message):
+            Mechanic(torch.optim.SGD(problem()[0], lr=1.0), variant=tuner)
+
+    def test_sums_come_in_any_order(self) -> None:
+        scales = []
+        for sums in (Multiplicative.sums, Multiplicative.sums[::-1]):
+            parameters, loss = problem()
+            tuner = type("Other", (Multiplicative,), {"name": "other", "sums": sums})()
+            optimizer = Mechanic(torch.optim.SGD(parameters, lr=0.5), variant=tuner)
+            for step in range(10):
+                optimizer.zero_grad()
+                loss(step).backward()
+                optimizer.step()
+            scales.append(optimizer.scale.item())
+        assert scales[0] == scales[1] > 0
+
+    def test_fields_in_another_order_are_another_state(self) -> None:
+        other = type("Other", (Multiplicative,), {"fields": Multiplicative.fields[::-1]})
+        with pytest.raises(ValueError, match="of variant unknown to this version"):
+            TunerState(other()).load(TunerState(Multiplicative()).tensor)

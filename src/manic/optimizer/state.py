@@ -5,7 +5,7 @@ It keeps x_ref and Delta under each parameter and the tuner in the param groups,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from manic.optimizer.names import DELTA, STATE_KEYS, X_REF, describe
 from manic.optimizer.placeholders import Placeholders
 from manic.optimizer.transaction import hidden
 from manic.optimizer.wrapper import is_creating_state
+from manic.step.guard import Reading
 from manic.step.kernels import working_dtype
 from manic.step.position import Position, displaced
 from manic.step.rules import rule_for
@@ -43,6 +44,8 @@ class MechanicState:
 
     def __init__(self, optimizers: Sequence[Optimizer], tuner: Tuner, layout: Layout, store_delta: bool | None) -> None:
         self._optimizers, self._tuner, self._layout = optimizers, tuner, layout
+        if store_delta not in (None, True, False):
+            raise ValueError(f"store_delta must be True, False or None, got {store_delta!r}")
         self.rule = rule_for(tuner.scales, tuner.eps)
         self.store_delta = self.rule.stores_delta if store_delta is None else store_delta
         """``None``: only of parameters in low precision."""
@@ -135,12 +138,29 @@ class MechanicState:
             return "begins"
         return f"goes on after {int(self.tuner_state.updates)} steps with S={float(self.tuner_state.scale)!r}"
 
-    def commit(self, proposal: Proposal) -> None:
-        """Take over the tuner's proposal. Only as long as it matters whether there is a scale, the host asks for it."""
-        asks = self._tuner.late_until_scale and not self.has_scale
-        has_scale = bool(proposal.scale > 0) if asks else self.has_scale
+    def commit(self, proposal: Proposal, reading: Reading | None) -> None:
+        """Take over the tuner's proposal.
+
+        Args:
+            proposal: Of the step.
+            reading: Its numbers, if the host has read them. Otherwise the host asks for S, as long as late sums depend
+                on whether there is one.
+        """
+        if not self.has_scale:
+            asks = self._tuner.late_until_scale
+            self.has_scale = bool(proposal.scale > 0) if asks else reading is not None and reading.scale > 0
         self.tuner_state.commit(proposal)
-        self.has_scale, self.started = has_scale, True
+        self.started = True
+
+    def restorer(self) -> Callable[[], None]:
+        """A function that undoes :meth:`commit`."""
+        tensor, has_scale, started = self.tensor.clone(), self.has_scale, self.started
+
+        def restore() -> None:
+            self.tensor.copy_(tensor)
+            self.has_scale, self.started = has_scale, started
+
+        return restore
 
     def count_update(self, is_counted: bool) -> None:
         """Know of a step that was taken; a CUDA graph's replays are not counted."""

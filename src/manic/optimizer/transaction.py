@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch.optim import Optimizer
@@ -17,15 +17,19 @@ class Transaction:
     """A step under way."""
 
     def __init__(self) -> None:
-        self.is_committed = False
+        self._is_committed = False
 
     def commit(self) -> None:
         """The step was taken."""
-        self.is_committed = True
+        self._is_committed = True
+
+    def is_committed(self) -> bool:
+        """Whether it was."""
+        return self._is_committed
 
 
 @contextmanager
-def transaction(optimizers: Sequence[Optimizer], is_first: bool) -> Iterator[Transaction]:
+def transaction(optimizers: Sequence[Optimizer], is_first: bool, restore: Callable[[], None]) -> Iterator[Transaction]:
     """Of a step that is not committed, remove the state that it has made: half of one would be taken for a whole one.
 
     Parameters whose x_ref it has made are at x_ref then.
@@ -33,13 +37,18 @@ def transaction(optimizers: Sequence[Optimizer], is_first: bool) -> Iterator[Tra
     Args:
         optimizers: The base optimizers, whose state has ours in it.
         is_first: It is the first step of the run, so that it has made every x_ref.
+        restore: Called after an error, to restore what else the step has changed.
     """
     known = {id(parameter) for optimizer in optimizers for parameter in optimizer.state}
     step = Transaction()
     try:
         yield step
+    except BaseException:
+        if not step.is_committed():
+            restore()
+        raise
     finally:
-        if not step.is_committed:
+        if not step.is_committed():
             _forget(optimizers, known, is_first)
 
 
@@ -61,14 +70,24 @@ def _forget(optimizers: Sequence[Optimizer], known: set[int], is_first: bool) ->
 def hidden(optimizers: Sequence[Optimizer]) -> Iterator[None]:
     """Show base optimizers no state where only we have any: many initialise theirs where they find none."""
     own = set(STATE_KEYS)
-    removed = [
-        (optimizer.state, parameter, optimizer.state.pop(parameter))
+    ours = [
+        (optimizer.state, parameter, state)
         for optimizer in optimizers
-        for parameter, state in list(optimizer.state.items())
+        for parameter, state in optimizer.state.items()
         if isinstance(state, dict) and state.keys() <= own
     ]
-    try:
-        yield
-    finally:
-        for states, parameter, state in removed:
+
+    def show() -> None:
+        for states, parameter, state in ours:
             states.setdefault(parameter, {}).update(state)
+
+    try:
+        try:
+            for states, parameter, _ in ours:
+                del states[parameter]
+            yield
+        finally:
+            show()
+    except BaseException:
+        show()  # once more: an interrupt may have come between its lines
+        raise

@@ -6,7 +6,7 @@ of ours where they have none of theirs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,27 +19,31 @@ __all__ = ["base_step"]
 
 
 @contextmanager
-def base_step(captures: Sequence[Capture], scale: float | None) -> Iterator[None]:
+def base_step(captures: Sequence[Capture], scale: float | None, is_taken: Callable[[], bool]) -> Iterator[None]:
     """Let the base optimizers step inside, and x be written from what they did.
 
-    Whatever is raised inside, before it leaves parameters hold x_ref + f_t * Delta, and gradients and settings are put
-    back. That is x_t, or, where an update has arrived in Delta already, x_t moved by that update at the scale as it
-    was; the base optimizer's momenta have seen it, too.
+    Whatever is raised before the step is taken, afterwards parameters hold x_ref + f_t * Delta, and gradients and
+    settings are restored. That is x_t, or, where an update has arrived in Delta already, x_t moved by that update at
+    the scale of before; the base optimizer's momenta have seen it, too.
 
     Args:
         captures: Of every shard that the base optimizers may move, after their ``begin``.
         scale: S, for learning rates that take it in; ``None`` where the host does not know it.
+        is_taken: Whether the step is committed, so that nothing is to be undone.
     """
-    with _without_weight_decay(captures):
-        try:
+    stand_ins = _StandIns(captures)
+    try:
+        with _without_weight_decay(captures):
             for capture in captures:
                 capture.enter()
-            with _standing_in(captures), _scaled_learning_rates(captures, scale):
+            with stand_ins, _scaled_learning_rates(captures, scale):
                 yield
-        except BaseException:
+    except BaseException:
+        stand_ins.leave()  # once more: an interrupt may have come between its lines
+        if not is_taken():
             for capture in captures:
                 capture.undo()
-            raise
+        raise
 
 
 @contextmanager
@@ -103,27 +107,35 @@ def _decayed_gradient(shard: Shard, weight_decay: float) -> Tensor:
     return parameter.grad.add(parameter.detach(), alpha=sign * weight_decay)
 
 
-@contextmanager
-def _standing_in(captures: Sequence[Capture]) -> Iterator[None]:
-    """Hand base optimizers Delta where they know a parameter: in their groups, and as the key of its state."""
-    handed = [capture for capture in captures if isinstance(capture, DeltaAsStandIn)]
-    shards = [shard for capture in handed for shard in capture.shards]
-    swaps = [(each.optimizer.state, each.parameter, each.whole_delta) for each in shards]
-    stand_ins = {id(parameter): delta for _, parameter, delta in swaps}
-    members = [(group, group["params"]) for group in _groups(handed)]
-    try:
-        for states, parameter, delta in swaps:
+class _StandIns:
+    """Delta where base optimizers know a parameter: in their groups, and as the key of its state."""
+
+    def __init__(self, captures: Sequence[Capture]) -> None:
+        handed = [capture for capture in captures if isinstance(capture, DeltaAsStandIn)]
+        shards = [shard for capture in handed for shard in capture.shards]
+        self._swaps = [(each.optimizer.state, each.parameter, each.whole_delta) for each in shards]
+        self._members = [(group, group["params"]) for group in _groups(handed)]
+
+    def __enter__(self) -> None:
+        stand_ins = {}
+        for states, parameter, delta in self._swaps:
             assert delta is not None
             delta.grad = parameter.grad
             states[delta] = states.pop(parameter)
-        for group, parameters in members:
+            stand_ins[id(parameter)] = delta
+        for group, parameters in self._members:
             group["params"] = [stand_ins.get(id(parameter), parameter) for parameter in parameters]
-        yield
-    finally:
-        for group, parameters in members:
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
+
+    def leave(self) -> None:
+        """Restore the parameters; a second call completes one that was interrupted."""
+        for group, parameters in self._members:
             group["params"] = parameters
-        for states, parameter, delta in swaps:
+        for states, parameter, delta in self._swaps:
             assert delta is not None
             delta.grad = None
             if delta in states:
-                states[parameter] = states.pop(delta)
+                states[parameter] = states[delta]
+                del states[delta]

@@ -54,33 +54,34 @@ class Capture:
 
     decays_by_hand: ClassVar[bool] = False
     """The base optimizer's weight decay is 0 during its step, and is made here."""
-    shows_update: ClassVar[bool] = False
-    """:meth:`after` can tell the update."""
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self.shards = shards
         self.first = shards[0]
         self.decay: float | Tensor = 0.0
         """How much of x_t decoupled weight decay adds to Delta, a negative number: set for the base step."""
-        self._columns: dict[str, list[Tensor | None]] = {
-            name: [getattr(shard, name) for shard in shards] for name in ("x", "x_ref", "delta")
-        }
+        self._columns: dict[str, list[Tensor | None]] = {}
 
     def begin(self, position: Position) -> None:
-        """Take in what is other in each step: f_t, and the gradients that the shards hold."""
+        """Take in f_t, and the tensors that the shards hold."""
         self.position = position
-        self._columns["gradient"] = [shard.gradient for shard in self.shards]
+        self._columns = {
+            "x": [shard.x for shard in self.shards],
+            "x_ref": [shard.x_ref for shard in self.shards],
+            "delta": [shard.delta for shard in self.shards],
+            "gradient": [shard.gradient for shard in self.shards],
+        }
         # How many elements, from the first, hold a displacement for the base step, and how many hold x_{t+1}.
         self._entered = self._written = 0
 
     def end(self) -> None:
         """Hold nothing of the step any longer."""
-        self._columns["gradient"], self._columns["x_before"] = [], []
+        self._columns = {}
 
     def before(self) -> Iterator[Operands]:
         """Every piece of Delta_t, x_t and the gradient; nothing is changed."""
         scratch, is_stored = Scratch(), self.first.delta is not None
-        for x, gradient, delta in self._pieces("x", "gradient", "delta" if is_stored else "x_ref"):
+        for x, gradient, delta in self.pieces("x", "gradient", "delta" if is_stored else "x_ref"):
             operands = {"delta": delta if is_stored else self.position.delta_from(x, delta, scratch), "x": x}
             yield operands if gradient is None else {**operands, "grad": gradient}
 
@@ -97,8 +98,14 @@ class Capture:
     def undo(self) -> None:
         """After an error, set x to x_ref + f_t * Delta, with Delta as the base optimizer has left it."""
 
-    def _pieces(self, *names: str, written: Sequence[int] = ()) -> Iterator[tuple[Any, ...]]:
+    def pieces(self, *names: str, written: Sequence[int] = ()) -> Iterator[tuple[Any, ...]]:
+        """Walk through tensors of the batch side by side; see :func:`manic.step.chunks.pieces`."""
         return pieces(*(self._columns[name] for name in names), written=written)
+
+    def _factor(self, change: Change) -> Tensor:
+        x = self._columns["x"][0]
+        assert x is not None
+        return change.factor.to(x.device, working_dtype(x))
 
     def _pieces_of_each(self, *names: str) -> Iterator[tuple[Any, ...]]:
         """Pieces of one shard after the other, with how many elements of the shard come before."""
@@ -125,7 +132,7 @@ class NoUpdate(Capture):
 
     def after(self) -> Iterator[Operands]:
         """x."""
-        for (x,) in self._pieces("x"):
+        for (x,) in self.pieces("x"):
             yield {"x": x}
 
 
@@ -141,8 +148,8 @@ class DeltaAsStandIn(Capture):
     def write(self, change: Change) -> None:
         """Add weight decay to Delta, where the update is already, and write x."""
         assert change.weight is None, "the update has arrived in Delta as it is"
-        factor = change.factor.to(self.first.x.device, working_dtype(self.first.x))
-        for x, x_ref, delta in self._pieces("x", "x_ref", "delta", written=(0, 2)):
+        factor = self._factor(change)
+        for x, x_ref, delta in self.pieces("x", "x_ref", "delta", written=(0, 2)):
             write(x, x_ref, delta, factor, self.decay)
             self._note_written(x)
         self._written = sys.maxsize
@@ -157,11 +164,10 @@ class UpdateInStorage(Capture):
     """x's storage holds what weight decay adds, and then the update, while Delta is kept beside it."""
 
     decays_by_hand = True
-    shows_update = True
 
     def enter(self) -> None:
         """``x *= decay``; x is not read where the factor is known to be 0."""
-        for (x,) in self._pieces("x", written=(0,)):
+        for (x,) in self.pieces("x", written=(0,)):
             if isinstance(self.decay, Tensor) or self.decay:
                 x.mul_(self.decay)
             else:
@@ -172,13 +178,13 @@ class UpdateInStorage(Capture):
 
     def after(self) -> Iterator[Operands]:
         """The update."""
-        for (x,) in self._pieces("x"):
+        for (x,) in self.pieces("x"):
             yield {"update": x}
 
     def write(self, change: Change) -> None:
         """Add the update to Delta, and write x."""
-        factor = change.factor.to(self.first.x.device, working_dtype(self.first.x))
-        for x, x_ref, delta in self._pieces("x", "x_ref", "delta", written=(0, 2)):
+        factor = self._factor(change)
+        for x, x_ref, delta in self.pieces("x", "x_ref", "delta", written=(0, 2)):
             write(x, x_ref, _add(delta, x, change.weight), factor)
             self._note_written(x)
         self._written = sys.maxsize
@@ -200,7 +206,7 @@ class DeltaInStorage(Capture):
     def enter(self) -> None:
         """``x = Delta_t + decay * x``."""
         scratch = Scratch()
-        for x, x_ref in self._pieces("x", "x_ref", written=(0,)):
+        for x, x_ref in self.pieces("x", "x_ref", written=(0,)):
             delta = self.position.delta_from(x, x_ref, scratch)
             if x.dtype == delta.dtype and not isinstance(self.decay, Tensor):
                 torch.add(delta, x, alpha=self.decay, out=x)
@@ -213,8 +219,8 @@ class DeltaInStorage(Capture):
     def write(self, change: Change) -> None:
         """Write x from the Delta that it holds."""
         assert change.weight is None, "the update has arrived in Delta as it is"
-        factor = change.factor.to(self.first.x.device, working_dtype(self.first.x))
-        for x, x_ref in self._pieces("x", "x_ref", written=(0,)):
+        factor = self._factor(change)
+        for x, x_ref in self.pieces("x", "x_ref", written=(0,)):
             write(x, x_ref, x, factor)
             self._note_written(x)
         self._written = sys.maxsize
@@ -231,25 +237,24 @@ class DeltaInStorage(Capture):
 class Snapshot(Capture):
     """x is copied before the base step, and the update is what differs after it."""
 
-    shows_update = True
-
     def enter(self) -> None:
         """Copy x; x_ref serves where it was made of x in this step."""
         copies = self._columns["x_before"] = []
-        for shard in self.shards:
-            copies.append(shard.x_ref if shard.is_new else shard.x.clone())
+        for shard, x in zip(self.shards, self._columns["x"]):
+            assert x is not None
+            copies.append(shard.x_ref if shard.is_new else x.clone())
 
     def after(self) -> Iterator[Operands]:
         """Delta_t, x as it is now, and the update."""
         scratch, is_stored = Scratch(), self.first.delta is not None
-        for x, x_before, delta in self._pieces("x", "x_before", "delta" if is_stored else "x_ref"):
+        for x, x_before, delta in self.pieces("x", "x_before", "delta" if is_stored else "x_ref"):
             delta_t = delta if is_stored else self.position.delta_from(x_before, delta, scratch)
             yield {"x": x, "delta": delta_t, "update": x - x_before}
 
     def write(self, change: Change) -> None:
         """Add the update to Delta, stored or recomputed, and write x."""
-        scratch, factor = Scratch(), change.factor.to(self.first.x.device, working_dtype(self.first.x))
-        for x, x_ref, delta, x_before in self._pieces("x", "x_ref", "delta", "x_before", written=(0, 2)):
+        scratch, factor = Scratch(), self._factor(change)
+        for x, x_ref, delta, x_before in self.pieces("x", "x_ref", "delta", "x_before", written=(0, 2)):
             update = x.to(factor.dtype) - x_before
             if delta is None and change.weight is not None:  # x_t + weight * u, which is more exact
                 x.copy_(torch.addcmul(x_before.to(factor.dtype), update, change.weight.to(factor)))
@@ -263,9 +268,10 @@ class Snapshot(Capture):
     def undo(self) -> None:
         """Copy x_t back where x is not written yet; where Delta is stored, x follows it."""
         copies = self._columns.get("x_before") or [None] * len(self.shards)
-        for index, shard in enumerate(self.shards[: len(copies)]):
+        for index, before in enumerate(copies):
             start = 0
-            for x, x_ref, delta, x_before in pieces([shard.x], [shard.x_ref], [shard.delta], [copies[index]]):
+            row = [[self._columns[name][index]] for name in ("x", "x_ref", "delta")]
+            for x, x_ref, delta, x_before in pieces(*row, [before]):
                 if x_before is not None and self._written <= start:
                     x.copy_(x_before)
                 if delta is not None:

@@ -57,6 +57,14 @@ class Reading:
         return all(math.isfinite(value) for value in self.sums.values())
 
     @property
+    def position_is_finite(self) -> bool | None:
+        """Whether x and Delta are, by the sums without the gradient; ``None`` if these are not known."""
+        known = {name: self.sums[name] for name in ("delta_x", "delta_square", "x_square") if name in self.sums}
+        if "x_square" not in known or len(known) == 1:
+            return None
+        return all(math.isfinite(value) for value in known.values())
+
+    @property
     def fits_float32(self) -> bool:
         """Whether float32 has room for what was multiplied: nothing has too large a square, or too small a one."""
         squares = [self.sums[name] for name in _MUST_NOT_BE_SMALL if name in self.sums]

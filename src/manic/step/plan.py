@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.optim import Optimizer
 
-from manic.distributed.layout import Layout, local, local_gradient, local_storage
+from manic.distributed.layout import Layout, check_gradient, local_storage
 from manic.optimizer.kinds import decay_is_decoupled, is_proportional, resolve_update
 from manic.step.capture import Capture
 from manic.step.position import Position
@@ -57,21 +57,6 @@ class Plan:
     key: list[Any]
     """What it was made for."""
 
-    @contextmanager
-    def under_way(self, position: Position) -> Iterator[None]:
-        """Hold the gradients and f_t of a step inside, and none after it."""
-        try:
-            for shard in self.shards:
-                shard.gradient = local_gradient(shard.parameter)
-            for capture in self.captures:
-                capture.begin(position)
-            yield
-        finally:
-            for shard in self.shards:
-                shard.gradient, shard.is_new = None, False
-            for capture in self.captures:
-                capture.end()
-
 
 class Planner:
     """Makes the plan, and makes it again when something that it depends on has changed.
@@ -101,11 +86,14 @@ class Planner:
         knows_scale: bool,
     ) -> None:
         self._optimizers, self._rule, self._layout, self._displacements = optimizers, rule, layout, displacements
-        self._moves_without_gradient, self._knows_scale = tuner.moves_without_gradient, knows_scale
+        self._tuner, self._knows_scale = tuner, knows_scale
         # Optimizers whose source is known take any tensor for the parameter; another may know its own in other ways.
         self._is_auto = update == "auto"
         reads_x = not {"delta_x", "x_square"}.isdisjoint(tuner.late_sums)  # as only a snapshot shows it
-        self.updates = ["snapshot" if reads_x else resolve_update(base, update) for base in optimizers]
+        resolved = [resolve_update(base, update) for base in optimizers]
+        if reads_x and update not in ("auto", "snapshot"):
+            raise ValueError(f"variant {tuner.name!r} always takes a snapshot; leave out update={update!r}")
+        self.updates = ["snapshot" for _ in resolved] if reads_x else resolved
         """How each base optimizer's update is taken, in words."""
         self._plan: Plan | None = None
 
@@ -124,14 +112,23 @@ class Planner:
         if self._plan is None or self._plan.key != self._key(has_scale):
             self._plan = self._make(position, has_scale)
         plan = self._plan
-        with plan.under_way(position):
+        try:
+            for shard in plan.shards:
+                shard.take(*self._displacements.found(shard.optimizer, shard.parameter))
+            for capture in plan.captures:
+                capture.begin(position)
             yield plan
+        finally:
+            for capture in plan.captures:
+                capture.end()
+            for shard in plan.shards:
+                shard.release()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plan": None}  # a copy of the optimizer has parameters of its own
 
     def _key(self, has_scale: bool) -> list[Any]:
-        """What the plan depends on, by value or identity; the plan holds the objects, so no other has theirs."""
+        """What the plan depends on. It holds the groups and parameters that it names, so no others have their ids."""
         key: list[Any] = [has_scale, self._layout.world_size]
         for optimizer in self._optimizers:
             key.append(is_proportional(optimizer))
@@ -141,8 +138,8 @@ class Planner:
                     x = local_storage(parameter)
                     x_ref, delta = self._displacements.found(optimizer, parameter)
                     key += (
-                        id(parameter), parameter.requires_grad, parameter.grad is None,
-                        x.data_ptr(), x.shape, x.stride(), x.dtype, id(x_ref), id(delta),
+                        id(parameter), parameter.requires_grad, parameter.grad is None, x.shape, x.dtype, x.device,
+                        None if x_ref is None else x_ref.dtype, None if delta is None else delta.dtype,
                     )  # fmt: skip
         return key
 
@@ -153,7 +150,14 @@ class Planner:
             means = Means(
                 depends_on_x=update == "snapshot",
                 steps_on_any_tensor=self._is_auto,
-                takes_scale=self._is_auto and self._knows_scale and has_scale and is_proportional(optimizer),
+                takes_scale=(
+                    self._is_auto
+                    and self._knows_scale
+                    and has_scale
+                    and update != "snapshot"
+                    and not self._tuner.late(has_scale)
+                    and is_proportional(optimizer)
+                ),
             )
             for group in optimizer.param_groups:
                 found = [self._shard(optimizer, group, parameter, update, position) for parameter in group["params"]]
@@ -169,32 +173,29 @@ class Planner:
         self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor, update: str, position: Position
     ) -> Shard | None:
         """The local shard of ``parameter``, or ``None`` if the step leaves it alone."""
-        gradient = local_gradient(parameter)
+        gradient = parameter.grad
         if gradient is None and not parameter.requires_grad:
             # Frozen: it stays where it is, and starts from there if it is ever trained again.
             self._displacements.discard(optimizer, parameter)
             return None
-        if gradient is None and not self._moves_without_gradient:
+        if gradient is None and not self._tuner.moves_without_gradient:
             return None
         before, _ = self._displacements.found(optimizer, parameter)
         # Without a gradient so far, x is x_ref and Delta is 0. Nothing is stored: base optimizers, and their loaders,
         # have no state for such a parameter either.
         has_state = gradient is not None or before is not None
+        if gradient is not None:
+            check_gradient(parameter, gradient)  # before anything is stored
         if has_state:
             self._displacements.complete(optimizer, parameter, position)
-        x_ref, delta = self._displacements.found(optimizer, parameter) if has_state else (parameter, None)
-        assert x_ref is not None
-        return Shard(
-            x=local(parameter),
-            x_ref=local(x_ref),
-            delta=None if delta is None else local(delta),
-            gradient=gradient,
-            replicas=self._layout.replicas(parameter),
+        shard = Shard(
             optimizer=optimizer,
             group=group,
-            decay_is_decoupled=decay_is_decoupled(update, group),
             parameter=parameter,
-            whole_delta=delta,
-            is_new=before is None,
+            replicas=self._layout.replicas(parameter),
+            decay_is_decoupled=decay_is_decoupled(update, group),
             has_state=has_state,
+            is_new=before is None,
         )
+        shard.take(*self._displacements.found(optimizer, parameter))
+        return shard

@@ -23,7 +23,6 @@ from manic.step.capture import (
     Snapshot,
     UpdateInStorage,
 )
-from manic.step.chunks import pieces
 from manic.step.kernels import working_dtype
 from manic.step.position import Position
 from manic.step.shards import Shard
@@ -114,7 +113,7 @@ class ScaleDisplacement(Rule):
                 return Snapshot
             if shard.delta is None:
                 return DeltaInStorage
-            if means.steps_on_any_tensor and shard.delta.dtype == shard.x.dtype:
+            if means.steps_on_any_tensor and shard.delta.dtype == shard.parameter.dtype:
                 return DeltaAsStandIn
             return UpdateInStorage
 
@@ -152,13 +151,13 @@ class ScaleUpdates(Rule):
         Nothing changes where ``whether`` is 0; the host need not know which it is. If this is interrupted, x stays
         where it is then, and x_ref moves to it.
         """
-        shards = [shard for capture in captures for shard in capture.shards if shard.has_state]
+        moved = [capture for capture in captures if capture.first.has_state]
         try:
-            for shard in shards:
-                _restart(shard, whether, kept)
+            for capture in moved:
+                _restart(capture, whether, kept)
         except BaseException:
-            for shard in shards:
-                _restart_where_it_is(shard, whether)
+            for capture in moved:
+                _restart_where_it_is(capture, whether)
             raise
 
 
@@ -167,24 +166,24 @@ def rule_for(scales: Literal["displacement", "updates"], eps: float) -> Rule:
     return {"displacement": ScaleDisplacement, "updates": ScaleUpdates}[scales](eps)
 
 
-def _restart(shard: Shard, whether: Tensor, kept: Tensor) -> None:
-    dtype = working_dtype(shard.x)
-    whether, kept = whether.to(shard.x.device, dtype), kept.to(shard.x.device, dtype)
-    goes_back = (whether > 0) & (kept < 1)
-    for x, x_ref, delta in pieces([shard.x], [shard.x_ref], [shard.delta]):
+def _restart(capture: Capture, whether: Tensor, kept: Tensor) -> None:
+    for x, x_ref, delta in capture.pieces("x", "x_ref", "delta", written=(0, 1, 2)):
+        dtype = working_dtype(x)
+        weight, share = whether.to(x.device, dtype), kept.to(x.device, dtype)
+        goes_back = (weight > 0) & (share < 1)
         start = x_ref.to(dtype)
         displacement = x - start if delta is None else delta
-        place = torch.where(goes_back, start + kept * displacement, x)
+        place = torch.where(goes_back, start + share * displacement, x)
         whole = place if delta is None else torch.where(goes_back, place, start + displacement)
         x.copy_(place)
         if delta is not None:
-            delta.lerp_(whole - x, whether)
-        x_ref.lerp_(x, whether.to(x.dtype))
+            delta.lerp_(whole - x, weight)
+        x_ref.lerp_(x, weight.to(x.dtype))
 
 
-def _restart_where_it_is(shard: Shard, whether: Tensor) -> None:
-    weight = whether.to(shard.x.device, working_dtype(shard.x))
-    for x, x_ref, delta in pieces([shard.x], [shard.x_ref], [shard.delta]):
+def _restart_where_it_is(capture: Capture, whether: Tensor) -> None:
+    for x, x_ref, delta in capture.pieces("x", "x_ref", "delta", written=(1, 2)):
+        weight = whether.to(x.device, working_dtype(x))
         if delta is not None:
             delta.lerp_(torch.zeros_like(delta), weight)
         x_ref.lerp_(x, weight.to(x.dtype))

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from manic.distributed.layout import local_gradient, local_storage
 from manic.step.chunks import batched
 
 __all__ = ["Shard", "in_batches"]
@@ -16,32 +17,48 @@ __all__ = ["Shard", "in_batches"]
 
 @dataclass(eq=False)
 class Shard:
-    """The part of a parameter on this rank: plain tensors of its shape and on its device, and whose they are."""
+    """The part of a parameter on this rank: whose it is, and, during a step, plain tensors of its shape and device."""
 
-    x: Tensor
-    """The parameter's storage, of its dtype."""
-    x_ref: Tensor
-    """Where the displacement is measured from, of the parameter's dtype."""
-    delta: Tensor | None
-    """Delta, at least float32; ``None`` where it is recomputed from x and x_ref."""
-    gradient: Tensor | None
-    """Of the step under way."""
-    replicas: float
-    """How many ranks of the group hold each element."""
     optimizer: Optimizer
     """The base optimizer that has the parameter."""
     group: dict[str, Any]
     """The param group it belongs to."""
-    decay_is_decoupled: bool
-    """Whether the base optimizer's weight decay acts on the parameter, and not through the gradient."""
     parameter: Tensor
     """The parameter as the base optimizer holds it; a DTensor where it is sharded."""
-    whole_delta: Tensor | None
-    """What ``delta`` is the local part of."""
-    is_new: bool = False
-    """x_ref was made of x in this step, and equals it."""
-    has_state: bool = True
+    replicas: float
+    """How many ranks of the group hold each element."""
+    decay_is_decoupled: bool
+    """Whether the base optimizer's weight decay acts on the parameter, and not through the gradient."""
+    has_state: bool
     """It has had a gradient. Before that it counts in |x|^2, and there is nothing to step on or to write."""
+    is_new: bool
+    """x_ref was made of x in this step, and equals it."""
+    x: Tensor | None = None
+    """The parameter's storage, of its dtype."""
+    x_ref: Tensor | None = None
+    """Where the displacement is measured from, of the parameter's dtype."""
+    delta: Tensor | None = None
+    """Delta, at least float32; ``None`` where it is recomputed from x and x_ref."""
+    whole_delta: Tensor | None = None
+    """What ``delta`` is the local part of."""
+    gradient: Tensor | None = None
+
+    def take(self, x_ref: Tensor | None, delta: Tensor | None) -> None:
+        """Hold the tensors of a step.
+
+        Args:
+            x_ref: As the state holds it; ``None``: it is x.
+            delta: As the state holds it.
+        """
+        self.x = local_storage(self.parameter)
+        self.x_ref = self.x if x_ref is None else local_storage(x_ref)
+        self.delta, self.whole_delta = None if delta is None else local_storage(delta), delta
+        self.gradient = local_gradient(self.parameter)
+
+    def release(self) -> None:
+        """Hold none, so that whoever exchanges or offloads them frees their memory."""
+        self.x = self.x_ref = self.delta = self.whole_delta = self.gradient = None
+        self.is_new = False
 
 
 def in_batches(shards: Iterable[Shard], kinds: dict[int, Any]) -> list[list[Shard]]:
@@ -55,4 +72,8 @@ def in_batches(shards: Iterable[Shard], kinds: dict[int, Any]) -> list[list[Shar
     def kind_of(shard: Shard) -> Any:
         return (id(shard.group), shard.replicas, shard.gradient is None, shard.delta is None, kinds[id(shard)])
 
-    return batched(shards, tensor_of=lambda shard: shard.x, kind_of=kind_of)
+    def tensor_of(shard: Shard) -> Tensor:
+        assert shard.x is not None
+        return shard.x
+
+    return batched(shards, tensor_of=tensor_of, kind_of=kind_of)

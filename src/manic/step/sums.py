@@ -49,8 +49,8 @@ def local_sums(
         exact: Multiply in float64.
 
     Returns:
-        In the order of ``names``, shape [len(names)]; with ``"lr"`` last the learning rate and how many ranks it is of,
-        shape [len(names) + 1].
+        In the order of ``names``, shape [len(names)]; if ``"lr"`` is among them, it comes last, with how many ranks it
+        is of, shape [len(names) + 1].
     """
     wanted = [name for name in names if name != _LR]
     total = like.new_zeros(len(wanted) + 2 * (_LR in names))
@@ -97,7 +97,8 @@ class PendingSums:
         if self._work is not None:
             self._work.wait()
         values = list(self._sums.to(self._home).unbind())
+        names = [name for name in self._names if name != _LR]
+        sums = dict(zip(names, values))
         if _LR in self._names:
-            ranks = values.pop()
-            values[-1] = values[-1] / ranks.clamp(min=1.0)
-        return dict(zip(self._names, values))
+            sums[_LR] = values[-2] / values[-1].clamp(min=1.0)
+        return sums

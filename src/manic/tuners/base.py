@@ -135,6 +135,22 @@ class Tuner(ABC):
         """The fields that change where x_ref is set to x."""
         return {}
 
+    def check(self) -> None:
+        """Raise ValueError where declarations do not fit together; they are documented with the attributes."""
+        problems = [
+            (not set(self.sums) <= set(EARLY_SUMS), f"sums must be among {EARLY_SUMS}, got {self.sums}"),
+            ("grad_square" not in self.sums, "sums must have grad_square, by which gradients are known to be finite"),
+            (not set(self.late_sums) <= set(LATE_SUMS), f"late_sums must be among {LATE_SUMS}, got {self.late_sums}"),
+            (self.scales not in ("displacement", "updates"), f"scales is {self.scales!r}"),
+            (self.scales != "updates" and "update_square" in self.late_sums, "update_square needs scales='updates'"),
+            (self.scales != "updates" and self.restart_interval > 0, "a restart needs scales='updates'"),
+            ("s" not in self.fields or bool(set(HEADER) & set(self.fields)), f"fields are {self.fields}"),
+            (not set(self.fixed) <= set(self.fields) & set(self.initial()), "fixed fields need an initial value"),
+        ]
+        found = [text for is_wrong, text in problems if is_wrong]
+        if found:
+            raise ValueError(f"tuner {self.name!r} cannot be used: {'; '.join(found)}")
+
     def late(self, has_scale: bool) -> tuple[str, ...]:
         """The sums that :meth:`refine` needs after the base step; ``has_scale``: whether S is known not to be 0."""
         return () if self.late_until_scale and has_scale else self.late_sums
@@ -155,6 +171,7 @@ class Tuner(ABC):
         """
         rows = self.rows(state)
         learned = self.learn(rows, sums)
+        assert learned.rows.keys() <= set(self.fields), f"{self.name!r} learned rows that are none of {self.fields}"
         counted = {**rows, "updates": rows["updates"] + 1}
         new = torch.stack(list({**counted, **learned.rows}.values()))
         unchanged = torch.stack(list({**counted, "nonfinite": rows["nonfinite"] + 1}.values()))
@@ -174,7 +191,7 @@ class Tuner(ABC):
     @property
     def tag(self) -> int:
         """What stands for the name in a saved state."""
-        return tag_of(self.name)
+        return tag_of(self.name, self.fields)
 
 
 def checked(name: str, value: float, smallest: float, *, strictly: bool = True) -> float:

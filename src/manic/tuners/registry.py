@@ -33,6 +33,7 @@ def make_tuner(variant: str | Tuner, **options: Any) -> Tuner:
     if isinstance(variant, Tuner):
         if given:
             raise ValueError(f"variant is a tuner, which has its options already; leave out {sorted(given)}")
+        variant.check()
         return variant
     if variant not in TUNERS:
         raise ValueError(f"variant must be one of {sorted(TUNERS)}, or a tuner; got {variant!r}")
@@ -45,4 +46,5 @@ def make_tuner(variant: str | Tuner, **options: Any) -> Tuner:
 
 def name_of(tag: int) -> str:
     """The variant that ``tag`` stands for in a saved state."""
-    return next((name for name in TUNERS if tag_of(name) == tag), f"unknown to this version (tag {tag})")
+    known = {tag_of(name, tuner.fields): name for name, tuner in TUNERS.items()}
+    return known.get(tag, f"unknown to this version (tag {tag})")

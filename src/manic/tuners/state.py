@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,9 +27,9 @@ HEADER = ("schema", "tuner", "updates", "nonfinite")
 out, or not learned from, because their sums were not finite."""
 
 
-def tag_of(name: str) -> int:
-    """The number that stands for a tuner's name: below 2**24, so that float32 holds it."""
-    return zlib.crc32(name.encode()) & 0xFFFFFF
+def tag_of(name: str, fields: Sequence[str]) -> int:
+    """The number that stands for a tuner's name and the order of its fields: below 2**24, so that float32 holds it."""
+    return zlib.crc32(",".join((name, *fields)).encode()) & 0xFFFFFF
 
 
 class TunerState:
