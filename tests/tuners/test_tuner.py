@@ -214,5 +214,5 @@ class TestDeclarations:
 
     def test_fields_in_another_order_are_another_state(self) -> None:
         other = type("Other", (Multiplicative,), {"fields": Multiplicative.fields[::-1]})
-        with pytest.raises(ValueError, match="of variant unknown to this version"):
+        with pytest.raises(ValueError, match="of variant multiplicative, this one multiplicative"):
             TunerState(other()).load(TunerState(Multiplicative()).tensor)
