@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from manic.step.capture import Capture, DeltaAsStandIn, ScaledLearningRate
+from manic.step.chunks import Scratch
 from manic.step.shards import Shard
 
 __all__ = ["base_step"]
@@ -34,8 +35,10 @@ def base_step(captures: Sequence[Capture], scale: float | None, is_taken: Callab
     stand_ins = _StandIns(captures)
     try:
         with _without_weight_decay(captures):
+            scratch = Scratch()
             for capture in captures:
-                capture.enter()
+                capture.enter(scratch)
+            del scratch
             with stand_ins, _scaled_learning_rates(captures, scale):
                 yield
     except BaseException:

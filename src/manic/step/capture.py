@@ -78,21 +78,21 @@ class Capture:
         """Hold nothing of the step any longer."""
         self._columns = {}
 
-    def before(self) -> Iterator[Operands]:
+    def before(self, scratch: Scratch) -> Iterator[Operands]:
         """Every piece of Delta_t, x_t and the gradient; nothing is changed."""
-        scratch, is_stored = Scratch(), self.first.delta is not None
+        is_stored = self.first.delta is not None
         for x, gradient, delta in self.pieces("x", "gradient", "delta" if is_stored else "x_ref"):
             operands = {"delta": delta if is_stored else self.position.delta_from(x, delta, scratch), "x": x}
             yield operands if gradient is None else {**operands, "grad": gradient}
 
-    def enter(self) -> None:
+    def enter(self, scratch: Scratch) -> None:
         """Make x ready for the base step."""
 
-    def after(self) -> Iterator[Operands]:
+    def after(self, scratch: Scratch) -> Iterator[Operands]:
         """Every piece of what the base optimizer left; nothing is changed."""
         raise AssertionError(f"{type(self).__name__} cannot tell the update from x")
 
-    def write(self, change: Change) -> None:
+    def write(self, change: Change, scratch: Scratch) -> None:
         """Complete Delta by the update, and write x_{t+1}."""
 
     def undo(self) -> None:
@@ -130,7 +130,7 @@ class Capture:
 class NoUpdate(Capture):
     """For parameters that have had no gradient yet: they count in |x|^2."""
 
-    def after(self) -> Iterator[Operands]:
+    def after(self, scratch: Scratch) -> Iterator[Operands]:
         """x."""
         for (x,) in self.pieces("x"):
             yield {"x": x}
@@ -145,7 +145,7 @@ class DeltaAsStandIn(Capture):
 
     decays_by_hand = True
 
-    def write(self, change: Change) -> None:
+    def write(self, change: Change, scratch: Scratch) -> None:
         """Add weight decay to Delta, where the update is already, and write x."""
         assert change.weight is None, "the update has arrived in Delta as it is"
         factor = self._factor(change)
@@ -165,7 +165,7 @@ class UpdateInStorage(Capture):
 
     decays_by_hand = True
 
-    def enter(self) -> None:
+    def enter(self, scratch: Scratch) -> None:
         """``x *= decay``; x is not read where the factor is known to be 0."""
         for (x,) in self.pieces("x", written=(0,)):
             if isinstance(self.decay, Tensor) or self.decay:
@@ -176,12 +176,12 @@ class UpdateInStorage(Capture):
                 self._entered += x.numel()
         self._entered = sys.maxsize
 
-    def after(self) -> Iterator[Operands]:
+    def after(self, scratch: Scratch) -> Iterator[Operands]:
         """The update."""
         for (x,) in self.pieces("x"):
             yield {"update": x}
 
-    def write(self, change: Change) -> None:
+    def write(self, change: Change, scratch: Scratch) -> None:
         """Add the update to Delta, and write x."""
         factor = self._factor(change)
         for x, x_ref, delta in self.pieces("x", "x_ref", "delta", written=(0, 2)):
@@ -203,9 +203,8 @@ class DeltaInStorage(Capture):
 
     decays_by_hand = True
 
-    def enter(self) -> None:
+    def enter(self, scratch: Scratch) -> None:
         """``x = Delta_t + decay * x``."""
-        scratch = Scratch()
         for x, x_ref in self.pieces("x", "x_ref", written=(0,)):
             delta = self.position.delta_from(x, x_ref, scratch)
             if x.dtype == delta.dtype and not isinstance(self.decay, Tensor):
@@ -216,7 +215,7 @@ class DeltaInStorage(Capture):
                 self._entered += x.numel()
         self._entered = sys.maxsize
 
-    def write(self, change: Change) -> None:
+    def write(self, change: Change, scratch: Scratch) -> None:
         """Write x from the Delta that it holds."""
         assert change.weight is None, "the update has arrived in Delta as it is"
         factor = self._factor(change)
@@ -237,23 +236,23 @@ class DeltaInStorage(Capture):
 class Snapshot(Capture):
     """x is copied before the base step, and the update is what differs after it."""
 
-    def enter(self) -> None:
+    def enter(self, scratch: Scratch) -> None:
         """Copy x; x_ref serves where it was made of x in this step."""
         copies = self._columns["x_before"] = []
         for shard, x in zip(self.shards, self._columns["x"]):
             assert x is not None
             copies.append(shard.x_ref if shard.is_new else x.clone())
 
-    def after(self) -> Iterator[Operands]:
+    def after(self, scratch: Scratch) -> Iterator[Operands]:
         """Delta_t, x as it is now, and the update."""
-        scratch, is_stored = Scratch(), self.first.delta is not None
+        is_stored = self.first.delta is not None
         for x, x_before, delta in self.pieces("x", "x_before", "delta" if is_stored else "x_ref"):
             delta_t = delta if is_stored else self.position.delta_from(x_before, delta, scratch)
             yield {"x": x, "delta": delta_t, "update": x - x_before}
 
-    def write(self, change: Change) -> None:
+    def write(self, change: Change, scratch: Scratch) -> None:
         """Add the update to Delta, stored or recomputed, and write x."""
-        scratch, factor = Scratch(), self._factor(change)
+        factor = self._factor(change)
         for x, x_ref, delta, x_before in self.pieces("x", "x_ref", "delta", "x_before", written=(0, 2)):
             update = x.to(factor.dtype) - x_before
             if delta is None and change.weight is not None:  # x_t + weight * u, which is more exact

@@ -23,6 +23,7 @@ from manic.step.capture import (
     Snapshot,
     UpdateInStorage,
 )
+from manic.step.chunks import Scratch
 from manic.step.kernels import working_dtype
 from manic.step.position import Position
 from manic.step.shards import Shard
@@ -67,9 +68,9 @@ class Rule(ABC):
 
     def write(self, captures: Sequence[Capture], scale: Tensor) -> None:
         """Write x_{t+1}, and Delta_{t+1} where it is stored, at S_{t+1}."""
-        change = self.change(scale)
+        change, scratch = self.change(scale), Scratch()
         for capture in captures:
-            capture.write(change)
+            capture.write(change, scratch)
 
     @abstractmethod
     def captures(self, group: Sequence[Shard], means: Means, keeps_delta: Sequence[bool]) -> list[type[Capture]]:

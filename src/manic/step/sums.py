@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from manic.step.capture import Capture
+from manic.step.chunks import Scratch
 from manic.step.kernels import inner_products
 
 __all__ = ["PendingSums", "local_sums"]
@@ -56,9 +57,10 @@ def local_sums(
     total = like.new_zeros(len(wanted) + 2 * (_LR in names))
     # By what is summed, the number of replicas, the dtype and the device: all products, to be added at the end.
     found: dict[tuple[tuple[str, ...], float, torch.dtype, torch.device], list[Tensor]] = {}
+    scratch = Scratch()
     for capture in captures:
         ascends = capture.first.group.get("maximize", False)
-        for operands in capture.after() if late else capture.before():
+        for operands in capture.after(scratch) if late else capture.before(scratch):
             here = tuple(name for name in wanted if all(operand in operands for operand in _OPERANDS[name]))
             if not here:
                 continue
