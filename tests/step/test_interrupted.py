@@ -170,7 +170,7 @@ def test_an_error_in_the_closure_or_in_a_hook_before_a_step_changes_nothing() ->
 
 @pytest.mark.parametrize("options", [
     {}, {"nonfinite": "ignore"}, {"update": "snapshot"}, {"variant": "pytorch"},
-    {"variant": "multiplicative", "store_delta": True},
+    {"variant": "multiplicative", "store_delta": True}, {"variant": "multiplicative"},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("steps", [0, 3])
 def test_an_interrupt_at_any_line_leaves_tuner_and_parameters_of_one_step(steps: int, options: dict[str, Any]) -> None:
@@ -182,6 +182,7 @@ def test_an_interrupt_at_any_line_leaves_tuner_and_parameters_of_one_step(steps:
         parameters, optimizer = make("AdamW", options, torch.float64, steps=steps)
         before = [p.detach().clone() for p in parameters]
         set_gradients(parameters, steps)
+        gradients = [p.grad for p in parameters]
         count, place = 0, list[str]()
 
         def trace(frame: FrameType, event: str, argument: Any) -> Any:
@@ -204,6 +205,9 @@ def test_an_interrupt_at_any_line_leaves_tuner_and_parameters_of_one_step(steps:
         where = f"line {at}: {place}"
         updates = int(rows_of(state_of(optimizer), options.get("variant", "optax"))["updates"][0])
         assert updates in (steps, steps + 1), where
+        (group,) = optimizer.param_groups
+        assert (group["lr"], group["weight_decay"]) == (1.0, 0.1), where
+        assert all(p.grad is g and q is p for p, g, q in zip(parameters, gradients, group["params"])), where
         if updates == steps == 0:
             assert len(optimizer.state) == 0, where
             assert_equal(parameters, before, where)

@@ -163,7 +163,7 @@ def _groups(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _tuner(state: torch.Tensor) -> dict[str, Any]:
     """A saved tuner by the names of its rows; see :mod:`manic.tuners.state`."""
     rows = state.tolist()
-    if int(rows[0][0]) != SCHEMA:
+    if rows[0][0] != SCHEMA:
         return {"scale": math.nan, "updates": 0, "nonfinite_steps": 0, "variant": "of another version", "fields": {}}
     header = {name: row[0] for name, row in zip(HEADER, rows)}
     variant = name_of(int(header["tuner"]))

@@ -50,17 +50,32 @@ def base_step(captures: Sequence[Capture], scale: float | None, is_taken: Callab
 
 
 @contextmanager
+def _restored(restore: Callable[[], None]) -> Iterator[None]:
+    """Call ``restore`` after what is inside; twice after an error, since an interrupt may come between its lines."""
+    try:
+        try:
+            yield
+        finally:
+            restore()
+    except BaseException:
+        restore()
+        raise
+
+
+@contextmanager
 def _scaled_learning_rates(captures: Sequence[Capture], scale: float | None) -> Iterator[None]:
     scaled = _groups(capture for capture in captures if isinstance(capture, ScaledLearningRate))
     lrs = [(group, group["lr"]) for group in scaled]
-    try:
+
+    def restore() -> None:
+        for group, lr in lrs:
+            group["lr"] = lr
+
+    with _restored(restore):
         for group, lr in lrs:
             assert scale is not None, "a capture that needs S was chosen, but the host does not know it"
             group["lr"] = lr * scale
         yield
-    finally:
-        for group, lr in lrs:
-            group["lr"] = lr
 
 
 @contextmanager
@@ -68,7 +83,14 @@ def _without_weight_decay(captures: Sequence[Capture]) -> Iterator[None]:
     """Take over from the base optimizers what they would do with x; the user's gradients are left as they are."""
     decays: list[tuple[dict[str, Any], Any]] = []
     gradients: list[tuple[Tensor, Tensor | None]] = []
-    try:
+
+    def restore() -> None:
+        for group, weight_decay in decays:
+            group["weight_decay"] = weight_decay
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+    with _restored(restore):
         for capture in captures:
             group, first = capture.first.group, capture.first
             capture.decay, weight_decay = 0.0, group.get("weight_decay", 0.0)
@@ -85,11 +107,6 @@ def _without_weight_decay(captures: Sequence[Capture]) -> Iterator[None]:
                 decays.append((group, group["weight_decay"]))
                 group["weight_decay"] = 0.0
         yield
-    finally:
-        for group, weight_decay in decays:
-            group["weight_decay"] = weight_decay
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
 
 
 def _groups(captures: Iterable[Capture]) -> list[dict[str, Any]]:

@@ -99,7 +99,7 @@ class TunerState:
             ValueError: if another version of manic, another tuner, or one with other settings saved it.
         """
         tuner = self.tuner
-        if saved.ndim != 2 or saved.shape[0] < len(HEADER) or int(saved[0, 0]) != SCHEMA:
+        if saved.ndim != 2 or saved.shape[0] < len(HEADER) or float(saved[0, 0]) != SCHEMA:
             raise ValueError(
                 f"the saved tuner, of shape {tuple(saved.shape)}, does not have schema {SCHEMA & 0xFFFF}: another "
                 "version of manic saved it. Load it with that version, or load the base optimizer's state alone: "
