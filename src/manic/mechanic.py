@@ -20,6 +20,7 @@ from manic.distributed.layout import Layout, Plain
 from manic.distributed.startup import Agreement
 from manic.optimizer.kinds import largest_lr
 from manic.optimizer.names import GROUP_KEY, STATE_KEYS
+from manic.optimizer.positions import PositionCheck
 from manic.optimizer.state import MechanicState
 from manic.optimizer.supported import check_bases
 from manic.optimizer.transaction import hidden, transaction
@@ -109,6 +110,7 @@ class Mechanic(OptimizerWrapper):
         )  # fmt: skip
         self._monitor = Monitor(self._state.tuner_state, self._tuner.settings)
         self._agreement = Agreement(self._layout)
+        self._positions = PositionCheck(optimizers)
         super().__init__(optimizers, self._state)
         self._share_global_state()
 
@@ -131,9 +133,17 @@ class Mechanic(OptimizerWrapper):
             RuntimeError: on every rank alike, if ``check_every`` finds something.
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
-        if self._creates_state():
+        state, tuner = self._state, self._tuner
+        if state.is_creating(self._has_state()):
+            self._create_state()
             return loss
-        is_first, state, tuner = self._begin(), self._state, self._tuner
+        is_first = self._begin()
+        if is_first and not self._is_capturing and state.has_no_gradient():
+            self._create_state()
+            self._monitor.step_without_gradient(self._layout.is_first_rank)
+            return loss
+        if is_first:
+            state.begin()
         with transaction(self.optimizers, is_first, state.restorer()) as taken, self._planner.plan() as plan:
             state.compare_loaded()
             pending, proposal, reading = self._all_reduce(plan, tuner.sums), None, None
@@ -145,6 +155,9 @@ class Mechanic(OptimizerWrapper):
                 with hidden(self.optimizers):
                     for base in self.optimizers:
                         base.step()
+                if not self._is_capturing:
+                    groups, device = self.param_groups, self._communication_device
+                    self._positions.raise_if_found(plan.captures, groups, self._layout.group, device)
                 if proposal is None:  # the all_reduce was hidden behind the base optimizers' step
                     proposal = tuner.propose(state.tensor, pending.wait())
                 if late := tuner.late(state.has_scale):
@@ -191,14 +204,12 @@ class Mechanic(OptimizerWrapper):
         number = int(self._state.tuner_state.updates) + 1
         return self._guard.skips(reading.sums.get("lr", 0.0), number, position_is_finite, account)
 
-    def _creates_state(self) -> bool:
-        """Create state, and return True, if torch's checkpointing called this step for that alone."""
-        if not self._state.is_creating(self._has_state()):
-            return False
-        with self._planner.plan():
-            self._state.create()
-        self._planner.drop()
-        return True
+    def _create_state(self) -> None:
+        """Create what a checkpoint is to have, and change nothing else."""
+        if not self._has_state():
+            with self._planner.plan():
+                self._state.create()
+            self._planner.drop()
 
     def _begin(self) -> bool:
         """Do the checks that come before a step, on all ranks; whether it is the first of the run."""
@@ -209,13 +220,10 @@ class Mechanic(OptimizerWrapper):
         self._agree()
         if self._is_capturing:
             self._guard.refuse_capture()
-        is_first = not self._state.started
-        if is_first:
-            self._state.begin()
         if self._state.tensor.device != self._state.home_device:  # the model was moved after the optimizer was built
             self._state.tuner_state.to(self._state.home_device)
             self._put_global_state()
-        return is_first
+        return not self._state.started
 
     def _finish(self, plan: Plan, proposal: Proposal, reading: Reading | None) -> None:
         """Restart where the tuner proposes it, and inform the monitor."""
@@ -234,9 +242,11 @@ class Mechanic(OptimizerWrapper):
         if self._agreement.holds_for(self.param_groups) and not self._state.was_loaded:
             return
         check_bases(self.optimizers, may_be_empty=True)
+        self._state.compare_exchanged()
         names = [type(optimizer).__name__ for optimizer in self.optimizers]
         settings = f"a run of {names} that {self._state.stands}, {self._settings()}"
         self._agreement.renew(self.param_groups, settings, self._communication_device, self._state.tensor.dtype)
+        self._positions.agree(self._layout.group, self._communication_device)
         self._planner.drop()
 
     @torch.no_grad()

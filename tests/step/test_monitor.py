@@ -25,8 +25,8 @@ class Listener(logging.Handler):
         self.messages.append(record.getMessage())
 
 
-def run(steps: int, zero: bool = False, **options: Any) -> tuple[Mechanic, list[str]]:
-    """Train on the small problem, or on zero gradients, and collect the log messages."""
+def run(steps: int, zero_after: int | None = None, **options: Any) -> tuple[Mechanic, list[str]]:
+    """Train on the small problem, with zero gradients after some steps, and collect the log messages."""
     parameters, loss = problem()
     lr = options.pop("lr", 1.0)
     optimizer = Mechanic(torch.optim.AdamW(parameters, lr=lr), **{"variant": "optax", **options})
@@ -34,7 +34,7 @@ def run(steps: int, zero: bool = False, **options: Any) -> tuple[Mechanic, list[
     for step in range(steps):
         optimizer.zero_grad()
         loss(step).backward()
-        if zero:
+        if zero_after is not None and step >= zero_after:
             for parameter in parameters:
                 parameter.grad.zero_()  # type: ignore[union-attr]
         optimizer.step()
@@ -45,10 +45,18 @@ def run(steps: int, zero: bool = False, **options: Any) -> tuple[Mechanic, list[
     "options", [{}, {"nonfinite": "ignore"}, {"variant": "pytorch"}, {"nonfinite": "skip"}], ids=str
 )
 def test_warns_about_a_scale_that_does_not_grow(options: dict[str, Any]) -> None:
-    assert run(PATIENCE - 1, zero=True, **options)[1] == []
-    _, messages = run(2 * PATIENCE, zero=True, **options)
+    assert run(PATIENCE - 1, zero_after=1, **options)[1] == []
+    _, messages = run(2 * PATIENCE, zero_after=1, **options)
     assert len(messages) == 1
     assert f"after {PATIENCE} steps: it has not left its start" in messages[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"nonfinite": "ignore"}, {"variant": "multiplicative"}], ids=str)
+def test_warns_about_gradients_that_have_always_been_zero(options: dict[str, Any]) -> None:
+    assert run(PATIENCE - 1, zero_after=0, **options)[1] == []
+    _, messages = run(2 * PATIENCE, zero_after=0, **options)
+    assert len(messages) == 1
+    assert f"no step in {PATIENCE} calls" in messages[0]
 
 
 @pytest.mark.parametrize("options", [{}, {"nonfinite": "ignore"}, {"variant": "pytorch"}], ids=str)

@@ -14,7 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-__all__ = ["from_every_rank", "gather", "on_every_rank", "on_first_rank", "raise_together", "rank", "world_size"]
+__all__ = [
+    "from_every_rank", "gather", "on_any_rank", "on_every_rank", "on_first_rank", "raise_together", "rank",
+    "world_size",
+]  # fmt: skip
 
 T = TypeVar("T")
 
@@ -90,6 +93,19 @@ def gather(row: Tensor, group: ProcessGroup) -> list[Tensor]:
     rows = [torch.empty_like(row) for _ in range(dist.get_world_size(group))]
     dist.all_gather(rows, row, group=group)
     return list(torch.stack(rows).cpu().unbind())
+
+
+def on_any_rank(flag: bool, group: ProcessGroup | None, device: torch.device) -> bool:
+    """Whether ``flag`` is true on any rank of ``group``; ``None``: of this process alone.
+
+    Args:
+        flag: This rank's.
+        group: The process group. With torch's ``"fake"`` backend, which moves no data, the flag is this rank's.
+        device: A device that the group's backend supports.
+    """
+    if group is None or dist.get_backend(group) == "fake":
+        return flag
+    return any(int(each) for each in gather(torch.tensor(flag, dtype=torch.uint8, device=device), group))
 
 
 def raise_together(kind: type[Exception], problem: str, group: ProcessGroup | None, device: torch.device) -> None:

@@ -5,14 +5,17 @@ It knows optimizers by their classes and settings, and nothing of a step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["UPDATES", "decay_is_decoupled", "is_proportional", "largest_lr", "resolve_update"]
+__all__ = [
+    "UPDATES", "decay_is_decoupled", "is_known", "is_proportional", "keeps_place", "largest_lr", "learning_rate",
+    "resolve_update",
+]  # fmt: skip
 
 UPDATES = ("snapshot", "decoupled", "coupled")
 """The choices of the user."""
@@ -35,6 +38,11 @@ _INDEPENDENT_OF_X: dict[str, Literal["decoupled", "coupled", "by group"]] = {
 }
 
 
+def is_known(optimizer: Optimizer) -> bool:
+    """Whether ``optimizer`` is of a class of ``torch.optim`` itself; a subclass may do anything."""
+    return getattr(torch.optim, type(optimizer).__name__, None) is type(optimizer)
+
+
 def resolve_update(optimizer: Optimizer, update: str) -> str:
     """Find what ``optimizer``'s update depends on.
 
@@ -52,8 +60,7 @@ def resolve_update(optimizer: Optimizer, update: str) -> str:
         ValueError: if ``update`` is none of these.
     """
     if update == "auto":
-        known = getattr(torch.optim, type(optimizer).__name__, None) is type(optimizer)
-        return _INDEPENDENT_OF_X.get(type(optimizer).__name__, "snapshot") if known else "snapshot"
+        return _INDEPENDENT_OF_X.get(type(optimizer).__name__, "snapshot") if is_known(optimizer) else "snapshot"
     if update not in UPDATES:
         raise ValueError(f"update must be 'auto' or one of {UPDATES}, got {update!r}")
     return update
@@ -76,9 +83,21 @@ def is_proportional(optimizer: Optimizer) -> bool:
     return not (optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
 
 
-def largest_lr(param_groups: Iterable[dict[str, Any]]) -> float | Tensor | None:
+def learning_rate(group: Mapping[str, Any]) -> Any:
+    """A param group's learning rate: 1.0 where it has none, or ``None``, as of optimizers that make their own."""
+    lr = group.get("lr")
+    return 1.0 if lr is None else lr
+
+
+def keeps_place(group: Mapping[str, Any]) -> bool:
+    """Whether a param group stays where it is, since its learning rate is 0. One on a device is not read."""
+    lr = learning_rate(group)
+    return (not isinstance(lr, Tensor) or lr.is_cpu) and float(lr) == 0.0
+
+
+def largest_lr(param_groups: Iterable[Mapping[str, Any]]) -> float | Tensor | None:
     """Over the param groups: a 0-dim tensor where one has it on a device, ``None`` where there are no groups."""
-    lrs = [group.get("lr", 1.0) for group in param_groups]
+    lrs = [learning_rate(group) for group in param_groups]
     known = [float(lr) for lr in lrs if not isinstance(lr, Tensor) or lr.is_cpu]
     on_device = [lr.reshape(()) for lr in lrs if isinstance(lr, Tensor) and not lr.is_cpu]
     if not on_device:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from manic.distributed.collectives import raise_together
+from manic.distributed.collectives import on_any_rank, raise_together
 from manic.distributed.drift import raise_if_drifted
-from manic.distributed.layout import Layout, local
+from manic.distributed.layout import Layout, local, local_storage
+from manic.optimizer.fit import drop_misfits, first_misfit, misfit
 from manic.optimizer.names import DELTA, STATE_KEYS, X_REF, describe
 from manic.optimizer.placeholders import Placeholders
 from manic.optimizer.transaction import hidden
@@ -63,10 +64,11 @@ class MechanicState:
 
     @property
     def home_device(self) -> torch.device:
-        """The device of the first parameter; of the process group's backend where this rank has none."""
+        """The device of the first parameter that is on one; of the process group's backend where there is none."""
         for group in self._groups:
             for parameter in group["params"]:
-                return local(parameter).device
+                if (device := local_storage(parameter).device).type != "meta":
+                    return device
         return self._layout.communication_device(torch.device("cpu"))
 
     @property
@@ -94,6 +96,8 @@ class MechanicState:
     def complete(self, optimizer: Optimizer, parameter: Tensor, position: Position) -> None:
         """Store x_ref, and Delta where it is kept: new ones, or what a load left of them."""
         state, dtype, keeps_delta = optimizer.state[parameter], working_dtype(parameter), self.keeps_delta(parameter)
+        if found := misfit(parameter, state):
+            raise ValueError(f"{describe(parameter, self._groups)}: {found}; call rebase() before the step")
         starts_here = X_REF not in state
         if starts_here:
             state[X_REF] = parameter.detach().clone()
@@ -112,11 +116,6 @@ class MechanicState:
                 local(state[DELTA]).copy_((x.to(dtype) - local(state[X_REF])) / divisor)
         elif keeps_delta and state[DELTA].dtype != dtype:
             state[DELTA] = state[DELTA].to(dtype)
-
-    def discard(self, optimizer: Optimizer, parameter: Tensor) -> None:
-        """Store neither any more."""
-        for key in STATE_KEYS:
-            optimizer.state.get(parameter, {}).pop(key, None)
 
     # What a step asks for.
 
@@ -174,6 +173,7 @@ class MechanicState:
 
     def rebase(self) -> None:
         """Let x_ref be x, and Delta 0."""
+        drop_misfits(self._optimizers)
         for optimizer in self._optimizers:
             for parameter, state in optimizer.state.items():
                 if X_REF in state:
@@ -186,6 +186,16 @@ class MechanicState:
     def is_creating(self, exists: bool) -> bool:
         """Whether this step is none, but torch's checkpointing, which wants to see what state there will be."""
         return not exists and is_creating_state()
+
+    def has_no_gradient(self) -> bool:
+        """Whether all gradients of all ranks are 0, or there is none: frameworks step so to create state.
+
+        Every rank must call it. The host waits for the device.
+        """
+        gradients = (p.grad for group in self._groups for p in group["params"] if p.grad is not None)
+        # Of a Partial gradient, this rank's part: no collective in a loop that ranks leave at different places.
+        found = any(bool((local_storage(gradient) != 0).any()) for gradient in gradients)
+        return not on_any_rank(found, self._layout.group, self._layout.communication_device(self.home_device))
 
     def create(self) -> None:
         """Let base optimizers without a state create it, and change nothing else.
@@ -204,6 +214,23 @@ class MechanicState:
             x.copy_(x_ref)
         if self._placeholders.exist:
             self.tuner_state.updates.fill_(_PLACEHOLDER)
+
+    def compare_exchanged(self) -> None:
+        """Refuse parameters, in the middle of a run, whose state is another's or does not tell where they are.
+
+        Raises:
+            ValueError: on every rank alike.
+        """
+        if not self.started:
+            return
+        group, device = self._layout.group, self._layout.communication_device(self.home_device)
+        raise_together(ValueError, first_misfit(self._optimizers), group, device)
+        if not self.was_loaded:
+            self.raise_if_displaced(
+                ValueError,
+                "parameters were exchanged or added since the last step, and these are not where their state says. If "
+                "that is on purpose, call rebase() before the step",
+            )
 
     # Loading.
 

@@ -45,6 +45,12 @@ def check_bases(optimizers: Sequence[Optimizer], may_be_empty: bool) -> None:
                     "Mechanic must be inside ZeroRedundancyOptimizer: pass "
                     'optimizer_class=mechanize(AdamW, plain="sharded")'
                 )
+        if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
+            raise TypeError(
+                f"Mechanic cannot wrap {type(optimizer).__name__}: by its train() and eval() it moves the parameters "
+                "between positions of its own (Schedule-Free does), which undo the scaled steps. Wrap an optimizer "
+                "without averaging, with a schedule"
+            )
         for group in optimizer.param_groups:
             if group.get("differentiable", False):
                 raise ValueError("differentiable=True is not supported: Mechanic's step cannot be differentiated")

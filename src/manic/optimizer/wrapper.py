@@ -6,13 +6,15 @@ Implements what torch and its checkpointing expect of an optimizer, independent 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["JointState", "OptimizerWrapper", "OwnState", "is_creating_state"]
+from manic.optimizer.joint import JointDefaults, JointGroups, JointState, assign_groups, assign_state
+
+__all__ = ["OptimizerWrapper", "OwnState", "is_creating_state"]
 
 
 class OwnState(Protocol):
@@ -49,54 +51,6 @@ def is_creating_state() -> bool:
     return frame is not None
 
 
-class JointState(MutableMapping[Any, Any]):
-    """The states of several optimizers as one mapping from parameter to dict; writes go to the optimizers' states.
-
-    Args:
-        optimizers: The optimizers, over disjoint parameters.
-        is_complete: Returns whether every state that a checkpoint needs exists.
-    """
-
-    def __init__(self, optimizers: Sequence[Optimizer], is_complete: Any) -> None:
-        self._optimizers = optimizers
-        self._is_complete = is_complete
-
-    def _home(self, key: Any) -> MutableMapping[Any, Any]:
-        for optimizer in self._optimizers:
-            if key in optimizer.state:
-                return optimizer.state
-        for optimizer in self._optimizers:
-            if any(key is parameter for group in optimizer.param_groups for parameter in group["params"]):
-                return optimizer.state
-        return self._optimizers[0].state
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._home(key)[key]
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self._home(key)[key] = value
-
-    def __delitem__(self, key: Any) -> None:
-        del self._home(key)[key]
-
-    def __contains__(self, key: object) -> bool:
-        return any(key in optimizer.state for optimizer in self._optimizers)
-
-    def __iter__(self) -> Iterator[Any]:
-        for optimizer in self._optimizers:
-            yield from list(optimizer.state)
-
-    def __len__(self) -> int:
-        return sum(len(optimizer.state) for optimizer in self._optimizers)
-
-    def __bool__(self) -> bool:
-        # Torch's checkpointing runs a step if the state is false; some bases fill their state in the constructor.
-        return bool(self._is_complete())
-
-    def __repr__(self) -> str:
-        return repr(dict(self))
-
-
 class OptimizerWrapper(Optimizer):
     """A ``torch.optim.Optimizer`` that wraps one or several others.
 
@@ -116,19 +70,48 @@ class OptimizerWrapper(Optimizer):
         # Optimizer.__init__ would create separate groups and state; __setstate__ creates the rest.
         self.optimizers = list(optimizers)
         self._own, self._shared = own, False
-        super().__setstate__({"defaults": dict(optimizers[0].defaults) if len(optimizers) == 1 else {}})
+        super().__setstate__({})
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The base optimizers' param groups, in their order; not copies."""
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizers' param groups, in their order; not copies. May be assigned, as with torch's optimizers.
+
+        Raises:
+            ValueError: if groups are assigned that are not the base optimizers', where there are several.
+        """
         if len(self.optimizers) == 1:
             return self.optimizers[0].param_groups
-        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        return JointGroups(self.optimizers, self._assign_groups)
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._assign_groups(groups)
+
+    def _assign_groups(self, groups: list[dict[str, Any]]) -> None:
+        assign_groups(self.optimizers, groups)
+        self._put_global_state()
+
+    @property  # type: ignore[override]
+    def state(self) -> MutableMapping[Any, Any]:
+        """The base optimizers' state and the wrapper's, by parameter. May be assigned, as with torch's optimizers."""
+        return JointState(self.optimizers, self._has_state)
+
+    @state.setter
+    def state(self, state: MutableMapping[Any, Any]) -> None:
+        assign_state(self.optimizers, state)
 
     @property
-    def state(self) -> JointState:  # type: ignore[override]
-        """The base optimizers' state and the wrapper's, by parameter."""
-        return JointState(self.optimizers, self._has_state)
+    def defaults(self) -> dict[str, Any]:
+        """The base optimizer's defaults; of several, those that they have in common, which cannot be changed."""
+        return self.optimizers[0].defaults if len(self.optimizers) == 1 else JointDefaults(self.optimizers)
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        if len(self.optimizers) > 1:
+            raise TypeError(
+                "the defaults of several base optimizers cannot be assigned together: set a base optimizer's"
+            )
+        self.optimizers[0].defaults = defaults
 
     @property
     def own_keys(self) -> frozenset[str]:
@@ -278,6 +261,12 @@ class OptimizerWrapper(Optimizer):
     def _settings(self) -> str:
         """The wrapper's own settings, in words."""
         raise NotImplementedError
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        shared = {name: state[name] for name in ("param_groups", "state", "defaults") if name in state}
+        super().__setstate__({name: value for name, value in state.items() if name not in shared})
+        for name, value in shared.items():
+            setattr(self, name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         # As in torch's optimizers: hooks, and a scheduler's wrapper of step, belong to this object and are not copied.

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from manic.optimizer.kinds import learning_rate
 from manic.step.capture import Capture, DeltaAsStandIn, ScaledLearningRate
 from manic.step.chunks import Scratch
 from manic.step.shards import Shard
@@ -82,12 +84,15 @@ def _scaled_learning_rates(captures: Sequence[Capture], scale: float | None) -> 
 def _without_weight_decay(captures: Sequence[Capture]) -> Iterator[None]:
     """Take over from the base optimizers what they would do with x; the user's gradients are left as they are."""
     decays: list[tuple[dict[str, Any], Any]] = []
-    gradients: list[tuple[Tensor, Tensor | None]] = []
+    gradients: list[tuple[Tensor, Tensor | None, torch.dtype | None]] = []
 
     def restore() -> None:
         for group, weight_decay in decays:
             group["weight_decay"] = weight_decay
-        for parameter, gradient in gradients:
+        for parameter, gradient, dtype in gradients:
+            if dtype != _expected_gradient(parameter):
+                parameter.grad = None
+                _expect_gradient(parameter, dtype)
             parameter.grad = gradient
 
     with _restored(restore):
@@ -97,11 +102,12 @@ def _without_weight_decay(captures: Sequence[Capture]) -> Iterator[None]:
             if not capture.decays_by_hand or not weight_decay or first.gradient is None:
                 continue
             if first.decay_is_decoupled:
-                capture.decay = -weight_decay * _without_copy(group["lr"])
+                capture.decay = -weight_decay * _without_copy(learning_rate(group))
             else:
                 for shard in capture.shards:
-                    gradients.append((shard.parameter, shard.parameter.grad))
-                    shard.parameter.grad = _decayed_gradient(shard, float(weight_decay))
+                    parameter = shard.parameter
+                    gradients.append((parameter, parameter.grad, _expected_gradient(parameter)))
+                    _give_gradient(parameter, _decayed_gradient(shard, float(weight_decay)))
         for group in _groups(capture for capture in captures if capture.decays_by_hand):
             if "weight_decay" in group:
                 decays.append((group, group["weight_decay"]))
@@ -120,11 +126,29 @@ def _without_copy(lr: Any) -> Any:
 
 
 def _decayed_gradient(shard: Shard, weight_decay: float) -> Tensor:
-    """The gradient with coupled weight decay in it, of the parameter's kind."""
+    """The gradient with coupled weight decay in it, of the wider dtype of gradient and parameter."""
     parameter = shard.parameter
     assert parameter.grad is not None
     sign = -1.0 if shard.group.get("maximize", False) else 1.0
     return parameter.grad.add(parameter.detach(), alpha=sign * weight_decay)
+
+
+def _expected_gradient(tensor: Tensor) -> torch.dtype | None:
+    """The dtype that a gradient must have; ``None``: any. Tensors have this attribute from torch 2.10 on."""
+    return getattr(tensor, "grad_dtype", tensor.dtype)
+
+
+def _expect_gradient(tensor: Tensor, dtype: torch.dtype | None) -> None:
+    if dtype != _expected_gradient(tensor):
+        tensor.grad_dtype = dtype
+
+
+def _give_gradient(tensor: Tensor, gradient: Tensor | None) -> None:
+    """Set a gradient, of another dtype than the tensor's too."""
+    if gradient is not None and gradient.dtype != _expected_gradient(tensor):
+        tensor.grad = None
+        _expect_gradient(tensor, gradient.dtype)
+    tensor.grad = gradient
 
 
 class _StandIns:
@@ -140,7 +164,7 @@ class _StandIns:
         stand_ins = {}
         for states, parameter, delta in self._swaps:
             assert delta is not None
-            delta.grad = parameter.grad
+            _give_gradient(delta, parameter.grad)
             states[delta] = states.pop(parameter)
             stand_ins[id(parameter)] = delta
         for group, parameters in self._members:

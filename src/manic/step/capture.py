@@ -29,8 +29,8 @@ from manic.step.position import Position
 from manic.step.shards import Shard
 
 __all__ = [
-    "Capture", "Change", "DeltaAsStandIn", "DeltaInStorage", "NoUpdate", "Operands", "ScaledLearningRate", "Snapshot",
-    "UpdateInStorage",
+    "Capture", "Change", "DeltaAsStandIn", "DeltaInStorage", "Frozen", "Held", "NoUpdate", "Operands",
+    "ScaledLearningRate", "Snapshot", "UpdateInStorage",
 ]  # fmt: skip
 
 Operands = dict[str, Tensor]
@@ -79,7 +79,11 @@ class Capture:
         self._columns = {}
 
     def before(self, scratch: Scratch) -> Iterator[Operands]:
-        """Every piece of Delta_t, x_t and the gradient; nothing is changed."""
+        """Every piece of Delta_t, x_t and the gradient; nothing is changed. Without Delta_t where x is held."""
+        if self.first.is_held:
+            for x, gradient in self.pieces("x", "gradient"):
+                yield {"x": x} if gradient is None else {"x": x, "grad": gradient}
+            return
         is_stored = self.first.delta is not None
         for x, gradient, delta in self.pieces("x", "gradient", "delta" if is_stored else "x_ref"):
             operands = {"delta": delta if is_stored else self.position.delta_from(x, delta, scratch), "x": x}
@@ -91,6 +95,13 @@ class Capture:
     def after(self, scratch: Scratch) -> Iterator[Operands]:
         """Every piece of what the base optimizer left; nothing is changed."""
         raise AssertionError(f"{type(self).__name__} cannot tell the update from x")
+
+    def places(self) -> Iterator[tuple[Shard, Tensor, Tensor | None]]:
+        """Every shard with its storage as the base optimizer left it, and with x_t where there is a copy."""
+        copies = self._columns.get("x_before") or [None] * len(self.shards)
+        for shard, x, before in zip(self.shards, self._columns["x"], copies):
+            assert x is not None
+            yield shard, x, before
 
     def write(self, change: Change, scratch: Scratch) -> None:
         """Complete Delta by the update, and write x_{t+1}."""
@@ -134,6 +145,52 @@ class NoUpdate(Capture):
         """x."""
         for (x,) in self.pieces("x"):
             yield {"x": x}
+
+
+class Frozen(Capture):
+    """For parameters that were trained and are frozen, where S is in Delta: they are left alone."""
+
+
+class Held(Capture):
+    """x stays where it is, frozen or at a learning rate of 0; x_ref follows S, so that x_ref + f * Delta is x."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        super().__init__(shards)
+        self._change: Change | None = None
+
+    def after(self, scratch: Scratch) -> Iterator[Operands]:
+        """x."""
+        for (x,) in self.pieces("x"):
+            yield {"x": x}
+
+    def write(self, change: Change, scratch: Scratch) -> None:
+        """Move x_ref from where f_t needs it to where f_{t+1} does."""
+        assert change.weight is None, "S is in Delta, which stays"
+        self._change, factor = change, self._factor(change)
+        for x, x_ref, delta in self.pieces("x", "x_ref", "delta", written=(1,)):
+            if delta is None:
+                delta, factor_ = self.position.delta_from(x, x_ref, scratch), factor + self.position.eps
+            else:
+                factor_ = factor
+            _set_ref(x_ref, x, delta, factor_)
+            self._note_written(x)
+        self._written = sys.maxsize
+
+    def undo(self) -> None:
+        """Move x_ref back."""
+        for start, x, x_ref, delta in self._pieces_of_each("x", "x_ref", "delta"):
+            if self._change is None or self._written <= start:
+                continue
+            if delta is None:
+                delta = (x.to(working_dtype(x)) - x_ref) / (self._factor(self._change) + self.position.eps)
+                _set_ref(x_ref, x, delta, self.position.divisor_for(x))
+            else:
+                _set_ref(x_ref, x, delta, self.position.factor_for(x))
+
+    def end(self) -> None:
+        """Hold nothing of the step any longer."""
+        super().end()
+        self._change = None
 
 
 class ScaledLearningRate(Capture):
@@ -236,8 +293,11 @@ class DeltaInStorage(Capture):
 class Snapshot(Capture):
     """x is copied before the base step, and the update is what differs after it."""
 
+    _moves_ref = False
+
     def enter(self, scratch: Scratch) -> None:
         """Copy x; x_ref serves where it was made of x in this step."""
+        self._moves_ref = False
         copies = self._columns["x_before"] = []
         for shard, x in zip(self.shards, self._columns["x"]):
             assert x is not None
@@ -247,15 +307,25 @@ class Snapshot(Capture):
         """Delta_t, x as it is now, and the update."""
         is_stored = self.first.delta is not None
         for x, x_before, delta in self.pieces("x", "x_before", "delta" if is_stored else "x_ref"):
+            if self.first.is_held:
+                yield {"x": x, "update": x - x_before}
+                continue
             delta_t = delta if is_stored else self.position.delta_from(x_before, delta, scratch)
             yield {"x": x, "delta": delta_t, "update": x - x_before}
 
     def write(self, change: Change, scratch: Scratch) -> None:
         """Add the update to Delta, stored or recomputed, and write x."""
         factor = self._factor(change)
-        for x, x_ref, delta, x_before in self.pieces("x", "x_ref", "delta", "x_before", written=(0, 2)):
+        self._moves_ref = self.first.is_held and change.weight is None
+        written = (0, 1, 2) if self._moves_ref else (0, 2)
+        for x, x_ref, delta, x_before in self.pieces("x", "x_ref", "delta", "x_before", written=written):
             update = x.to(factor.dtype) - x_before
-            if delta is None and change.weight is not None:  # x_t + weight * u, which is more exact
+            if self._moves_ref:  # x_t + f * u, which is x_t where the update is 0
+                divisor = factor if delta is not None else factor + self.position.eps
+                delta = self.position.delta_from(x_before, x_ref, scratch) if delta is None else delta
+                x.copy_(torch.addcmul(x_before.to(factor.dtype), update, factor))
+                _set_ref(x_ref, x, delta.add_(update), divisor)
+            elif delta is None and change.weight is not None:  # x_t + weight * u, which is more exact
                 x.copy_(torch.addcmul(x_before.to(factor.dtype), update, change.weight.to(factor)))
             else:
                 delta = self.position.delta_from(x_before, x_ref, scratch) if delta is None else delta
@@ -273,10 +343,17 @@ class Snapshot(Capture):
             for x, x_ref, delta, x_before in pieces(*row, [before]):
                 if x_before is not None and self._written <= start:
                     x.copy_(x_before)
-                if delta is not None:
+                if delta is not None and self._moves_ref:
+                    _set_ref(x_ref, x, delta, self.position.factor_for(x))
+                elif delta is not None:
                     self._return_to(x, x_ref, delta)
                 start += x.numel()
         self._columns["x_before"] = []
+
+
+def _set_ref(x_ref: Tensor, x: Tensor, delta: Tensor, factor: Tensor) -> None:
+    """``x_ref = x - factor * delta``."""
+    x_ref.copy_(torch.addcmul(x.to(factor.dtype), delta.to(factor.dtype), factor, value=-1.0))
 
 
 def _add(delta: Tensor, update: Tensor, weight: Tensor | None) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manic.optimizer.kinds import learning_rate
 from manic.tuners.base import Proposal
 from manic.tuners.state import TunerState
 
@@ -45,7 +46,7 @@ class Monitor:
         self._tuner, self._settings = tuner, settings
         self._last: Proposal | None = None
         self._warned: set[str] = set()
-        self._calls = self._in_a_row = 0
+        self._calls = self._in_a_row = self._idle = 0
 
     def metrics(self, param_groups: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Of the last step, see :meth:`manic.Mechanic.metrics`."""
@@ -60,7 +61,7 @@ class Monitor:
             "nonfinite_steps": self._tuner.nonfinite.clone(),
         }
         for index, group in enumerate(param_groups):
-            metrics[f"effective_lr/{index}"] = scale * group.get("lr", 1.0)
+            metrics[f"effective_lr/{index}"] = scale * learning_rate(group)
         return metrics
 
     def step_taken(
@@ -81,12 +82,22 @@ class Monitor:
             scale = float(proposal.scale)
         messages = []
         if scale is not None:
-            lrs = [group.get("lr", 1.0) for group in param_groups]
+            lrs = [learning_rate(group) for group in param_groups]
             largest = max((float(lr) for lr in lrs if not isinstance(lr, Tensor) or lr.is_cpu), default=0.0)
             messages.append(self._running(scale, largest))
         if self._calls == PATIENCE and scale is not None and not self._tuner.has_left_start:
             messages.append(self._stuck(scale))
         self._warn(messages, logs)
+
+    def step_without_gradient(self, logs: bool) -> None:
+        """Watch a call before the run's first gradient that is not 0."""
+        self._idle += 1
+        if self._idle == PATIENCE:
+            text = (
+                f"Mechanic has taken no step in {PATIENCE} calls, for every gradient has been 0 or None on all ranks: "
+                "the run has not begun. See whether the loss depends on the parameters, and backward() is called"
+            )
+            self._warn([("idle", text)], logs)
 
     def step_skipped(self, logs: bool) -> None:
         """Watch a step that was left out."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from manic.distributed.layout import Layout, check_gradient, local_storage
-from manic.optimizer.kinds import decay_is_decoupled, is_proportional, resolve_update
+from manic.optimizer.kinds import decay_is_decoupled, is_known, is_proportional, keeps_place, resolve_update
 from manic.step.capture import Capture
 from manic.step.position import Position
 from manic.step.rules import Means, Rule
@@ -35,6 +35,10 @@ class Displacements(Protocol):
     def has_scale(self) -> bool:
         """Whether the host knows that S is not 0."""
 
+    @property
+    def started(self) -> bool:
+        """Whether the run has begun."""
+
     def keeps_delta(self, parameter: Tensor) -> bool:
         """Whether Delta of ``parameter`` is stored."""
 
@@ -43,9 +47,6 @@ class Displacements(Protocol):
 
     def complete(self, optimizer: Optimizer, parameter: Tensor, position: Position) -> None:
         """Store x_ref, and Delta where it is kept: new ones, or what a load left of them."""
-
-    def discard(self, optimizer: Optimizer, parameter: Tensor) -> None:
-        """Store neither any more."""
 
 
 @dataclass(frozen=True)
@@ -129,11 +130,11 @@ class Planner:
 
     def _key(self, has_scale: bool) -> list[Any]:
         """What the plan depends on. It holds the groups and parameters that it names, so no others have their ids."""
-        key: list[Any] = [has_scale, self._layout.world_size]
+        key: list[Any] = [has_scale, self._displacements.started, self._layout.world_size]
         for optimizer in self._optimizers:
             key.append(is_proportional(optimizer))
             for group in optimizer.param_groups:
-                key += (id(group), group.get("decoupled_weight_decay"), group.get("maximize"))
+                key += (id(group), group.get("decoupled_weight_decay"), group.get("maximize"), keeps_place(group))
                 for parameter in group["params"]:
                     x = local_storage(parameter)
                     x_ref, delta = self._displacements.found(optimizer, parameter)
@@ -148,7 +149,8 @@ class Planner:
         kinds: dict[int, type[Capture]] = {}
         for optimizer, update in zip(self._optimizers, self.updates):
             means = Means(
-                depends_on_x=update == "snapshot",
+                # Whether another optimizer holds positions of its own is seen only where x is real in its first step.
+                depends_on_x=update == "snapshot" or not (self._displacements.started or is_known(optimizer)),
                 steps_on_any_tensor=self._is_auto,
                 takes_scale=(
                     self._is_auto
@@ -174,13 +176,12 @@ class Planner:
     ) -> Shard | None:
         """The local shard of ``parameter``, or ``None`` if the step leaves it alone."""
         gradient = parameter.grad
-        if gradient is None and not parameter.requires_grad:
-            # Frozen: it stays where it is, and starts from there if it is ever trained again.
-            self._displacements.discard(optimizer, parameter)
-            return None
-        if gradient is None and not self._tuner.moves_without_gradient:
-            return None
         before, _ = self._displacements.found(optimizer, parameter)
+        is_frozen = gradient is None and not parameter.requires_grad
+        if is_frozen and before is None:
+            return None
+        if gradient is None and not is_frozen and not self._tuner.moves_without_gradient:
+            return None
         # Without a gradient so far, x is x_ref and Delta is 0. Nothing is stored: base optimizers, and their loaders,
         # have no state for such a parameter either.
         has_state = gradient is not None or before is not None
@@ -196,6 +197,8 @@ class Planner:
             decay_is_decoupled=decay_is_decoupled(update, group),
             has_state=has_state,
             is_new=before is None,
+            is_frozen=is_frozen,
+            is_held=not is_frozen and keeps_place(group),
         )
         shard.take(*self._displacements.found(optimizer, parameter))
         return shard

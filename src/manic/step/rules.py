@@ -18,6 +18,8 @@ from manic.step.capture import (
     Change,
     DeltaAsStandIn,
     DeltaInStorage,
+    Frozen,
+    Held,
     NoUpdate,
     ScaledLearningRate,
     Snapshot,
@@ -110,8 +112,12 @@ class ScaleDisplacement(Rule):
         def capture_of(shard: Shard) -> type[Capture]:
             if not shard.has_state:
                 return NoUpdate
+            if shard.is_frozen:
+                return Held
             if means.depends_on_x:
                 return Snapshot
+            if shard.is_held:
+                return Held
             if shard.delta is None:
                 return DeltaInStorage
             if means.steps_on_any_tensor and shard.delta.dtype == shard.parameter.dtype:
@@ -144,11 +150,12 @@ class ScaleUpdates(Rule):
             capture: type[Capture] = ScaledLearningRate
         else:
             capture = UpdateInStorage if all(keeps_delta) and not means.depends_on_x else Snapshot
-        return [capture if shard.has_state else NoUpdate for shard in group]
+        return [Frozen if shard.is_frozen else capture if shard.has_state else NoUpdate for shard in group]
 
     def restart(self, captures: Sequence[Capture], whether: Tensor, kept: Tensor) -> None:
         """Shrink x - x_ref to ``kept`` of itself, then move x_ref to x; Delta keeps what x lost to rounding.
 
+        A parameter that is frozen, or whose learning rate is 0, keeps its place, and x_ref moves to it.
         Nothing changes where ``whether`` is 0; the host need not know which it is. If this is interrupted, x stays
         where it is then, and x_ref moves to it.
         """
@@ -171,6 +178,7 @@ def _restart(capture: Capture, whether: Tensor, kept: Tensor) -> None:
     for x, x_ref, delta in capture.pieces("x", "x_ref", "delta", written=(0, 1, 2)):
         dtype = working_dtype(x)
         weight, share = whether.to(x.device, dtype), kept.to(x.device, dtype)
+        share = torch.ones_like(share) if capture.first.keeps_place else share
         goes_back = (weight > 0) & (share < 1)
         start = x_ref.to(dtype)
         displacement = x - start if delta is None else delta

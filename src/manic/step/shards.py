@@ -33,6 +33,10 @@ class Shard:
     """It has had a gradient. Before that it counts in |x|^2, and there is nothing to step on or to write."""
     is_new: bool
     """x_ref was made of x in this step, and equals it."""
+    is_frozen: bool = False
+    """Neither a gradient nor ``requires_grad``, but it was trained before: it stays where it is, and in no sum."""
+    is_held: bool = False
+    """Its learning rate is 0: it stays where it is, and its displacement is in no sum."""
     x: Tensor | None = None
     """The parameter's storage, of its dtype."""
     x_ref: Tensor | None = None
@@ -42,6 +46,11 @@ class Shard:
     whole_delta: Tensor | None = None
     """What ``delta`` is the local part of."""
     gradient: Tensor | None = None
+
+    @property
+    def keeps_place(self) -> bool:
+        """Whether x stays where it is in this step."""
+        return self.is_frozen or self.is_held
 
     def take(self, x_ref: Tensor | None, delta: Tensor | None) -> None:
         """Hold the tensors of a step.
@@ -70,7 +79,9 @@ def in_batches(shards: Iterable[Shard], kinds: dict[int, Any]) -> list[list[Shar
     """
 
     def kind_of(shard: Shard) -> Any:
-        return (id(shard.group), shard.replicas, shard.gradient is None, shard.delta is None, kinds[id(shard)])
+        gradient = None if shard.gradient is None else shard.gradient.dtype
+        alike = shard.replicas, gradient, shard.delta is None, shard.is_frozen
+        return (id(shard.group), *alike, kinds[id(shard)])
 
     def tensor_of(shard: Shard) -> Tensor:
         assert shard.x is not None

@@ -59,6 +59,8 @@ def local_sums(
     found: dict[tuple[tuple[str, ...], float, torch.dtype, torch.device], list[Tensor]] = {}
     scratch = Scratch()
     for capture in captures:
+        if capture.first.is_frozen:
+            continue
         ascends = capture.first.group.get("maximize", False)
         for operands in capture.after(scratch) if late else capture.before(scratch):
             here = tuple(name for name in wanted if all(operand in operands for operand in _OPERANDS[name]))

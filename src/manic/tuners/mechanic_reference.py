@@ -39,6 +39,7 @@ class MechanicReference:
         self.s = [s_init if variant == "optax" else 0.0] * n
         self.x_ref = [p.detach().clone() for p in parameters]
         self.delta = [torch.zeros_like(p) for p in parameters]
+        self.has_begun = False
 
     @property
     def scale(self) -> float:
@@ -47,9 +48,16 @@ class MechanicReference:
 
     @torch.no_grad()
     def step(self) -> None:
-        """One step, with the gradients that the parameters have."""
+        """One step, with the gradients that the parameters have; none before the first gradient that is not 0."""
         with_gradient = [i for i, p in enumerate(self.parameters) if p.grad is not None]
-        counted = list(range(len(self.parameters))) if self.variant == "optax" else with_gradient
+        self.has_begun = self.has_begun or any(p.grad is not None and bool(p.grad.any()) for p in self.parameters)
+        if not self.has_begun:
+            return
+        trained = [i for i, p in enumerate(self.parameters) if p.requires_grad]
+        counted = sorted({*trained, *with_gradient}) if self.variant == "optax" else with_gradient
+        still = {id(p) for group in self.base.param_groups if group["lr"] == 0 for p in group["params"]}
+        held = [i for i, p in enumerate(self.parameters) if id(p) in still or (p.grad is None and not p.requires_grad)]
+        moving = [i for i in counted if i not in held]
         signs = {
             id(p): -1.0 if group.get("maximize") else 1.0 for group in self.base.param_groups for p in group["params"]
         }
@@ -62,12 +70,14 @@ class MechanicReference:
         grad_norm = math.sqrt(sum(float((g[i] ** 2).sum()) for i in counted))
         x_norm = math.sqrt(sum(float((y[i] ** 2).sum()) for i in counted))
         pull = self.s_decay * sum(self.s) * grad_norm / (x_norm + EPS)
-        h = sum(float((self.delta[i] * (g[i] + pull * y[i])).sum()) for i in counted)
+        h = sum(float((self.delta[i] * (g[i] + pull * y[i])).sum()) for i in moving)
         for i in with_gradient:
             self.delta[i] += after[i] - x[i]
         self.learn(h)
-        for i in counted:
+        for i in moving:
             self.parameters[i].copy_(self.x_ref[i] + self.scale * self.delta[i])
+        for i in held:
+            self.x_ref[i].copy_(self.parameters[i] - self.scale * self.delta[i])
 
     def learn(self, h: float) -> None:
         """Lines 8 to 14: r, m, v and s of each beta."""

@@ -30,21 +30,30 @@ class MultiplicativeReference:
         self.scale = self.agreement = self.weight = self.mean_square = self.mean_square_sized = 0.0
         self.largest_lr = self.peak = 0.0
         self.age = self.updates = 0
-        self.came_down = False
+        self.came_down = self.has_begun = False
 
     @torch.no_grad()
     def step(self) -> None:
-        """One step, with the gradients that the parameters have."""
+        """One step, with the gradients that the parameters have; none before the first gradient that is not 0."""
+        self.has_begun = self.has_begun or any(
+            p.grad is not None and bool((p.grad != 0).any()) for p in self.parameters
+        )
+        if not self.has_begun:
+            return
+        still = {id(p) for group in self.base.param_groups if group["lr"] == 0 for p in group["params"]}
+        self.held = [id(p) in still or (p.grad is None and not p.requires_grad) for p in self.parameters]
         x = [p.clone() for p in self.parameters]
-        delta = [p - x_ref for p, x_ref in zip(x, self.x_ref)]
+        delta = [0.0 * p if held else p - x_ref for p, x_ref, held in zip(x, self.x_ref, self.held)]
         signs = [-1.0 if group.get("maximize") else 1.0 for group in self.base.param_groups for _ in group["params"]]
         g = [0.0 * p if p.grad is None else sign * p.grad for p, sign in zip(self.parameters, signs)]
         lr = max(float(group["lr"]) for group in self.base.param_groups)
         self.base.step()
         update = [p - before for p, before in zip(self.parameters, x)]
         self.learn(_dot(delta, g), _dot(g, g), _dot(delta, delta), lr)
-        if self.scale == 0.0 and _dot(update, update) > 0.0:
-            self.scale = self.s_init * (math.sqrt(_dot(x, x)) or 1.0) / math.sqrt(_dot(update, update))
+        if self.scale == 0.0 and _dot(update, update) * _dot(g, g) > 0.0:
+            counted = [p for p, of in zip(x, self.parameters) if of.requires_grad or of.grad is not None]
+            length = math.sqrt(_dot(counted, counted)) or 1.0
+            self.scale = self.s_init * length / math.sqrt(_dot(update, update))
         for parameter, before, step in zip(self.parameters, x, update):
             parameter.copy_(before + self.scale * step)
         self.restart(lr)
@@ -80,8 +89,8 @@ class MultiplicativeReference:
         if self.updates % 10 or 4.0 * within_reach >= self.peak:
             return
         is_early = self.came_down and lr > 0.97 * self.largest_lr and self.updates <= 1000
-        for parameter, x_ref in zip(self.parameters, self.x_ref):
-            if is_early:
+        for parameter, x_ref, held in zip(self.parameters, self.x_ref, self.held):
+            if is_early and not held:
                 parameter.copy_(x_ref + within_reach / self.peak * (parameter - x_ref))
             x_ref.copy_(parameter)
         self.peak = within_reach
