@@ -242,10 +242,14 @@ class Mechanic(OptimizerWrapper):
         if self._agreement.holds_for(self.param_groups) and not self._state.was_loaded:
             return
         check_bases(self.optimizers, may_be_empty=True)
-        self._state.compare_exchanged()
         names = [type(optimizer).__name__ for optimizer in self.optimizers]
         settings = f"a run of {names} that {self._state.stands}, {self._settings()}"
         self._agreement.renew(self.param_groups, settings, self._communication_device, self._state.tensor.dtype)
+        try:
+            self._state.compare_exchanged()
+        except Exception:
+            self._agreement.forget()
+            raise
         self._positions.agree(self._layout.group, self._communication_device)
         self._planner.drop()
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 __all__ = [
-    "from_every_rank", "gather", "on_any_rank", "on_every_rank", "on_first_rank", "raise_together", "rank",
-    "world_size",
+    "from_every_rank", "gather", "is_simulated", "on_any_rank", "on_every_rank", "on_first_rank", "raise_together",
+    "rank", "world_size",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -95,15 +95,20 @@ def gather(row: Tensor, group: ProcessGroup) -> list[Tensor]:
     return list(torch.stack(rows).cpu().unbind())
 
 
+def is_simulated(group: ProcessGroup) -> bool:
+    """Whether torch's ``"fake"`` backend simulates the other ranks and moves no data (torchtitan's dry runs use it)."""
+    return dist.get_backend(group) == "fake"
+
+
 def on_any_rank(flag: bool, group: ProcessGroup | None, device: torch.device) -> bool:
     """Whether ``flag`` is true on any rank of ``group``; ``None``: of this process alone.
 
     Args:
         flag: This rank's.
-        group: The process group. With torch's ``"fake"`` backend, which moves no data, the flag is this rank's.
+        group: The process group; a simulated one has no other rank's.
         device: A device that the group's backend supports.
     """
-    if group is None or dist.get_backend(group) == "fake":
+    if group is None or is_simulated(group):
         return flag
     return any(int(each) for each in gather(torch.tensor(flag, dtype=torch.uint8, device=device), group))
 
@@ -117,7 +122,7 @@ def raise_together(kind: type[Exception], problem: str, group: ProcessGroup | No
         group: The process group, or ``None`` for this process alone.
         device: A device that the group's backend supports.
     """
-    if group is None:
+    if group is None or is_simulated(group):
         if problem:
             raise kind(problem)
         return

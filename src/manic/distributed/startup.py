@@ -39,6 +39,10 @@ class Agreement:
         """Whether the ranks have compared exactly these parameters."""
         return self._identities == _identities(groups)
 
+    def forget(self) -> None:
+        """Compare again before the next step."""
+        self._identities = None
+
     def renew(
         self, groups: Sequence[Mapping[str, Any]], settings: str, device: torch.device, dtype: torch.dtype
     ) -> None:

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from manic.distributed.layout import local_storage
+from manic.optimizer.joint import parameter_states
 from manic.optimizer.names import STATE_KEYS, X_REF, describe
 
 __all__ = ["drop_misfits", "first_misfit", "misfit"]
@@ -57,10 +58,9 @@ def first_misfit(optimizers: Sequence[Optimizer]) -> str:
 
 def drop_misfits(optimizers: Sequence[Optimizer]) -> None:
     """Remove what of ours is no parameter's, so that it is made again."""
-    for optimizer in optimizers:
-        for parameter, state in optimizer.state.items():
-            if isinstance(parameter, Tensor) and isinstance(state, dict) and misfit(parameter, state):
-                _drop(state)
+    for _, parameter, state in parameter_states(optimizers):
+        if misfit(parameter, state):
+            _drop(state)
     for _, state in _strays(optimizers):
         _drop(state)
 
@@ -71,16 +71,11 @@ def _drop(state: dict[str, Any]) -> None:
 
 
 def _strays(optimizers: Sequence[Optimizer]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    """Parameters with an x_ref that are in no group of their optimizer, with their state."""
-    for optimizer in optimizers:
-        members = _members(optimizer)
-        for parameter, state in optimizer.state.items():
-            if id(parameter) not in members and isinstance(state, dict) and X_REF in state:
-                yield parameter, state
-
-
-def _members(optimizer: Optimizer) -> set[int]:
-    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    """Parameters with an x_ref that are in no group, with their state."""
+    members = {id(each) for optimizer in optimizers for group in optimizer.param_groups for each in group["params"]}
+    for _, parameter, state in parameter_states(optimizers):
+        if id(parameter) not in members and X_REF in state:
+            yield parameter, state
 
 
 def _is_alike(parameter: Tensor, tensor: Tensor) -> bool:

@@ -8,9 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["JointDefaults", "JointGroups", "JointState", "assign_groups", "assign_state"]
+__all__ = ["JointDefaults", "JointGroups", "JointState", "assign_groups", "assign_state", "parameter_states"]
+
+
+def parameter_states(optimizers: Sequence[Optimizer]) -> Iterator[tuple[Optimizer, Tensor, dict[str, Any]]]:
+    """Every parameter that has a state, with its optimizer; some keep other things in ``state``, too."""
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            if isinstance(parameter, Tensor) and isinstance(state, dict):
+                yield optimizer, parameter, state
 
 
 class JointState(MutableMapping[Any, Any]):

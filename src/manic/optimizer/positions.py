@@ -31,9 +31,9 @@ _COMPARED = 1 << 20
 # Elements without which nothing can be said about a tensor that is not equal.
 _FEW = 8
 # How far a copy may be from the way of the step, as a share of the parameter's spread.
-_NEAR = 0.01
+_NEAR = 0.05
 # How deep an optimizer's attributes are searched.
-_DEPTH = 4
+_DEPTH = 6
 
 
 class PositionCheck:
@@ -139,7 +139,7 @@ def _tensors(value: Any, name: str, depth: int = _DEPTH) -> Iterator[tuple[str, 
     elif depth == 0:
         return
     elif isinstance(value, Optimizer):
-        inner = {"param_groups": value.param_groups, "state": list(value.state.values()), **_attributes(value)}
+        inner = {**_attributes(value), "param_groups": value.param_groups, "state": list(value.state.values())}
         yield from _tensors(inner, name, depth)
     elif isinstance(value, Mapping):
         for key, each in value.items():
@@ -151,7 +151,7 @@ def _tensors(value: Any, name: str, depth: int = _DEPTH) -> Iterator[tuple[str, 
 
 
 def _is_position(tensor: Tensor, x: Tensor, before: Tensor | None, gradient: Tensor) -> bool:
-    """Whether ``tensor`` is where the step begins or ends, or between, and is no gradient."""
+    """Whether ``tensor`` is where the step begins or ends, or on the line through both, and is no gradient."""
     if tensor.numel() != x.numel():
         return before is not None and _is_sample(tensor, before)
     if _is_copy(tensor, x, gradient):
@@ -184,13 +184,13 @@ def _equals(tensor: Tensor, other: Tensor) -> bool:
 
 
 def _tracks(tensor: Tensor, x: Tensor, before: Tensor, gradient: Tensor) -> bool:
-    """Whether ``tensor`` is near the line from ``before`` to ``x``, and no moment of a gradient along that line."""
+    """Whether ``tensor`` is near the line through ``before`` and ``x``, and no moment of a gradient along it."""
     t, end, start, g = (_compared(each).to(before.device, torch.float64) for each in (tensor, x, before, gradient))
     spread = (start - start.mean()).norm()
     if t.numel() < _FEW or not bool(spread > 0) or bool((t @ g).abs() > 0.999 * t.norm() * g.norm()):
         return False
     step, offset = end - start, t - start
-    share = ((offset @ step) / (step @ step).clamp(min=torch.finfo(torch.float64).tiny)).clamp(0.0, 1.0)
+    share = (offset @ step) / (step @ step).clamp(min=torch.finfo(torch.float64).tiny)
     return bool((offset - share * step).norm() <= _NEAR * spread)
 
 

@@ -16,6 +16,7 @@ from manic.distributed.collectives import on_any_rank, raise_together
 from manic.distributed.drift import raise_if_drifted
 from manic.distributed.layout import Layout, local, local_storage
 from manic.optimizer.fit import drop_misfits, first_misfit, misfit
+from manic.optimizer.joint import parameter_states
 from manic.optimizer.names import DELTA, STATE_KEYS, X_REF, describe
 from manic.optimizer.placeholders import Placeholders
 from manic.optimizer.transaction import hidden
@@ -60,15 +61,15 @@ class MechanicState:
         self.has_scale = False
         """Whether the host knows that S is not 0."""
         self._placeholders = Placeholders(optimizers, STATE_KEYS)
-        self.tuner_state.to(self.home_device)
+        if self.home_device.type != "meta":  # otherwise the model is still to be materialised
+            self.tuner_state.to(self.home_device)
 
     @property
     def home_device(self) -> torch.device:
-        """The device of the first parameter that is on one; of the process group's backend where there is none."""
+        """The device of the first parameter; of the process group's backend where this rank has none."""
         for group in self._groups:
             for parameter in group["params"]:
-                if (device := local_storage(parameter).device).type != "meta":
-                    return device
+                return local_storage(parameter).device
         return self._layout.communication_device(torch.device("cpu"))
 
     @property
@@ -95,7 +96,8 @@ class MechanicState:
 
     def complete(self, optimizer: Optimizer, parameter: Tensor, position: Position) -> None:
         """Store x_ref, and Delta where it is kept: new ones, or what a load left of them."""
-        state, dtype, keeps_delta = optimizer.state[parameter], working_dtype(parameter), self.keeps_delta(parameter)
+        state = optimizer.state.setdefault(parameter, {})
+        dtype, keeps_delta = working_dtype(parameter), self.keeps_delta(parameter)
         if found := misfit(parameter, state):
             raise ValueError(f"{describe(parameter, self._groups)}: {found}; call rebase() before the step")
         starts_here = X_REF not in state
@@ -124,10 +126,9 @@ class MechanicState:
         if self._placeholders.exist:
             self.tuner_state.reset()
         self._placeholders.clear()
-        for optimizer in self._optimizers:
-            for state in optimizer.state.values():
-                for key in STATE_KEYS:
-                    state.pop(key, None)
+        for _, _, state in parameter_states(self._optimizers):
+            for key in STATE_KEYS:
+                state.pop(key, None)
         self.updates_made, self.has_scale = 0, False
 
     @property
@@ -174,12 +175,11 @@ class MechanicState:
     def rebase(self) -> None:
         """Let x_ref be x, and Delta 0."""
         drop_misfits(self._optimizers)
-        for optimizer in self._optimizers:
-            for parameter, state in optimizer.state.items():
-                if X_REF in state:
-                    local(state[X_REF]).copy_(local(parameter))
-                if DELTA in state:
-                    local(state[DELTA]).zero_()
+        for _, parameter, state in parameter_states(self._optimizers):
+            if X_REF in state:
+                local(state[X_REF]).copy_(local(parameter))
+            if DELTA in state:
+                local(state[DELTA]).zero_()
         self.tuner_state.rebase()
         self.was_loaded = False
 
@@ -192,9 +192,10 @@ class MechanicState:
 
         Every rank must call it. The host waits for the device.
         """
-        gradients = (p.grad for group in self._groups for p in group["params"] if p.grad is not None)
+        gradients = [p.grad for group in self._groups for p in group["params"] if p.grad is not None]
         # Of a Partial gradient, this rank's part: no collective in a loop that ranks leave at different places.
-        found = any(bool((local_storage(gradient) != 0).any()) for gradient in gradients)
+        # Of one on the meta device, nothing is known.
+        found = any(each.is_meta or bool((each != 0).any()) for each in map(local_storage, gradients))
         return not on_any_rank(found, self._layout.group, self._layout.communication_device(self.home_device))
 
     def create(self) -> None:

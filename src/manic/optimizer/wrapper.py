@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.optim import Optimizer
 
-from manic.optimizer.joint import JointDefaults, JointGroups, JointState, assign_groups, assign_state
+from manic.optimizer.joint import JointDefaults, JointGroups, JointState, assign_groups, assign_state, parameter_states
 
 __all__ = ["OptimizerWrapper", "OwnState", "is_creating_state"]
 
@@ -135,7 +135,8 @@ class OptimizerWrapper(Optimizer):
                 checked.add(id(saved))
 
     def _has_state(self) -> bool:
-        return self._own.exists or any(key in state for state in self.state.values() for key in self.STATE_KEYS)
+        found = (key in state for _, _, state in parameter_states(self.optimizers) for key in self.STATE_KEYS)
+        return self._own.exists or any(found)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a param group to the base optimizer.

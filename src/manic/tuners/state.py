@@ -56,7 +56,11 @@ class TunerState:
 
     def to(self, device: torch.device) -> None:
         """Move to ``device``, in float64, or in float32 where the device has no float64."""
-        self.tensor = self.tensor.to(device, torch.float32 if device.type == "mps" else torch.float64)
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        if self.tensor.is_meta:  # what was counted there is nothing
+            self.tensor = torch.zeros(self.tensor.shape, dtype=dtype, device=device)
+            self.reset()
+        self.tensor = self.tensor.to(device, dtype)
 
     def commit(self, proposal: Proposal) -> None:
         """Take over a proposal, in place."""
