@@ -80,13 +80,13 @@ def refuse(stage: int, variant: str) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_one_group_is_right(world_size: int, stage: int, variant: str) -> None:
     for scale, expected in run(train, world_size, stage, 1, variant):
-        assert scale == pytest.approx(expected, rel=1e-4)
+        assert scale == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("variant", ["multiplicative", "optax"])
 def test_several_groups_are_right_without_zero(variant: str) -> None:
     for scale, expected in run(train, 2, 0, 2, variant):
-        assert scale == pytest.approx(expected, rel=1e-4)
+        assert scale == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("variant", ["multiplicative", "optax"])

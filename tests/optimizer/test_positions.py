@@ -243,3 +243,25 @@ def test_refused_on_all_ranks_if_one_stage_has_it() -> None:
     optimizer = Mechanic(SignMomentum(parameters) if rank == 0 else Lookahead(parameters), pipeline_stages=2)
     with pytest.raises(TypeError, match="rank 1: Mechanic cannot scale Lookahead"):
         train(optimizer, lambda step: parameters[0].square().mean())
+
+
+class Lion(SignMomentum):
+    """Updates of one length and, here, of one sign: parameters that start at 0 lie on the line of every step."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("base", [Lion, MomentumOfUpdates, KeepsGradient])
+def test_accepted_after_a_resume_of_parameters_that_started_at_zero(
+    base: Callable[..., Optimizer], dtype: torch.dtype
+) -> None:
+    direction = torch.linspace(-1, 2, 40, dtype=dtype)
+    saved = None
+    for _ in range(4):
+        x = torch.zeros(40, dtype=dtype, requires_grad=True)
+        optimizer = Mechanic(base([x], lr=1.0), variant="optax")
+        if saved is not None:
+            optimizer.load_state_dict(saved[0])
+            x.data.copy_(saved[1])
+        train(optimizer, lambda step, x=x: (x * direction).sum(), 5)  # type: ignore[misc]
+        saved = optimizer.state_dict(), x.detach().clone()
+    assert optimizer.scale > 0

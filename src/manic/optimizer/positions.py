@@ -47,7 +47,6 @@ class PositionCheck:
         self._unknown = [optimizer for optimizer in optimizers if not is_known(optimizer)]
         self._is_needed = bool(self._unknown)
         self._steps = 0
-        self._uniform: dict[int, bool] = {}
         self._seen: set[tuple[int, str]] = set()
 
     def agree(self, group: ProcessGroup | None, device: torch.device) -> None:
@@ -95,7 +94,7 @@ class PositionCheck:
         by_size: dict[int, list[tuple[Shard, Tensor, Tensor | None]]] = {}
         for place in places:
             shard, x, before = place
-            if shard.gradient is None or self._is_uniform(shard, x if before is None else before):
+            if shard.gradient is None or not _tells_something(x, before):
                 continue
             by_size.setdefault(x.numel(), []).append(place)
             for name, tensor in _tensors(shard.optimizer.state.get(shard.parameter, {}), "state"):
@@ -113,12 +112,13 @@ class PositionCheck:
                     if is_own and _is_copy(tensor, x, shard.gradient):
                         yield shard, name
 
-    def _is_uniform(self, shard: Shard, x: Tensor) -> bool:
-        """Whether all elements were equal at first: then updates, and sums of them, equal the parameter later."""
-        key = id(shard.parameter)
-        if key not in self._uniform:
-            self._uniform[key] = x.numel() < 2 or bool(x.min() == x.max())
-        return self._uniform[key]
+
+def _tells_something(x: Tensor, before: Tensor | None) -> bool:
+    """Whether the parameter's elements differ, and are not only its update, as where it has started at 0."""
+    start = x if before is None else before
+    if start.numel() < 2 or bool(start.min() == start.max()):
+        return False
+    return before is None or not _equals(x - before, x)
 
 
 def _attributes(optimizer: Optimizer) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def _is_position(tensor: Tensor, x: Tensor, before: Tensor | None, gradient: Ten
         return True
     if before is None or tensor.data_ptr() == x.data_ptr():
         return False
-    return _is_copy(tensor, before, gradient) or _tracks(tensor, x, before, gradient)
+    return _is_copy(tensor, before, gradient) or _tracks(tensor, x, before)
 
 
 def _is_copy(tensor: Tensor, x: Tensor, gradient: Tensor | None) -> bool:
@@ -183,15 +183,17 @@ def _equals(tensor: Tensor, other: Tensor) -> bool:
     return one.numel() == two.numel() and torch.equal(one.to(two.device, two.dtype), two)
 
 
-def _tracks(tensor: Tensor, x: Tensor, before: Tensor, gradient: Tensor) -> bool:
-    """Whether ``tensor`` is near the line through ``before`` and ``x``, and no moment of a gradient along it."""
-    t, end, start, g = (_compared(each).to(before.device, torch.float64) for each in (tensor, x, before, gradient))
+def _tracks(tensor: Tensor, x: Tensor, before: Tensor) -> bool:
+    """Whether ``tensor`` is near the line through ``before`` and ``x``, where 0 is not."""
+    t, end, start = (_compared(each).to(before.device, torch.float64) for each in (tensor, x, before))
     spread = (start - start.mean()).norm()
-    if t.numel() < _FEW or not bool(spread > 0) or bool((t @ g).abs() > 0.999 * t.norm() * g.norm()):
-        return False
-    step, offset = end - start, t - start
-    share = (offset @ step) / (step @ step).clamp(min=torch.finfo(torch.float64).tiny)
-    return bool((offset - share * step).norm() <= _NEAR * spread)
+
+    def distance(point: Tensor) -> Tensor:
+        step, offset = end - start, point - start
+        share = (offset @ step) / (step @ step).clamp(min=torch.finfo(torch.float64).tiny)
+        return torch.linalg.vector_norm(offset - share * step)
+
+    return t.numel() >= _FEW and bool((distance(t) <= _NEAR * spread) & (distance(torch.zeros_like(t)) > 0.5 * spread))
 
 
 def _compared(tensor: Tensor) -> Tensor:
