@@ -28,7 +28,6 @@ from manic.checkpoint.directory import Directory
 from manic.checkpoint.files import Files
 from manic.checkpoint.manifest import MANIFEST, DamagedCheckpointError, Manifest, Verify
 from manic.checkpoint.run_state import RunState
-from manic.checkpoint.safe_pickle import check_loadable
 from manic.checkpoint.staging import Staging
 from manic.checkpoint.transfer import Progress, read, read_index, verify_files, write
 from manic.distributed.collectives import on_every_rank, on_first_rank, rank, world_size
@@ -261,12 +260,7 @@ class Checkpointer:
                 self._damaged.remove(damaged)
             return self._directory.begin(step)
 
-        def collect() -> dict[str, Any]:
-            state = self._run.collect()
-            check_loadable(self._run.plain_entries(state))
-            return state
-
-        state = on_every_rank(collect, self._group)
+        state = self._run.collect_to_save(self._group)
         folder = on_first_rank(begin, self._group)
         return _Save(step, folder, state, self._run.layout(), since)
 

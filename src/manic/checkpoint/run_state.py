@@ -6,10 +6,9 @@ checkpoint; matching.py decides whether a checkpoint fits.
 
 from __future__ import annotations
 
-import random
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,7 +36,11 @@ from manic.checkpoint.flat_state import (
     parameter_names,
     whole_or_flat,
 )
-from manic.checkpoint.matching import check_model, check_same_settings, wanted_of_object, wanted_of_optimizer
+from manic.checkpoint.matching import Member, check_model, check_same_settings, wanted_of_object, wanted_of_optimizer
+from manic.checkpoint.random_state import random_state, set_random_state
+from manic.checkpoint.safe_pickle import check_loadable
+from manic.checkpoint.settings import LiveTensors, converted
+from manic.checkpoint.shards import complete_shards
 from manic.distributed.collectives import from_every_rank, on_every_rank, rank
 
 __all__ = ["RunState"]
@@ -71,8 +74,26 @@ class RunState:
             "model": model,
             "optimizer": {key: as_number(value) for key, value in optimizer.items()},
             "objects": {name: whole_or_flat(thing.state_dict()) for name, thing in self.objects.items()},
-            "random": {str(rank()): _random_state()},
+            "random": {str(rank()): random_state()},
         }
+
+    def collect_to_save(self, group: ProcessGroup | None) -> dict[str, Any]:
+        """The current state as it is saved: with the shards of a parameter's state that only other ranks have.
+
+        Raises:
+            ValueError: on every rank, if an entry of any rank would be refused by a load.
+        """
+
+        def collect() -> dict[str, Any]:
+            state = self.collect()
+            check_loadable(self.plain_entries(state))
+            return state
+
+        state = on_every_rank(collect, group)
+        if not self.is_fsdp1:  # whose state dicts are gathered by torch
+            parameters = {name: member.tensor for name, member in self._members(set()).items()}
+            complete_shards(state["optimizer"], parameters, group)
+        return state
 
     @staticmethod
     def plain_entries(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -97,19 +118,27 @@ class RunState:
         """
         # Gradients are useless after a load, and torch creates no state to load into while they exist.
         self.model.zero_grad(set_to_none=True)
-        state = on_every_rank(self.collect, group)
+        with self._all_loadable(saved):
+            state = on_every_rank(self.collect, group)
+            self._load(state, saved, read, name, group)
+
+    def _load(
+        self, state: dict[str, Any], saved: Mapping[str, Any], read: Read, name: str, group: ProcessGroup | None
+    ) -> None:
         for optimizer in self.optimizers:
             if isinstance(optimizer, ZeroRedundancyOptimizer):
                 _add_settings_of_all_groups(optimizer, parameter_names(self.model), state["optimizer"])
-        own_keys = frozenset[str]().union(*(getattr(inner, "own_keys", ()) for inner in self._inner()))
-        # The ranks of a pipeline hold different parts of the model.
-        names: set[str] = set().union(*from_every_rank(set(flat_keys(state["model"], "model")), group))
-        trainable = set().union(*(self._trainable(inner) for inner in self._inner()))
+        own_keys = frozenset[str]().union(*(_own_keys(inner) for inner in self._inner()))
+        # The ranks of a pipeline hold different parts of the model, those of ZeRO different parts of the optimizer.
+        mine = set(flat_keys(state["model"], "model")), {*self._members(set())}, self._with_state()
+        everyones = [set().union(*each) for each in zip(*from_every_rank(mine, group))]
+        names, parameters, with_state = everyones
+        members = self._members(with_state)
 
         def select() -> tuple[dict[str, Any], dict[str, Any]]:
             check_model(state["model"], saved, names, name)
             objects = {each: wanted_of_object(each, value, saved, name) for each, value in state["objects"].items()}
-            return wanted_of_optimizer(state["optimizer"], saved, trainable, own_keys, name), objects
+            return wanted_of_optimizer(state["optimizer"], saved, members, parameters, name), objects
 
         wanted, objects = on_every_rank(select, group)
         settings = {
@@ -124,14 +153,26 @@ class RunState:
             if key.startswith("param_groups.") and key not in settings and key.rsplit(".", 1)[1] not in own_keys
         }
         object_states = {"objects": objects}
-        mine = state["random"][str(rank())]
-        mine = {key: value for key, value in mine.items() if f"random.{rank()}.{key}" in saved}
+        mine_random = state["random"][str(rank())]
+        mine_random = {key: value for key, value in mine_random.items() if f"random.{rank()}.{key}" in saved}
 
-        small = {"optimizer": settings, "random": {str(rank()): mine}}
+        small = {"optimizer": settings, "random": {str(rank()): mine_random}}
         # Plain entries stored among tensors are read before the tensors, which are read in place: they may be refused.
         among = {name: each for name, each in objects.items() if not isinstance(each, tuple)}
         read({**small, **dict(self.plain_entries({"model": state["model"], "objects": among}))})
-        on_every_rank(lambda: self._check_settings(small["optimizer"], name), group)
+
+        def check() -> dict[str, Any]:
+            live = state["optimizer"]
+            as_here = {
+                key: converted(value, live[key], f"{name}: {key.removeprefix('param_groups.')}")
+                if key.startswith("param_groups.") and key in live and key.rsplit(".", 1)[1] not in own_keys
+                else value
+                for key, value in small["optimizer"].items()
+            }
+            self._check_settings(as_here, name)
+            return as_here
+
+        small["optimizer"] = on_every_rank(check, group)
         read(object_states)  # after every other check: tensors are read in place
         on_every_rank(lambda: self._load_objects(object_states["objects"]), group)
 
@@ -142,7 +183,7 @@ class RunState:
         def apply() -> None:
             set_model_state_dict(self.model, large["model"])
             self._load_optimizers({**kept, **small["optimizer"], **large["optimizer"]})
-            _set_random_state(small["random"].get(str(rank()), {}))
+            set_random_state(small["random"].get(str(rank()), {}))
 
         on_every_rank(apply, group)
 
@@ -172,10 +213,44 @@ class RunState:
             inner.append(each)
         return inner
 
-    def _trainable(self, inner: Optimizer) -> set[str]:
-        """Names of an optimizer's trainable parameters."""
-        names = parameter_names(self.model)
-        return {names[id(p)] for group in inner.param_groups for p in group["params"] if p.requires_grad}
+    def _members(self, with_state: Container[int]) -> dict[str, Member]:
+        """The optimizers' parameters on this rank, by name; ``with_state``: numbers of the optimizers that keep any."""
+        names = all_parameter_names(self.model)
+        return {
+            name: Member(parameter, _own_keys(inner), number in with_state)
+            for number, inner in enumerate(self._inner())
+            for group in inner.param_groups
+            for parameter in group["params"]
+            for name in names[id(parameter)]
+        }
+
+    def _with_state(self) -> set[int]:
+        """Numbers of the optimizers that keep a state of any parameter on this rank, besides ``own_keys``."""
+        return {
+            number
+            for number, inner in enumerate(self._inner())
+            if any(isinstance(each, dict) and each.keys() - _own_keys(inner) for each in inner.state.values())
+        }
+
+    @contextmanager
+    def _all_loadable(self, saved: Mapping[str, Any]) -> Iterator[None]:
+        """Let torch load FSDP1's frozen parameters of which the checkpoint has state: it skips those inside."""
+        frozen = (
+            [
+                member.tensor
+                for name, member in self._members(set()).items()
+                if not member.tensor.requires_grad and any(key.startswith(f"optimizer.state.{name}.") for key in saved)
+            ]
+            if self.is_fsdp1
+            else []
+        )
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
 
     def _groups(self, inner: Optimizer) -> dict[str, int]:
         """Index of the param group by parameter name; FSDP1's flat parameters have several names."""
@@ -203,13 +278,18 @@ class RunState:
             thing.load_state_dict(state[0] if isinstance(state, tuple) else state)
 
     def _load_optimizers(self, flat: Mapping[str, Any]) -> None:
-        for optimizer in self.optimizers:
-            if isinstance(optimizer, ZeroRedundancyOptimizer):
-                _load_zero(optimizer, parameter_names(self.model), flat)
-            else:
+        names = parameter_names(self.model)
+        for optimizer, inner in zip(self.optimizers, self._inner()):
+            tensors = LiveTensors(inner, _own_keys(inner))
+            if self.is_fsdp1:
                 # Not strict: SGD without momentum has no state; missing state was detected before.
                 options = StateDictOptions(strict=False)
-                set_optimizer_state_dict(self.model, optimizer, nest(flat, self._groups(optimizer)), options=options)
+                set_optimizer_state_dict(self.model, inner, nest(flat, self._groups(inner)), options=options)
+            else:
+                _load_by_name(optimizer, inner, names, flat)
+            tensors.keep(inner.param_groups)
+            if inner is not optimizer:
+                _copy_settings(inner.param_groups, optimizer.param_groups)
 
 
 def _placement(parameter: torch.Tensor) -> str | None:
@@ -234,42 +314,28 @@ def _add_settings_of_all_groups(zero: ZeroRedundancyOptimizer, names: Mapping[in
                 flat.setdefault(f"param_groups.{first}.{key}", value)
 
 
-def _load_zero(zero: ZeroRedundancyOptimizer, names: Mapping[int, str], flat: Mapping[str, Any]) -> None:
-    """Load this rank's part of a ZeRO optimizer; the rank may own no parameter of a group."""
+def _load_by_name(optimizer: Optimizer, inner: Optimizer, names: Mapping[int, str], flat: Mapping[str, Any]) -> None:
+    """Load this rank's part of an optimizer; ``inner`` differs for ZeRO, where the rank may own none of a group.
+
+    Torch's ``set_optimizer_state_dict`` leaves out the state of frozen parameters.
+    """
     nested = nest(flat)
     settings = {group["params"][0]: group for group in nested["param_groups"]}
     groups = []
-    for group, mine in zip(zero.param_groups, zero.optim.param_groups):
+    for group, mine in zip(optimizer.param_groups, inner.param_groups):
         own = [names[id(parameter)] for parameter in mine["params"]]
-        groups.append({**settings[names[id(group["params"][0])]], "params": own})
+        first = names[id(group["params"][0])] if group["params"] else None
+        kept = {key: value for key, value in mine.items() if key != "params"}
+        groups.append({**(kept if first is None else settings[first]), "params": own})
     owned = {name for group in groups for name in group["params"]}
     state = {name: value for name, value in nested["state"].items() if name in owned}
-    zero.optim.load_state_dict({"state": state, "param_groups": groups})
-    _copy_settings(zero.optim.param_groups, zero.param_groups)
+    inner.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _own_keys(optimizer: Optimizer) -> frozenset[str]:
+    return frozenset(getattr(optimizer, "own_keys", ()))
 
 
 def _copy_settings(source: Sequence[dict[str, Any]], target: Sequence[dict[str, Any]]) -> None:
     for theirs, mine in zip(source, target):
         mine.update({key: value for key, value in theirs.items() if key != "params"})
-
-
-def _random_state() -> dict[str, Any]:
-    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    if "numpy" in sys.modules:
-        state["numpy"] = sys.modules["numpy"].random.get_state()
-        if isinstance(state["numpy"], tuple):  # an array is not plain data and would be refused
-            state["numpy"] = tuple(each.tolist() if hasattr(each, "tolist") else each for each in state["numpy"])
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_random_state(state: Mapping[str, Any]) -> None:
-    if "torch" in state:
-        torch.set_rng_state(state["torch"])
-    if "python" in state:
-        random.setstate(state["python"])
-    if "numpy" in state and "numpy" in sys.modules:
-        sys.modules["numpy"].random.set_state(state["numpy"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
