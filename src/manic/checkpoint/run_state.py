@@ -27,11 +27,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from manic.checkpoint.by_name import add_settings_of_all_groups, copy_settings, load_by_name, own_keys_of
 from manic.checkpoint.flat_state import (
     all_parameter_names,
     as_number,
     flat_entries,
     flat_keys,
+    flatten,
     nest,
     parameter_names,
     whole_or_flat,
@@ -39,14 +41,12 @@ from manic.checkpoint.flat_state import (
 from manic.checkpoint.matching import Member, check_model, check_same_settings, wanted_of_object, wanted_of_optimizer
 from manic.checkpoint.random_state import random_state, set_random_state
 from manic.checkpoint.safe_pickle import check_loadable
-from manic.checkpoint.settings import LiveTensors, converted
+from manic.checkpoint.settings import LiveTensors, converted, same
 from manic.checkpoint.shards import complete_shards
 from manic.distributed.collectives import from_every_rank, on_every_rank, rank
+from manic.optimizer.own_state_dict import extra_entries
 
 __all__ = ["RunState"]
-
-# Flat: every value has its parameter's name in its key, and ranks may own different parameters.
-_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 Read = Callable[[dict[str, Any]], None]
 """Fills a state dict; tensors in place."""
@@ -69,10 +69,11 @@ class RunState:
 
     def collect(self) -> dict[str, Any]:
         """The current state. Tensors are the run's tensors, not copies."""
-        model, optimizer = get_state_dict(self.model, self._inner(), options=_FLAT)
+        model, optimizer = get_state_dict(self.model, self._inner())
         return {
             "model": model,
-            "optimizer": {key: as_number(value) for key, value in optimizer.items()},
+            "optimizer": {key: as_number(value) for key, value in flatten(optimizer).items()},
+            "optimizer_extra": self._extra(),
             "objects": {name: whole_or_flat(thing.state_dict()) for name, thing in self.objects.items()},
             "random": {str(rank()): random_state()},
         }
@@ -93,7 +94,18 @@ class RunState:
         if not self.is_fsdp1:  # whose state dicts are gathered by torch
             parameters = {name: member.tensor for name, member in self._members(set()).items()}
             complete_shards(state["optimizer"], parameters, group)
+        extras = from_every_rank(state["optimizer_extra"], group)
+        if any((extra and self.is_fsdp1) or not same(extra, extras[0]) for extra in extras):
+            raise ValueError(
+                f"not saved: an optimizer's state_dict() has entries besides its state and param groups, {extras[0]}, "
+                "which differ between ranks, or which torch does not load with FSDP1. Save them by objects="
+            )
         return state
+
+    def _extra(self) -> dict[str, Any]:
+        """By the optimizers' numbers: what their state dicts hold that torch's checkpoints leave out, as one value."""
+        extras = {str(number): extra_entries(inner.state_dict()) for number, inner in enumerate(self._inner())}
+        return {number: (extra,) for number, extra in extras.items() if extra}
 
     @staticmethod
     def plain_entries(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -127,8 +139,8 @@ class RunState:
     ) -> None:
         for optimizer in self.optimizers:
             if isinstance(optimizer, ZeroRedundancyOptimizer):
-                _add_settings_of_all_groups(optimizer, parameter_names(self.model), state["optimizer"])
-        own_keys = frozenset[str]().union(*(_own_keys(inner) for inner in self._inner()))
+                add_settings_of_all_groups(optimizer, parameter_names(self.model), state["optimizer"])
+        own_keys = frozenset[str]().union(*(own_keys_of(inner) for inner in self._inner()))
         # The ranks of a pipeline hold different parts of the model, those of ZeRO different parts of the optimizer.
         mine = set(flat_keys(state["model"], "model")), {*self._members(set())}, self._with_state()
         everyones = [set().union(*each) for each in zip(*from_every_rank(mine, group))]
@@ -153,10 +165,11 @@ class RunState:
             if key.startswith("param_groups.") and key not in settings and key.rsplit(".", 1)[1] not in own_keys
         }
         object_states = {"objects": objects}
+        extra = {key.removeprefix("optimizer_extra."): None for key in saved if key.startswith("optimizer_extra.")}
         mine_random = state["random"][str(rank())]
         mine_random = {key: value for key, value in mine_random.items() if f"random.{rank()}.{key}" in saved}
 
-        small = {"optimizer": settings, "random": {str(rank()): mine_random}}
+        small = {"optimizer": settings, "optimizer_extra": extra, "random": {str(rank()): mine_random}}
         # Plain entries stored among tensors are read before the tensors, which are read in place: they may be refused.
         among = {name: each for name, each in objects.items() if not isinstance(each, tuple)}
         read({**small, **dict(self.plain_entries({"model": state["model"], "objects": among}))})
@@ -170,6 +183,11 @@ class RunState:
                 for key, value in small["optimizer"].items()
             }
             self._check_settings(as_here, name)
+            for number, (entries,) in small["optimizer_extra"].items():
+                if unknown := entries.keys() - state["optimizer_extra"].get(number, ({},))[0].keys():
+                    raise ValueError(
+                        f"{name} is of another optimizer: state_dict() of optimizer {number} had {min(unknown)!r} there"
+                    )
             return as_here
 
         small["optimizer"] = on_every_rank(check, group)
@@ -182,7 +200,8 @@ class RunState:
 
         def apply() -> None:
             set_model_state_dict(self.model, large["model"])
-            self._load_optimizers({**kept, **small["optimizer"], **large["optimizer"]})
+            flat = {**kept, **small["optimizer"], **large["optimizer"]}
+            self._load_optimizers(flat, small["optimizer_extra"])
             set_random_state(small["random"].get(str(rank()), {}))
 
         on_every_rank(apply, group)
@@ -208,7 +227,7 @@ class RunState:
         for each in self.optimizers:
             if isinstance(each, ZeroRedundancyOptimizer):
                 # A scheduler's changes reach the inner optimizer only at the next step.
-                _copy_settings(each.param_groups, each.optim.param_groups)
+                copy_settings(each.param_groups, each.optim.param_groups)
                 each = each.optim
             inner.append(each)
         return inner
@@ -217,7 +236,7 @@ class RunState:
         """The optimizers' parameters on this rank, by name; ``with_state``: numbers of the optimizers that keep any."""
         names = all_parameter_names(self.model)
         return {
-            name: Member(parameter, _own_keys(inner), number in with_state)
+            name: Member(parameter, own_keys_of(inner), number in with_state)
             for number, inner in enumerate(self._inner())
             for group in inner.param_groups
             for parameter in group["params"]
@@ -229,7 +248,7 @@ class RunState:
         return {
             number
             for number, inner in enumerate(self._inner())
-            if any(isinstance(each, dict) and each.keys() - _own_keys(inner) for each in inner.state.values())
+            if any(isinstance(each, dict) and each.keys() - own_keys_of(inner) for each in inner.state.values())
         }
 
     @contextmanager
@@ -277,19 +296,20 @@ class RunState:
             state = states[name]
             thing.load_state_dict(state[0] if isinstance(state, tuple) else state)
 
-    def _load_optimizers(self, flat: Mapping[str, Any]) -> None:
+    def _load_optimizers(self, flat: Mapping[str, Any], extras: Mapping[str, Any]) -> None:
         names = parameter_names(self.model)
-        for optimizer, inner in zip(self.optimizers, self._inner()):
-            tensors = LiveTensors(inner, _own_keys(inner))
+        for number, (optimizer, inner) in enumerate(zip(self.optimizers, self._inner())):
+            (extra,) = extras.get(str(number), ({},))
+            tensors = LiveTensors(inner, own_keys_of(inner))
             if self.is_fsdp1:
                 # Not strict: SGD without momentum has no state; missing state was detected before.
                 options = StateDictOptions(strict=False)
                 set_optimizer_state_dict(self.model, inner, nest(flat, self._groups(inner)), options=options)
             else:
-                _load_by_name(optimizer, inner, names, flat)
+                load_by_name(optimizer, inner, names, flat, extra)
             tensors.keep(inner.param_groups)
             if inner is not optimizer:
-                _copy_settings(inner.param_groups, optimizer.param_groups)
+                copy_settings(inner.param_groups, optimizer.param_groups)
 
 
 def _placement(parameter: torch.Tensor) -> str | None:
@@ -302,40 +322,3 @@ def _placement(parameter: torch.Tensor) -> str | None:
         f"{placement!r} on {size} ranks{f' ({name})' if name else ''}"
         for placement, size, name in zip(parameter.placements, mesh.shape, names)
     )
-
-
-def _add_settings_of_all_groups(zero: ZeroRedundancyOptimizer, names: Mapping[int, str], flat: dict[str, Any]) -> None:
-    """Add the settings of every param group to the entries to load: a rank may own no parameter of a group."""
-    for group, mine in zip(zero.param_groups, zero.optim.param_groups):
-        first = names[id(group["params"][0])]
-        for key, value in mine.items():
-            if key != "params":
-                value = value.clone() if isinstance(value, torch.Tensor) else value
-                flat.setdefault(f"param_groups.{first}.{key}", value)
-
-
-def _load_by_name(optimizer: Optimizer, inner: Optimizer, names: Mapping[int, str], flat: Mapping[str, Any]) -> None:
-    """Load this rank's part of an optimizer; ``inner`` differs for ZeRO, where the rank may own none of a group.
-
-    Torch's ``set_optimizer_state_dict`` leaves out the state of frozen parameters.
-    """
-    nested = nest(flat)
-    settings = {group["params"][0]: group for group in nested["param_groups"]}
-    groups = []
-    for group, mine in zip(optimizer.param_groups, inner.param_groups):
-        own = [names[id(parameter)] for parameter in mine["params"]]
-        first = names[id(group["params"][0])] if group["params"] else None
-        kept = {key: value for key, value in mine.items() if key != "params"}
-        groups.append({**(kept if first is None else settings[first]), "params": own})
-    owned = {name for group in groups for name in group["params"]}
-    state = {name: value for name, value in nested["state"].items() if name in owned}
-    inner.load_state_dict({"state": state, "param_groups": groups})
-
-
-def _own_keys(optimizer: Optimizer) -> frozenset[str]:
-    return frozenset(getattr(optimizer, "own_keys", ()))
-
-
-def _copy_settings(source: Sequence[dict[str, Any]], target: Sequence[dict[str, Any]]) -> None:
-    for theirs, mine in zip(source, target):
-        mine.update({key: value for key, value in theirs.items() if key != "params"})
