@@ -7,7 +7,7 @@ checkpoint; matching.py decides whether a checkpoint fits.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,6 +36,7 @@ from manic.checkpoint.flat_state import (
     flatten,
     nest,
     parameter_names,
+    split,
     whole_or_flat,
 )
 from manic.checkpoint.matching import Member, check_model, check_same_settings, wanted_of_object, wanted_of_optimizer
@@ -130,7 +131,7 @@ class RunState:
         """
         # Gradients are useless after a load, and torch creates no state to load into while they exist.
         self.model.zero_grad(set_to_none=True)
-        with self._all_loadable(saved):
+        with self._trainable(saved):
             state = on_every_rank(self.collect, group)
             self._load(state, saved, read, name, group)
 
@@ -252,17 +253,12 @@ class RunState:
         }
 
     @contextmanager
-    def _all_loadable(self, saved: Mapping[str, Any]) -> Iterator[None]:
-        """Let torch load FSDP1's frozen parameters of which the checkpoint has state: it skips those inside."""
-        frozen = (
-            [
-                member.tensor
-                for name, member in self._members(set()).items()
-                if not member.tensor.requires_grad and any(key.startswith(f"optimizer.state.{name}.") for key in saved)
-            ]
-            if self.is_fsdp1
-            else []
-        )
+    def _trainable(self, saved: Iterable[str]) -> Iterator[None]:
+        """Let torch create and load state of frozen parameters of which the checkpoint has state, and of no others."""
+        members, prefix = self._members(set()), "optimizer.state."
+        have_state = {split(key.removeprefix(prefix), members)[0] for key in saved if key.startswith(prefix)}
+        tensors = (members[name].tensor for name in have_state if name in members)
+        frozen = [each for each in tensors if not each.requires_grad and each.is_floating_point()]
         for parameter in frozen:
             parameter.requires_grad_(True)
         try:

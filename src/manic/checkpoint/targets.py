@@ -17,7 +17,7 @@ from manic.distributed.layout import is_fsdp1, local_storage
 
 __all__ = ["check_covered", "check_kind", "target_of"]
 
-_WAY_OUT = "Load into a new optimizer of the same class while the parameter is trainable, and freeze it after that"
+_WAY_OUT = "Load into a new optimizer, before its first step"
 
 
 def target_of(there: Any, parameter: torch.Tensor, what: str, checkpoint: str) -> Any:
