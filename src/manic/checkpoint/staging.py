@@ -66,11 +66,12 @@ def _with_copies(state: dict[str, Any], staged: dict[str, Any]) -> dict[str, Any
     }
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    """A copy in host memory, of a subclass by the tensors inside of it."""
+def _copy(tensor: Any) -> Any:
+    """A copy in host memory, of a subclass by the tensors inside of it, which may have other things beside them."""
+    if not isinstance(tensor, Tensor):
+        return tensor
     if not hasattr(tensor, "__tensor_flatten__"):
         return tensor.detach().to("cpu", copy=True)
     names, context = tensor.__tensor_flatten__()
     inside = {name: _copy(getattr(tensor, name)) for name in names}
-    copy: Tensor = type(tensor).__tensor_unflatten__(inside, context, tensor.size(), tensor.stride())  # type: ignore[attr-defined]
-    return copy
+    return type(tensor).__tensor_unflatten__(inside, context, tensor.size(), tensor.stride())  # type: ignore[attr-defined]

@@ -24,7 +24,8 @@ def plain_parts(tensor: Tensor) -> list[Tensor]:
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is not None:
         names, _ = flatten()
-        return [part for name in names for part in plain_parts(getattr(tensor, name))]
+        inside = (getattr(tensor, name) for name in names)
+        return [part for each in inside if isinstance(each, Tensor) for part in plain_parts(each)]
     if tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided:
         return []
     if _is_plain(tensor):

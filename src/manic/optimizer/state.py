@@ -221,9 +221,9 @@ class MechanicState:
             if not any([found, *(() if group is None else gather(found, group))]):
                 made = int(self.tuner_state.updates)
                 raise ValueError(
-                    f"the loaded tuner has made {made} updates, but no rank has an x_ref of any "
-                    "parameter: the parameters' state was not loaded with it. Load both from one checkpoint; or load the "
-                    "base optimizer's state alone, without the tuner, to start with a new one; or call rebase() to go on "
+                    f"the loaded tuner has made {made} updates, but no rank has an x_ref of any parameter: the "
+                    "parameters' state was not loaded with it. Load both from one checkpoint; or load the base "
+                    "optimizer's state alone, without the tuner, to start with a new one; or call rebase() to go on "
                     "with this tuner from where the parameters are"
                 )
             self.raise_if_displaced(
