@@ -18,6 +18,7 @@ from manic.checkpoint import Checkpointer
 from manic.testing import run
 
 optim = pytest.importorskip("torchao.optim", reason="torchao is not installed")
+quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
 
 BASES = ["AdamW8bit", "AdamW4bit", "AdamWFp8"]
 
@@ -91,18 +92,21 @@ def test_resumes_bit_for_bit_on_two_ranks(how: str) -> None:
     run(resume_on_ranks, 2, "AdamW8bit", how)
 
 
-def train_beside_nf4() -> None:
-    from torchao.dtypes.nf4tensor import to_nf4
-
+def train_beside_quantized(kind: str) -> None:
     torch.manual_seed(0)
-    frozen = nn.Parameter(to_nf4(torch.randn(64, 64)), requires_grad=False)
-    layer = nn.Linear(4, 3)
-    optimizer = Mechanic(torch.optim.AdamW([frozen, *layer.parameters()], lr=1.0))
+    model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 3))
+    model[0].requires_grad_(False)
+    if kind == "int8":
+        quantization.quantize_(model[0], quantization.Int8WeightOnlyConfig())
+    else:
+        model[0].weight = nn.Parameter(quantization.to_nf4(model[0].weight.detach()), requires_grad=False)
+    optimizer = Mechanic(torch.optim.AdamW(model.parameters(), lr=1.0))
     for _ in range(3):
-        layer(torch.ones(2, 4)).square().sum().backward()
+        model[1](torch.ones(2, 128)).square().sum().backward()
         optimizer.step()
         optimizer.check_consistency()
 
 
-def test_nf4_parameters_are_left_alone() -> None:
-    run(train_beside_nf4, 2)
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_quantized_parameters_are_left_alone(kind: str) -> None:
+    run(train_beside_quantized, 2, kind)
