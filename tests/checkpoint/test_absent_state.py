@@ -13,10 +13,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from manic import Mechanic
+from manic import Mechanic, mechanize
 from manic.checkpoint import Checkpointer
 from manic.distributed.layout import local
 from manic.testing import run
@@ -219,6 +221,84 @@ def test_refuses_moments_for_an_optimizer_that_has_none(tmp_path: Path) -> None:
     for resumed in (torch.optim.SGD(other.parameters()), Mechanic(torch.optim.SGD(other.parameters()))):
         with pytest.raises(ValueError, match="of another optimizer or other options: it has step for"):
             Checkpointer(tmp_path, other, resumed).load()
+
+
+@pytest.mark.parametrize("make", MAKES)
+def test_a_group_takes_its_settings_from_a_parameter_that_was_saved(make: Make, tmp_path: Path) -> None:
+    """The first of the group is new, so that the checkpoint has no settings of it; another group is empty."""
+    model, optimizer = with_a_later_group(make, 0)
+    optimizer.param_groups[0]["lr"] = 0.125
+    train(model, optimizer, range(3))
+    Checkpointer(tmp_path, model, optimizer).save(3)
+    train(model, optimizer, range(3, 5))
+    other = net(1)
+    freeze(other, True)
+    resumed = make([{"params": [], "lr": 0.0625}, {"params": list(other.parameters())}])
+    Checkpointer(tmp_path, other, resumed).load()
+    assert [group["lr"] for group in resumed.param_groups] == [0.0625, 0.125]
+    train(other, resumed, range(3, 5))
+    assert_equal(other, shards(model))
+
+
+def a_group_is_missing_on_one_rank(directory: str) -> None:
+    """Each rank has one stage of a pipeline; the second rank lacks a group of the saved run."""
+    rank = dist.get_rank()
+
+    def new(is_complete: bool) -> tuple[nn.Module, Optimizer]:
+        torch.manual_seed(rank)
+        stage = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        model = nn.ModuleDict({f"stage{rank}": stage})
+        bias = [p for name, p in stage.named_parameters() if name.endswith("bias")]
+        groups = [
+            [p for name, p in stage.named_parameters() if name.endswith("weight")],
+            *([bias] if is_complete else []),
+        ]
+        return model, adamw([{"params": group} for group in groups])
+
+    def step(model: nn.Module, optimizer: Optimizer) -> None:
+        model[f"stage{rank}"](torch.ones(2, 4)).square().sum().backward()  # type: ignore[index]
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model, optimizer = new(True)
+    step(model, optimizer)
+    Checkpointer(directory, model, optimizer).save(1)
+    other, resumed = new(is_complete=rank == 0)
+    with pytest.raises(ValueError, match=r"has \w+ for stage1\.0\.bias, which is in no param group of this run"):
+        Checkpointer(directory, other, resumed).load()
+    assert rank or not resumed.state[next(other.parameters())]["exp_avg"].any()
+    other, resumed = new(True)
+    next(other.parameters()).requires_grad_(False)
+    Checkpointer(directory, other, resumed).load()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        for key, value in optimizer.state[p].items():
+            assert torch.equal(resumed.state[q][key], value), key
+
+
+def test_a_group_that_is_missing_on_one_rank_is_refused_on_all(tmp_path: Path) -> None:
+    run(a_group_is_missing_on_one_rank, 2, str(tmp_path))
+
+
+def zero_keeps_frozen_state(directory: str) -> None:
+    def new(seed: int) -> tuple[nn.Module, Any]:
+        model = DistributedDataParallel(net(seed))
+        make = mechanize(torch.optim.AdamW, plain="sharded")
+        return model, ZeroRedundancyOptimizer(model.parameters(), optimizer_class=make, lr=1.0)
+
+    model, optimizer = new(0)
+    train(model, optimizer, range(3))
+    Checkpointer(directory, model, optimizer).save(3)
+    other, resumed = new(1)
+    other.requires_grad_(False)
+    Checkpointer(directory, other, resumed).load()
+    for mine, theirs in zip(optimizer.optim.param_groups, resumed.optim.param_groups, strict=True):
+        for p, q in zip(mine["params"], theirs["params"], strict=True):
+            for key, value in optimizer.optim.state[p].items():
+                assert torch.equal(resumed.optim.state[q][key], value), key
+
+
+def test_zero_keeps_the_state_of_frozen_parameters(tmp_path: Path) -> None:
+    run(zero_keeps_frozen_state, 2, str(tmp_path))
 
 
 class Experts(nn.Module):

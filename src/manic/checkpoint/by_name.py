@@ -5,7 +5,7 @@ Works on live optimizers; does not depend on the model, the checkpoint or its fi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,15 @@ from manic.checkpoint.flat_state import nest, unflatten_like
 __all__ = ["add_settings_of_all_groups", "copy_settings", "load_by_name", "own_keys_of"]
 
 
-def add_settings_of_all_groups(zero: ZeroRedundancyOptimizer, names: Mapping[int, str], flat: dict[str, Any]) -> None:
+def add_settings_of_all_groups(
+    zero: ZeroRedundancyOptimizer, names: Mapping[int, str], flat: dict[str, Any], saved: Iterable[str]
+) -> None:
     """Add the settings of every param group to the entries to load: a rank may own no parameter of a group."""
+    prefix = "optimizer.param_groups."
+    known = {key.removeprefix(prefix).rsplit(".", 1)[0] for key in saved if key.startswith(prefix)}
     for group, mine in zip(zero.param_groups, zero.optim.param_groups):
-        first = names[id(group["params"][0])]
+        members = [names[id(parameter)] for parameter in group["params"]]
+        first = next((name for name in members if name in known), members[0])
         for key, value in mine.items():
             if key != "params":
                 value = value.clone() if isinstance(value, torch.Tensor) else value
@@ -32,7 +37,8 @@ def load_by_name(
 ) -> None:
     """Load this rank's part of an optimizer; ``inner`` differs for ZeRO, where the rank may own none of a group.
 
-    Torch's ``set_optimizer_state_dict`` leaves out the state of frozen parameters.
+    Torch's ``set_optimizer_state_dict`` leaves out the state of frozen parameters. Settings that ``flat`` lacks for all
+    parameters of a group keep their values.
     """
     nested = nest(flat)
     settings = {group["params"][0]: group for group in nested["param_groups"]}
@@ -45,9 +51,10 @@ def load_by_name(
         for name, parameter in own.items():
             if name in nested["state"]:
                 states[name] = unflatten_like(live.get(id(parameter), example), nested["state"][name])
-        first = names[id(group["params"][0])] if group["params"] else None
-        kept = {key: value for key, value in mine.items() if key != "params"}
-        groups.append({**(kept if first is None else settings[first]), "params": list(own)})
+        kept = {key: value for key, value in mine.items() if key not in own_keys_of(inner)}
+        loaded = (settings.get(names[id(parameter)]) for parameter in group["params"])
+        first: dict[str, Any] = next((each for each in loaded if each), {})
+        groups.append({**kept, **first, "params": list(own)})
     inner.load_state_dict({**extra, "state": states, "param_groups": groups})
 
 

@@ -140,7 +140,7 @@ class RunState:
     ) -> None:
         for optimizer in self.optimizers:
             if isinstance(optimizer, ZeroRedundancyOptimizer):
-                add_settings_of_all_groups(optimizer, parameter_names(self.model), state["optimizer"])
+                add_settings_of_all_groups(optimizer, parameter_names(self.model), state["optimizer"], saved)
         own_keys = frozenset[str]().union(*(own_keys_of(inner) for inner in self._inner()))
         # The ranks of a pipeline hold different parts of the model, those of ZeRO different parts of the optimizer.
         mine = set(flat_keys(state["model"], "model")), {*self._members(set())}, self._with_state()
@@ -201,8 +201,7 @@ class RunState:
 
         def apply() -> None:
             set_model_state_dict(self.model, large["model"])
-            flat = {**kept, **small["optimizer"], **large["optimizer"]}
-            self._load_optimizers(flat, small["optimizer_extra"])
+            self._load_optimizers(kept, {**small["optimizer"], **large["optimizer"]}, small["optimizer_extra"])
             set_random_state(small["random"].get(str(rank()), {}))
 
         on_every_rank(apply, group)
@@ -292,7 +291,7 @@ class RunState:
             state = states[name]
             thing.load_state_dict(state[0] if isinstance(state, tuple) else state)
 
-    def _load_optimizers(self, flat: Mapping[str, Any], extras: Mapping[str, Any]) -> None:
+    def _load_optimizers(self, kept: Mapping[str, Any], flat: Mapping[str, Any], extras: Mapping[str, Any]) -> None:
         names = parameter_names(self.model)
         for number, (optimizer, inner) in enumerate(zip(self.optimizers, self._inner())):
             (extra,) = extras.get(str(number), ({},))
@@ -300,7 +299,8 @@ class RunState:
             if self.is_fsdp1:
                 # Not strict: SGD without momentum has no state; missing state was detected before.
                 options = StateDictOptions(strict=False)
-                set_optimizer_state_dict(self.model, inner, nest(flat, self._groups(inner)), options=options)
+                nested = nest({**kept, **flat}, self._groups(inner))
+                set_optimizer_state_dict(self.model, inner, nested, options=options)
             else:
                 load_by_name(optimizer, inner, names, flat, extra)
             tensors.keep(inner.param_groups)
