@@ -135,7 +135,8 @@ class Checkpointer:
             OSError: on every rank, if the write fails; or, after a successful write, if an earlier save on another
                 thread failed.
             ValueError: if ``step`` is negative; on every rank, if the state of any rank holds an object that
-                :meth:`load` would refuse.
+                :meth:`load` would refuse, if a rank lacks sharded state that others have and it cannot be completed,
+                or if an optimizer's ``state_dict()`` has further entries that differ between ranks.
         """
         earlier = self._pending.exception() if self._pending is not None else None
         self._pending = None
@@ -197,7 +198,9 @@ class Checkpointer:
     ) -> str:
         """Load a checkpoint, saved on any number of ranks, into model, optimizers and objects.
 
-        A rank without a saved random state keeps its current one.
+        The whole saved state of every parameter is loaded, frozen or not, or the checkpoint is refused; settings of
+        param groups become numbers or tensors as they are in this run. A rank without a saved random state keeps its
+        current one.
 
         Args:
             step: A step, ``"latest"``, or the path or URL of any checkpoint.
@@ -214,7 +217,8 @@ class Checkpointer:
             FileNotFoundError: on every rank, if there is no such checkpoint.
             DamagedCheckpointError: on every rank, if the checkpoint is incomplete or damaged; an ``OSError``. If
                 ``verify`` detects it, nothing has changed; if reading detects it, do not use the model any more.
-            ValueError: on every rank, if the checkpoint is of another model or optimizer, holds an object of a class
+            ValueError: on every rank, if the checkpoint is of another model or optimizer, has state of a parameter that
+                no param group of this run has, does not hold all elements of a tensor, holds an object of a class
                 that is not allowed (see ``torch.serialization.add_safe_globals``), or an object refuses its state;
                 nothing else has changed then, except that gradients are cleared.
         """
