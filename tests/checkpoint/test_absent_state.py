@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -355,6 +358,22 @@ def resume_experts(make: Make, is_late: bool) -> None:
 @pytest.mark.parametrize("make", MAKES)
 def test_a_shard_that_never_had_a_gradient_is_saved_and_loaded(make: Make, is_late: bool) -> None:
     run(resume_experts, 2, make, is_late)
+
+
+def save_by_torch(directory: str) -> None:
+    model = Experts(0)
+    optimizer = multiplicative(model.parameters())
+    model.step(optimizer, all_have_tokens=False)
+    for parameter in model.parameters():
+        parameter.grad = None
+    state = get_optimizer_state_dict(model, optimizer)
+    with pytest.raises(CheckpointException, match=r"state\.experts\.exp_avg"):
+        dcp.save({"optimizer": state}, checkpoint_id=directory)
+
+
+def test_torchs_functions_refuse_to_save_a_missing_shard(tmp_path: Path) -> None:
+    """Also fails if torch begins to save a part of a tensor: Mechanic would have to notice at the load."""
+    run(save_by_torch, 2, str(tmp_path))
 
 
 def test_refuses_a_checkpoint_that_does_not_cover_a_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
