@@ -28,7 +28,6 @@ from manic.checkpoint.directory import Directory
 from manic.checkpoint.files import Files
 from manic.checkpoint.manifest import MANIFEST, DamagedCheckpointError, Manifest, Verify
 from manic.checkpoint.run_state import RunState
-from manic.checkpoint.safe_pickle import check_loadable
 from manic.checkpoint.staging import Staging
 from manic.checkpoint.transfer import Progress, read, read_index, verify_files, write
 from manic.distributed.collectives import on_every_rank, on_first_rank, rank, world_size
@@ -136,7 +135,8 @@ class Checkpointer:
             OSError: on every rank, if the write fails; or, after a successful write, if an earlier save on another
                 thread failed.
             ValueError: if ``step`` is negative; on every rank, if the state of any rank holds an object that
-                :meth:`load` would refuse.
+                :meth:`load` would refuse, if a rank lacks sharded state that others have and it cannot be completed,
+                or if an optimizer's ``state_dict()`` has further entries that differ between ranks.
         """
         earlier = self._pending.exception() if self._pending is not None else None
         self._pending = None
@@ -198,7 +198,9 @@ class Checkpointer:
     ) -> str:
         """Load a checkpoint, saved on any number of ranks, into model, optimizers and objects.
 
-        A rank without a saved random state keeps its current one.
+        The whole saved state of every parameter is loaded, frozen or not, or the checkpoint is refused; settings of
+        param groups become numbers or tensors as they are in this run. A rank without a saved random state keeps its
+        current one.
 
         Args:
             step: A step, ``"latest"``, or the path or URL of any checkpoint.
@@ -215,7 +217,8 @@ class Checkpointer:
             FileNotFoundError: on every rank, if there is no such checkpoint.
             DamagedCheckpointError: on every rank, if the checkpoint is incomplete or damaged; an ``OSError``. If
                 ``verify`` detects it, nothing has changed; if reading detects it, do not use the model any more.
-            ValueError: on every rank, if the checkpoint is of another model or optimizer, holds an object of a class
+            ValueError: on every rank, if the checkpoint is of another model or optimizer, has state of a parameter that
+                no param group of this run has, does not hold all elements of a tensor, holds an object of a class
                 that is not allowed (see ``torch.serialization.add_safe_globals``), or an object refuses its state;
                 nothing else has changed then, except that gradients are cleared.
         """
@@ -261,12 +264,7 @@ class Checkpointer:
                 self._damaged.remove(damaged)
             return self._directory.begin(step)
 
-        def collect() -> dict[str, Any]:
-            state = self._run.collect()
-            check_loadable(self._run.plain_entries(state))
-            return state
-
-        state = on_every_rank(collect, self._group)
+        state = self._run.collect_to_save(self._group)
         folder = on_first_rank(begin, self._group)
         return _Save(step, folder, state, self._run.layout(), since)
 

@@ -19,9 +19,11 @@ __all__ = [
     "as_number",
     "flat_entries",
     "flat_keys",
+    "flatten",
     "nest",
     "parameter_names",
     "split",
+    "unflatten_like",
     "whole_or_flat",
 ]
 
@@ -82,6 +84,42 @@ def split(path: str, parameters: Container[str]) -> tuple[str, str]:
             return path, ""
         name = name.rsplit(".", 1)[0]
     return name, path[len(name) + 1 :]
+
+
+def flatten(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat keys for an optimizer's state dict: each has its parameter's name in it, as ranks may own different ones.
+
+    As torch's ``flatten_optimizer_state_dict``, which allows nothing but tensors and numbers in the state.
+    """
+    flat: dict[str, Any] = {}
+    for name, state in state_dict["state"].items():
+        flat.update(_flat_state(state, f"state.{name}"))
+    for group in state_dict["param_groups"]:
+        for name in group["params"]:
+            flat.update({f"param_groups.{name}.{key}": value for key, value in group.items() if key != "params"})
+    return flat
+
+
+def _flat_state(state: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(state, dict):
+        for key, value in state.items():
+            yield from _flat_state(value, f"{prefix}.{key}")
+    elif isinstance(state, list) and _has_tensor(state):  # DCP stores its parts
+        for index, value in enumerate(state):
+            yield from _flat_state(value, f"{prefix}.{index}")
+    else:
+        yield prefix, state
+
+
+def unflatten_like(example: Any, state: Any) -> Any:
+    """A parameter's state of :func:`nest` with keys that are numbers, and lists, where ``example`` has them."""
+    if not isinstance(state, dict):
+        return state
+    if isinstance(example, list):
+        return [unflatten_like(example[0] if example else None, state[key]) for key in sorted(state, key=int)]
+    known = {str(key): (key, value) for key, value in example.items()} if isinstance(example, dict) else {}
+    pairs = ((known.get(name, (name, None)), value) for name, value in state.items())
+    return {key: unflatten_like(each, value) for (key, each), value in pairs}
 
 
 def nest(flat: Mapping[str, Any], group_of: Mapping[str, int] | None = None) -> dict[str, Any]:

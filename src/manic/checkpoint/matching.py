@@ -6,17 +6,20 @@ Compares names, shapes and settings of the live state with the saved ones; reads
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from manic.checkpoint.flat_state import flat_keys, split
+from manic.checkpoint.settings import same, wanted_settings
+from manic.checkpoint.targets import check_covered, check_kind, target_of
 from manic.distributed.collectives import rank
 from manic.mechanic import Mechanic
 
-__all__ = ["check_model", "check_same_settings", "wanted_of_object", "wanted_of_optimizer"]
+__all__ = ["Member", "check_model", "check_same_settings", "wanted_of_object", "wanted_of_optimizer"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,59 +43,110 @@ def check_model(model: Mapping[str, Any], saved: Mapping[str, Any], names: set[s
                 f"{checkpoint} is of another model: {name} has shape {size} in the checkpoint and "
                 f"{tuple(value.shape)} in this model"
             )
+    check_covered([f"model.{name}" for name in model], saved, checkpoint)
     unknown = {key for key in saved if key.startswith("model.")} - names
     if unknown:
         first = min(unknown).removeprefix("model.")
         raise ValueError(f"{checkpoint} is of another model: this model has no {first}")
 
 
-def wanted_of_optimizer(
-    flat: Mapping[str, Any], saved: Mapping[str, Any], trainable: set[str], own_keys: frozenset[str], checkpoint: str
-) -> dict[str, Any]:
-    """Select the entries of the live optimizer's state to read from the checkpoint.
+@dataclass(frozen=True)
+class Member:
+    """A parameter of one of this rank's optimizers."""
 
-    A parameter without a gradient before the save has no saved state. Another optimizer skips Mechanic's saved state;
-    the live optimizer must have all other saved state. Settings that are tensors are read into copies, so that an
-    optimizer can refuse them.
+    tensor: torch.Tensor
+    own_keys: frozenset[str]
+    """Keys of the optimizer's state that a checkpoint may lack."""
+    keeps_state: bool
+    """Whether the optimizer has any other state, on any rank."""
+
+
+def wanted_of_optimizer(
+    flat: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    members: Mapping[str, Member],
+    everyones: Container[str],
+    checkpoint: str,
+) -> dict[str, Any]:
+    """Select what to read from the checkpoint for the optimizers: each saved entry of a state, and settings by name.
+
+    A parameter without a gradient before the save has no saved state. Another optimizer skips Mechanic's saved state.
+    A parameter may have saved state and none yet in this run, for example because it is frozen. Settings are read into
+    copies, so that an optimizer can refuse them.
+
+    Args:
+        flat: The live optimizers' state.
+        saved: DCP's metadata of every key in the checkpoint.
+        members: This rank's parameters by name.
+        everyones: Names of the parameters of all ranks' optimizers.
+        checkpoint: The checkpoint's name in messages.
+
+    Returns:
+        Where to read each entry, by its key in ``flat``.
+
+    Raises:
+        ValueError: if an entry cannot be loaded, or one that this run needs is missing.
     """
-    parameters = {
-        key.removeprefix("param_groups.").rsplit(".", 1)[0] for key in flat if key.startswith("param_groups.")
-    }
-    states = [key.removeprefix("optimizer.state.") for key in saved if key.startswith("optimizer.state.")]
-    have_state = {split(state, parameters)[0] for state in states}
-    for path in states:
-        parameter, state = split(path, parameters)
-        if parameter in trainable and f"state.{path}" not in flat and state not in own_keys | _MECHANIC_KEYS:
+    wanted = wanted_settings(flat, saved, skipped={Mechanic.GROUP_KEY})
+    names = {*members, *(_parameter_of_setting(key.removeprefix("optimizer.")) for key in saved)}
+    live: dict[str, set[str]] = {}
+    for key in flat:
+        if key.startswith("state."):
+            parameter, state = split(key.removeprefix("state."), names)
+            live.setdefault(parameter, set()).add(state)
+    have_state = set()
+    for entry, there in saved.items():
+        if not entry.startswith("optimizer.state."):
+            continue
+        key = entry.removeprefix("optimizer.")
+        parameter, state = split(key.removeprefix("state."), names)
+        have_state.add(parameter)
+        member = members.get(parameter)
+        if member is None:
+            if parameter not in everyones and state not in _MECHANIC_KEYS:
+                raise ValueError(
+                    f"{checkpoint} has {state or 'state'} for {parameter}, which is in no param group of this run: "
+                    "add its group before loading (add_param_group), or build the optimizer over the same parameters"
+                )
+        elif key in flat:
+            _check_size(flat[key], there, f"{state} of {parameter}", checkpoint)
+            wanted[key] = flat[key]
+        elif state in _MECHANIC_KEYS | member.own_keys:
+            # With x_ref but no Delta, it recomputes Delta.
+            if state in member.own_keys and not live.get(parameter, set()) & member.own_keys:
+                wanted[key] = target_of(there, member.tensor, f"{state} of {parameter}", checkpoint)
+        elif live.get(parameter, set()) - member.own_keys or (member.tensor.requires_grad and not member.keeps_state):
             raise ValueError(
                 f"{checkpoint} is of another optimizer or other options: it has {state} for {parameter}, this run's "
                 "optimizer has none (if it has taken steps, load before the first)"
             )
-    wanted = {}
-    for key, value in flat.items():
-        there = saved.get(f"optimizer.{key}")
-        if key.startswith("param_groups."):
-            if isinstance(value, torch.Tensor) and isinstance(there, TensorStorageMetadata):
-                wanted[key] = torch.empty(there.size, dtype=there.properties.dtype, device=value.device)
-            elif there is not None:
-                wanted[key] = value.clone() if isinstance(value, torch.Tensor) else value
-            continue
-        parameter, state = split(key.removeprefix("state."), parameters)
-        if parameter not in have_state or (there is None and state in own_keys):
-            continue
-        if there is None:
-            raise ValueError(
-                f"{checkpoint} is of another optimizer or other options: it has no {state} for {parameter}"
-            )
-        size = tuple(there.size) if isinstance(there, TensorStorageMetadata) else None
-        expected = tuple(value.shape) if isinstance(value, torch.Tensor) else None
-        if size != expected:
-            raise ValueError(
-                f"{checkpoint} is of another optimizer: {state} of {parameter} is "
-                f"{'a number' if size is None else f'of shape {size}'} in the checkpoint and "
-                f"{'a number' if expected is None else f'of shape {expected}'} in this run"
-            )
-        wanted[key] = value
+        else:
+            wanted[key] = target_of(there, member.tensor, f"{state} of {parameter}", checkpoint)
+            check_kind(state, flat, parameter, checkpoint)
+    for parameter, states in live.items():
+        member = members.get(parameter)
+        for state in states - (member.own_keys if member else frozenset()):
+            if parameter in have_state and f"optimizer.state.{parameter}.{state}" not in saved:
+                raise ValueError(
+                    f"{checkpoint} is of another optimizer or other options: it has no {state} for {parameter}"
+                )
+    check_covered([f"optimizer.{key}" for key in wanted], saved, checkpoint)
     return wanted
+
+
+def _parameter_of_setting(key: str) -> str:
+    return key.removeprefix("param_groups.").rsplit(".", 1)[0] if key.startswith("param_groups.") else ""
+
+
+def _check_size(value: Any, there: Any, what: str, checkpoint: str) -> None:
+    size = tuple(there.size) if isinstance(there, TensorStorageMetadata) else None
+    expected = tuple(value.shape) if isinstance(value, torch.Tensor) else None
+    if size != expected:
+        raise ValueError(
+            f"{checkpoint} is of another optimizer: {what} is "
+            f"{'a number' if size is None else f'of shape {size}'} in the checkpoint and "
+            f"{'a number' if expected is None else f'of shape {expected}'} in this run"
+        )
 
 
 def wanted_of_object(name: str, live: Any, saved: Mapping[str, Any], checkpoint: str) -> Any:
@@ -113,8 +167,7 @@ def check_same_settings(first: Mapping[str, Any], other: Mapping[str, Any], chec
     """Raise ValueError if two parameters of one live param group have different saved settings."""
     for key in (first.keys() | other.keys()) - {"params"}:
         one, two = first.get(key), other.get(key)
-        tensors = isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor)
-        if not (torch.equal(cast(torch.Tensor, one), cast(torch.Tensor, two)) if tensors else one == two):
+        if not same(one, two):
             raise ValueError(
                 f"{checkpoint} has other param groups: there {first['params'][0]} has {key} {one} and "
                 f"{other['params'][0]} has {two}; in this run they share a group"

@@ -6,10 +6,9 @@ checkpoint; matching.py decides whether a checkpoint fits.
 
 from __future__ import annotations
 
-import random
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,22 +27,27 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from manic.checkpoint.by_name import add_settings_of_all_groups, copy_settings, load_by_name, own_keys_of
 from manic.checkpoint.flat_state import (
     all_parameter_names,
     as_number,
     flat_entries,
     flat_keys,
+    flatten,
     nest,
     parameter_names,
+    split,
     whole_or_flat,
 )
-from manic.checkpoint.matching import check_model, check_same_settings, wanted_of_object, wanted_of_optimizer
+from manic.checkpoint.matching import Member, check_model, check_same_settings, wanted_of_object, wanted_of_optimizer
+from manic.checkpoint.random_state import random_state, set_random_state
+from manic.checkpoint.safe_pickle import check_loadable
+from manic.checkpoint.settings import LiveTensors, converted, same
+from manic.checkpoint.shards import complete_shards
 from manic.distributed.collectives import from_every_rank, on_every_rank, rank
+from manic.optimizer.own_state_dict import extra_entries
 
 __all__ = ["RunState"]
-
-# Flat: every value has its parameter's name in its key, and ranks may own different parameters.
-_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 Read = Callable[[dict[str, Any]], None]
 """Fills a state dict; tensors in place."""
@@ -66,13 +70,43 @@ class RunState:
 
     def collect(self) -> dict[str, Any]:
         """The current state. Tensors are the run's tensors, not copies."""
-        model, optimizer = get_state_dict(self.model, self._inner(), options=_FLAT)
+        model, optimizer = get_state_dict(self.model, self._inner())
         return {
             "model": model,
-            "optimizer": {key: as_number(value) for key, value in optimizer.items()},
+            "optimizer": {key: as_number(value) for key, value in flatten(optimizer).items()},
+            "optimizer_extra": self._extra(),
             "objects": {name: whole_or_flat(thing.state_dict()) for name, thing in self.objects.items()},
-            "random": {str(rank()): _random_state()},
+            "random": {str(rank()): random_state()},
         }
+
+    def collect_to_save(self, group: ProcessGroup | None) -> dict[str, Any]:
+        """The current state as it is saved: with the shards of a parameter's state that only other ranks have.
+
+        Raises:
+            ValueError: on every rank, if an entry of any rank would be refused by a load.
+        """
+
+        def collect() -> dict[str, Any]:
+            state = self.collect()
+            check_loadable(self.plain_entries(state))
+            return state
+
+        state = on_every_rank(collect, group)
+        if not self.is_fsdp1:  # whose state dicts are gathered by torch
+            parameters = {name: member.tensor for name, member in self._members(set()).items()}
+            complete_shards(state["optimizer"], parameters, group)
+        extras = from_every_rank(state["optimizer_extra"], group)
+        if any((extra and self.is_fsdp1) or not same(extra, extras[0]) for extra in extras):
+            raise ValueError(
+                f"not saved: an optimizer's state_dict() has entries besides its state and param groups, {extras[0]}, "
+                "which differ between ranks, or which torch does not load with FSDP1. Save them by objects="
+            )
+        return state
+
+    def _extra(self) -> dict[str, Any]:
+        """By the optimizers' numbers: what their state dicts hold that torch's checkpoints leave out, as one value."""
+        extras = {str(number): extra_entries(inner.state_dict()) for number, inner in enumerate(self._inner())}
+        return {number: (extra,) for number, extra in extras.items() if extra}
 
     @staticmethod
     def plain_entries(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -97,19 +131,27 @@ class RunState:
         """
         # Gradients are useless after a load, and torch creates no state to load into while they exist.
         self.model.zero_grad(set_to_none=True)
-        state = on_every_rank(self.collect, group)
+        with self._trainable(saved):
+            state = on_every_rank(self.collect, group)
+            self._load(state, saved, read, name, group)
+
+    def _load(
+        self, state: dict[str, Any], saved: Mapping[str, Any], read: Read, name: str, group: ProcessGroup | None
+    ) -> None:
         for optimizer in self.optimizers:
             if isinstance(optimizer, ZeroRedundancyOptimizer):
-                _add_settings_of_all_groups(optimizer, parameter_names(self.model), state["optimizer"])
-        own_keys = frozenset[str]().union(*(getattr(inner, "own_keys", ()) for inner in self._inner()))
-        # The ranks of a pipeline hold different parts of the model.
-        names: set[str] = set().union(*from_every_rank(set(flat_keys(state["model"], "model")), group))
-        trainable = set().union(*(self._trainable(inner) for inner in self._inner()))
+                add_settings_of_all_groups(optimizer, parameter_names(self.model), state["optimizer"], saved)
+        own_keys = frozenset[str]().union(*(own_keys_of(inner) for inner in self._inner()))
+        # The ranks of a pipeline hold different parts of the model, those of ZeRO different parts of the optimizer.
+        mine = set(flat_keys(state["model"], "model")), {*self._members(set())}, self._with_state()
+        everyones = [set().union(*each) for each in zip(*from_every_rank(mine, group))]
+        names, parameters, with_state = everyones
+        members = self._members(with_state)
 
         def select() -> tuple[dict[str, Any], dict[str, Any]]:
             check_model(state["model"], saved, names, name)
             objects = {each: wanted_of_object(each, value, saved, name) for each, value in state["objects"].items()}
-            return wanted_of_optimizer(state["optimizer"], saved, trainable, own_keys, name), objects
+            return wanted_of_optimizer(state["optimizer"], saved, members, parameters, name), objects
 
         wanted, objects = on_every_rank(select, group)
         settings = {
@@ -124,14 +166,32 @@ class RunState:
             if key.startswith("param_groups.") and key not in settings and key.rsplit(".", 1)[1] not in own_keys
         }
         object_states = {"objects": objects}
-        mine = state["random"][str(rank())]
-        mine = {key: value for key, value in mine.items() if f"random.{rank()}.{key}" in saved}
+        extra = {key.removeprefix("optimizer_extra."): None for key in saved if key.startswith("optimizer_extra.")}
+        mine_random = state["random"][str(rank())]
+        mine_random = {key: value for key, value in mine_random.items() if f"random.{rank()}.{key}" in saved}
 
-        small = {"optimizer": settings, "random": {str(rank()): mine}}
+        small = {"optimizer": settings, "optimizer_extra": extra, "random": {str(rank()): mine_random}}
         # Plain entries stored among tensors are read before the tensors, which are read in place: they may be refused.
         among = {name: each for name, each in objects.items() if not isinstance(each, tuple)}
         read({**small, **dict(self.plain_entries({"model": state["model"], "objects": among}))})
-        on_every_rank(lambda: self._check_settings(small["optimizer"], name), group)
+
+        def check() -> dict[str, Any]:
+            live = state["optimizer"]
+            as_here = {
+                key: converted(value, live[key], f"{name}: {key.removeprefix('param_groups.')}")
+                if key.startswith("param_groups.") and key in live and key.rsplit(".", 1)[1] not in own_keys
+                else value
+                for key, value in small["optimizer"].items()
+            }
+            self._check_settings(as_here, name)
+            for number, (entries,) in small["optimizer_extra"].items():
+                if unknown := entries.keys() - state["optimizer_extra"].get(number, ({},))[0].keys():
+                    raise ValueError(
+                        f"{name} is of another optimizer: state_dict() of optimizer {number} had {min(unknown)!r} there"
+                    )
+            return as_here
+
+        small["optimizer"] = on_every_rank(check, group)
         read(object_states)  # after every other check: tensors are read in place
         on_every_rank(lambda: self._load_objects(object_states["objects"]), group)
 
@@ -141,8 +201,8 @@ class RunState:
 
         def apply() -> None:
             set_model_state_dict(self.model, large["model"])
-            self._load_optimizers({**kept, **small["optimizer"], **large["optimizer"]})
-            _set_random_state(small["random"].get(str(rank()), {}))
+            self._load_optimizers(kept, {**small["optimizer"], **large["optimizer"]}, small["optimizer_extra"])
+            set_random_state(small["random"].get(str(rank()), {}))
 
         on_every_rank(apply, group)
 
@@ -167,15 +227,44 @@ class RunState:
         for each in self.optimizers:
             if isinstance(each, ZeroRedundancyOptimizer):
                 # A scheduler's changes reach the inner optimizer only at the next step.
-                _copy_settings(each.param_groups, each.optim.param_groups)
+                copy_settings(each.param_groups, each.optim.param_groups)
                 each = each.optim
             inner.append(each)
         return inner
 
-    def _trainable(self, inner: Optimizer) -> set[str]:
-        """Names of an optimizer's trainable parameters."""
-        names = parameter_names(self.model)
-        return {names[id(p)] for group in inner.param_groups for p in group["params"] if p.requires_grad}
+    def _members(self, with_state: Container[int]) -> dict[str, Member]:
+        """The optimizers' parameters on this rank, by name; ``with_state``: numbers of the optimizers that keep any."""
+        names = all_parameter_names(self.model)
+        return {
+            name: Member(parameter, own_keys_of(inner), number in with_state)
+            for number, inner in enumerate(self._inner())
+            for group in inner.param_groups
+            for parameter in group["params"]
+            for name in names[id(parameter)]
+        }
+
+    def _with_state(self) -> set[int]:
+        """Numbers of the optimizers that keep a state of any parameter on this rank, besides ``own_keys``."""
+        return {
+            number
+            for number, inner in enumerate(self._inner())
+            if any(isinstance(each, dict) and each.keys() - own_keys_of(inner) for each in inner.state.values())
+        }
+
+    @contextmanager
+    def _trainable(self, saved: Iterable[str]) -> Iterator[None]:
+        """Let torch create and load state of frozen parameters of which the checkpoint has state, and of no others."""
+        members, prefix = self._members(set()), "optimizer.state."
+        have_state = {split(key.removeprefix(prefix), members)[0] for key in saved if key.startswith(prefix)}
+        tensors = (members[name].tensor for name in have_state if name in members)
+        frozen = [each for each in tensors if not each.requires_grad and each.is_floating_point()]
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
 
     def _groups(self, inner: Optimizer) -> dict[str, int]:
         """Index of the param group by parameter name; FSDP1's flat parameters have several names."""
@@ -202,14 +291,21 @@ class RunState:
             state = states[name]
             thing.load_state_dict(state[0] if isinstance(state, tuple) else state)
 
-    def _load_optimizers(self, flat: Mapping[str, Any]) -> None:
-        for optimizer in self.optimizers:
-            if isinstance(optimizer, ZeroRedundancyOptimizer):
-                _load_zero(optimizer, parameter_names(self.model), flat)
-            else:
+    def _load_optimizers(self, kept: Mapping[str, Any], flat: Mapping[str, Any], extras: Mapping[str, Any]) -> None:
+        names = parameter_names(self.model)
+        for number, (optimizer, inner) in enumerate(zip(self.optimizers, self._inner())):
+            (extra,) = extras.get(str(number), ({},))
+            tensors = LiveTensors(inner, own_keys_of(inner))
+            if self.is_fsdp1:
                 # Not strict: SGD without momentum has no state; missing state was detected before.
                 options = StateDictOptions(strict=False)
-                set_optimizer_state_dict(self.model, optimizer, nest(flat, self._groups(optimizer)), options=options)
+                nested = nest({**kept, **flat}, self._groups(inner))
+                set_optimizer_state_dict(self.model, inner, nested, options=options)
+            else:
+                load_by_name(optimizer, inner, names, flat, extra)
+            tensors.keep(inner.param_groups)
+            if inner is not optimizer:
+                copy_settings(inner.param_groups, optimizer.param_groups)
 
 
 def _placement(parameter: torch.Tensor) -> str | None:
@@ -222,54 +318,3 @@ def _placement(parameter: torch.Tensor) -> str | None:
         f"{placement!r} on {size} ranks{f' ({name})' if name else ''}"
         for placement, size, name in zip(parameter.placements, mesh.shape, names)
     )
-
-
-def _add_settings_of_all_groups(zero: ZeroRedundancyOptimizer, names: Mapping[int, str], flat: dict[str, Any]) -> None:
-    """Add the settings of every param group to the entries to load: a rank may own no parameter of a group."""
-    for group, mine in zip(zero.param_groups, zero.optim.param_groups):
-        first = names[id(group["params"][0])]
-        for key, value in mine.items():
-            if key != "params":
-                value = value.clone() if isinstance(value, torch.Tensor) else value
-                flat.setdefault(f"param_groups.{first}.{key}", value)
-
-
-def _load_zero(zero: ZeroRedundancyOptimizer, names: Mapping[int, str], flat: Mapping[str, Any]) -> None:
-    """Load this rank's part of a ZeRO optimizer; the rank may own no parameter of a group."""
-    nested = nest(flat)
-    settings = {group["params"][0]: group for group in nested["param_groups"]}
-    groups = []
-    for group, mine in zip(zero.param_groups, zero.optim.param_groups):
-        own = [names[id(parameter)] for parameter in mine["params"]]
-        groups.append({**settings[names[id(group["params"][0])]], "params": own})
-    owned = {name for group in groups for name in group["params"]}
-    state = {name: value for name, value in nested["state"].items() if name in owned}
-    zero.optim.load_state_dict({"state": state, "param_groups": groups})
-    _copy_settings(zero.optim.param_groups, zero.param_groups)
-
-
-def _copy_settings(source: Sequence[dict[str, Any]], target: Sequence[dict[str, Any]]) -> None:
-    for theirs, mine in zip(source, target):
-        mine.update({key: value for key, value in theirs.items() if key != "params"})
-
-
-def _random_state() -> dict[str, Any]:
-    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    if "numpy" in sys.modules:
-        state["numpy"] = sys.modules["numpy"].random.get_state()
-        if isinstance(state["numpy"], tuple):  # an array is not plain data and would be refused
-            state["numpy"] = tuple(each.tolist() if hasattr(each, "tolist") else each for each in state["numpy"])
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_random_state(state: Mapping[str, Any]) -> None:
-    if "torch" in state:
-        torch.set_rng_state(state["torch"])
-    if "python" in state:
-        random.setstate(state["python"])
-    if "numpy" in state and "numpy" in sys.modules:
-        sys.modules["numpy"].random.set_state(state["numpy"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])

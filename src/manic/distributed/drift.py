@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from manic.distributed.collectives import from_every_rank, gather
-from manic.distributed.layout import Layout, local
+from manic.distributed.layout import Layout
+from manic.distributed.parts import plain_parts
 from manic.distributed.startup import describe_group, digest
 from manic.optimizer.names import describe
 from manic.step.chunks import pieces
@@ -91,7 +92,7 @@ def _tensors(
 ) -> str:
     mine = torch.zeros(len(held), 2, dtype=torch.int64, device=device)
     for index, (parameter, _, tensor) in enumerate(held):
-        mine[index, 0] = _digest_of(local(tensor)).to(device)
+        mine[index, 0] = _digest_of(tensor).to(device)
         mine[index, 1] = int(layout.replicas(parameter))
     longest = max(int(size) for size in gather(torch.tensor(len(held), device=device), group))
     every = torch.stack(gather(torch.cat((mine, mine.new_zeros(longest - len(held), 2))), group))
@@ -120,12 +121,13 @@ def _odd_one(values: Sequence[int], copies: int) -> tuple[int, int] | None:
 
 
 def _digest_of(tensor: Tensor) -> Tensor:
-    """A 0-dim int64 digest of all bits of ``tensor``: the sum of its words, each times an odd number of its index."""
+    """A 0-dim int64 digest of this rank's bits of ``tensor``: a sum of words, each times an odd number of its index."""
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     start = 0
-    for (piece,) in pieces([tensor]):
-        words = piece.reshape(-1).view(_INTEGERS[piece.element_size()]).to(torch.int64)
-        places = torch.arange(start, start + words.numel(), device=words.device)
-        total += (words * (2 * (places * _MULTIPLIER) + 1)).sum()
-        start += words.numel()
+    for part in plain_parts(tensor):
+        for (piece,) in pieces([part]):
+            words = piece.reshape(-1).view(_INTEGERS[piece.element_size()]).to(torch.int64)
+            places = torch.arange(start, start + words.numel(), device=words.device)
+            total += (words * (2 * (places * _MULTIPLIER) + 1)).sum()
+            start += words.numel()
     return total

@@ -18,7 +18,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from manic.distributed.collectives import from_every_rank, gather, raise_together
-from manic.distributed.layout import Layout, check_gradient, is_fsdp1, local
+from manic.distributed.layout import Layout, check_gradient, is_fsdp1
+from manic.distributed.parts import plain_parts
 from manic.step.chunks import pieces
 
 __all__ = ["Agreement", "agree", "describe_group", "digest"]
@@ -182,14 +183,14 @@ def _moments(parameters: Sequence[Tensor], device: torch.device, dtype: torch.dt
     """Element count, sum, sum of squares and whether elements differ, for each parameter: [n, 4]."""
     rows = []
     for parameter in parameters:
-        x = local(parameter)
-        row = torch.zeros(4, dtype=dtype, device=x.device)
-        for (piece,) in pieces([x]):
-            wide = piece.reshape(-1).to(dtype)
-            row[0] += wide.numel()
-            row[1] += wide.sum()
-            row[2] += torch.dot(wide, wide)
-            row[3] += (piece != x.reshape(-1)[0]).any()
+        row = torch.zeros(4, dtype=dtype, device=parameter.device)
+        for x in plain_parts(parameter):
+            for (piece,) in pieces([x]):
+                wide = piece.reshape(-1).to(dtype)
+                row[0] += wide.numel()
+                row[1] += wide.sum()
+                row[2] += torch.dot(wide, wide)
+                row[3] += (piece != x.reshape(-1)[0]).any()
         rows.append(row.to(device))
     return torch.stack(rows).nan_to_num() if rows else torch.zeros(0, 4, dtype=dtype, device=device)
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from manic.distributed.layout import local
+from manic.distributed.parts import plain_parts
 
 __all__ = ["Placeholders"]
 
@@ -68,7 +68,9 @@ class Placeholders:
     def _imprint(self, optimizer: Optimizer) -> dict[Any, Any]:
         """What tells a base's state that a step with zero gradients made from one that has seen training."""
         return {
-            (parameter, name): local(value).item() if local(value).numel() == 1 else int(local(value).count_nonzero())
+            (parameter, name): [
+                part.item() if part.numel() == 1 else int(part.count_nonzero()) for part in plain_parts(value)
+            ]
             for parameter, state in optimizer.state.items()
             for name, value in state.items()
             if name not in self._own_keys and isinstance(value, Tensor)

@@ -186,14 +186,14 @@ def _equals(tensor: Tensor, other: Tensor) -> bool:
 def _tracks(tensor: Tensor, x: Tensor, before: Tensor) -> bool:
     """Whether ``tensor`` is near the line through ``before`` and ``x``, where 0 is not."""
     t, end, start = (_compared(each).to(before.device, torch.float64) for each in (tensor, x, before))
-    spread = (start - start.mean()).norm()
+    spread = float((start - start.mean()).norm())
 
-    def distance(point: Tensor) -> Tensor:
+    def distance(point: Tensor) -> float:
         step, offset = end - start, point - start
         share = (offset @ step) / (step @ step).clamp(min=torch.finfo(torch.float64).tiny)
-        return torch.linalg.vector_norm(offset - share * step)
+        return float((offset - share * step).norm())
 
-    return t.numel() >= _FEW and bool((distance(t) <= _NEAR * spread) & (distance(torch.zeros_like(t)) > 0.5 * spread))
+    return t.numel() >= _FEW and distance(t) <= _NEAR * spread and distance(torch.zeros_like(t)) > 0.5 * spread
 
 
 def _compared(tensor: Tensor) -> Tensor:

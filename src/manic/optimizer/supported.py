@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch.optim import Optimizer
 
+from manic.optimizer.own_state_dict import has_own_state_dict
 from manic.optimizer.wrapper import OptimizerWrapper
 
 __all__ = ["check_bases"]
@@ -25,7 +26,8 @@ def check_bases(optimizers: Sequence[Optimizer], may_be_empty: bool) -> None:
         may_be_empty: Whether they may have no trainable parameter, as on a rank of ZeRO.
 
     Raises:
-        TypeError: if one is not an optimizer, is of an unsupported class, or has complex parameters.
+        TypeError: if one is not an optimizer, is of an unsupported class, has complex parameters, or has a state dict
+            of its own that cannot hold Mechanic's state.
         ValueError: if the list is empty, a setting is unsupported, a parameter is in two groups, or no parameter is
             trainable.
     """
@@ -51,6 +53,8 @@ def check_bases(optimizers: Sequence[Optimizer], may_be_empty: bool) -> None:
                 "between positions of its own (Schedule-Free does), which undo the scaled steps. Wrap an optimizer "
                 "without averaging, with a schedule"
             )
+        if has_own_state_dict(optimizer):
+            _check_state_dict(optimizer, is_alone=len(optimizers) == 1)
         for group in optimizer.param_groups:
             if group.get("differentiable", False):
                 raise ValueError("differentiable=True is not supported: Mechanic's step cannot be differentiated")
@@ -67,3 +71,19 @@ def check_bases(optimizers: Sequence[Optimizer], may_be_empty: bool) -> None:
     trainable = any(p.requires_grad for base in optimizers for group in base.param_groups for p in group["params"])
     if not trainable and not may_be_empty:
         raise ValueError("no parameter requires a gradient; there is nothing to train")
+
+
+def _check_state_dict(optimizer: Optimizer, is_alone: bool) -> None:
+    """Raise TypeError if ``optimizer``, which has a state dict of its own, cannot be saved by it."""
+    name = type(optimizer).__name__
+    if not is_alone:
+        raise TypeError(
+            f"{name} has a state_dict() of its own, overridden or changed by hooks, which cannot be joined with "
+            f"those of other base optimizers. Wrap {name} alone, or put all parameters into its param groups"
+        )
+    state_dict = optimizer.state_dict()
+    if not isinstance(state_dict, dict) or not state_dict.keys() >= {"state", "param_groups"}:
+        raise TypeError(
+            f"{name}.state_dict() has no 'state' and 'param_groups', where Mechanic would keep its own state. Wrap the "
+            "optimizers inside it instead: Mechanic([first, second])"
+        )

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from manic.optimizer.joint import JointDefaults, JointGroups, JointState, assign_groups, assign_state, parameter_states
+from manic.optimizer.own_state_dict import extra_entries, has_own_state_dict
 
 __all__ = ["OptimizerWrapper", "OwnState", "is_creating_state"]
 
@@ -174,6 +175,32 @@ class OptimizerWrapper(Optimizer):
             group[self.GROUP_KEY] = live
             self._shared = True
 
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizers' state and param groups, with the wrapper's tensors in them.
+
+        A base optimizer that has a state dict of its own makes it; further entries are kept.
+        """
+        if len(self.optimizers) > 1 or not has_own_state_dict(self.optimizers[0]):
+            return super().state_dict()
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict: dict[str, Any] = dict(self.optimizers[0].state_dict())
+        states, groups = dict(state_dict["state"]), [dict(group) for group in state_dict["param_groups"]]
+        held = dict(self.state)
+        for group, live in zip(groups, self.param_groups):
+            group[self.GROUP_KEY] = self._own.tensor
+            for key, parameter in zip(group["params"], live["params"]):
+                # The base may keep its state elsewhere, and know nothing of ours.
+                mine = held.get(parameter, {})
+                own = {name: mine[name] for name in self.STATE_KEYS if name in mine}
+                if own:
+                    states[key] = {**states.get(key, {}), **own}
+        state_dict.update(state=states, param_groups=groups)
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = post_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        return state_dict
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this wrapper, or of the base optimizer alone.
 
@@ -205,6 +232,7 @@ class OptimizerWrapper(Optimizer):
 
         known = {key for group in groups for key in group["params"]}
         rest = {key: value for key, value in states.items() if key not in known}
+        extra = extra_entries(state_dict) if len(self.optimizers) == 1 else {}
         start = 0
         for optimizer in self.optimizers:
             mine = groups[start : start + len(optimizer.param_groups)]
@@ -217,8 +245,11 @@ class OptimizerWrapper(Optimizer):
                 for key in group["params"]
                 if key in states
             }
-            optimizer.load_state_dict({"state": {**state, **rest}, "param_groups": mine})
+            optimizer.load_state_dict({**extra, "state": {**state, **rest}, "param_groups": mine})
             rest = {}
+        for state in self.state.values():  # the base may have loaded its state elsewhere
+            for name in self.STATE_KEYS if isinstance(state, dict) else ():
+                state.pop(name, None)
         for parameter, tensors in own.items():
             self.state[parameter].update(tensors)
 

@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from manic.step.chunks import Scratch, pieces
-from manic.step.kernels import add_product, working_dtype, write
+from manic.step.kernels import add_product, set_reference, working_dtype, write
 from manic.step.position import Position
 from manic.step.shards import Shard
 
 __all__ = [
-    "Capture", "Change", "DeltaAsStandIn", "DeltaInStorage", "Frozen", "Held", "NoUpdate", "Operands",
-    "ScaledLearningRate", "Snapshot", "UpdateInStorage",
+    "Capture", "Change", "DeltaAsStandIn", "DeltaInStorage", "NoUpdate", "Operands", "ScaledLearningRate", "Snapshot",
+    "UpdateInStorage",
 ]  # fmt: skip
 
 Operands = dict[str, Tensor]
@@ -145,52 +145,6 @@ class NoUpdate(Capture):
         """x."""
         for (x,) in self.pieces("x"):
             yield {"x": x}
-
-
-class Frozen(Capture):
-    """For parameters that were trained and are frozen, where S is in Delta: they are left alone."""
-
-
-class Held(Capture):
-    """x stays where it is, frozen or at a learning rate of 0; x_ref follows S, so that x_ref + f * Delta is x."""
-
-    def __init__(self, shards: Sequence[Shard]) -> None:
-        super().__init__(shards)
-        self._change: Change | None = None
-
-    def after(self, scratch: Scratch) -> Iterator[Operands]:
-        """x."""
-        for (x,) in self.pieces("x"):
-            yield {"x": x}
-
-    def write(self, change: Change, scratch: Scratch) -> None:
-        """Move x_ref from where f_t needs it to where f_{t+1} does."""
-        assert change.weight is None, "S is in Delta, which stays"
-        self._change, factor = change, self._factor(change)
-        for x, x_ref, delta in self.pieces("x", "x_ref", "delta", written=(1,)):
-            if delta is None:
-                delta, factor_ = self.position.delta_from(x, x_ref, scratch), factor + self.position.eps
-            else:
-                factor_ = factor
-            _set_ref(x_ref, x, delta, factor_)
-            self._note_written(x)
-        self._written = sys.maxsize
-
-    def undo(self) -> None:
-        """Move x_ref back."""
-        for start, x, x_ref, delta in self._pieces_of_each("x", "x_ref", "delta"):
-            if self._change is None or self._written <= start:
-                continue
-            if delta is None:
-                delta = (x.to(working_dtype(x)) - x_ref) / (self._factor(self._change) + self.position.eps)
-                _set_ref(x_ref, x, delta, self.position.divisor_for(x))
-            else:
-                _set_ref(x_ref, x, delta, self.position.factor_for(x))
-
-    def end(self) -> None:
-        """Hold nothing of the step any longer."""
-        super().end()
-        self._change = None
 
 
 class ScaledLearningRate(Capture):
@@ -324,7 +278,7 @@ class Snapshot(Capture):
                 divisor = factor if delta is not None else factor + self.position.eps
                 delta = self.position.delta_from(x_before, x_ref, scratch) if delta is None else delta
                 x.copy_(torch.addcmul(x_before.to(factor.dtype), update, factor))
-                _set_ref(x_ref, x, delta.add_(update), divisor)
+                set_reference(x_ref, x, delta.add_(update), divisor)
             elif delta is None and change.weight is not None:  # x_t + weight * u, which is more exact
                 x.copy_(torch.addcmul(x_before.to(factor.dtype), update, change.weight.to(factor)))
             else:
@@ -344,16 +298,11 @@ class Snapshot(Capture):
                 if x_before is not None and self._written <= start:
                     x.copy_(x_before)
                 if delta is not None and self._moves_ref:
-                    _set_ref(x_ref, x, delta, self.position.factor_for(x))
+                    set_reference(x_ref, x, delta, self.position.factor_for(x))
                 elif delta is not None:
                     self._return_to(x, x_ref, delta)
                 start += x.numel()
         self._columns["x_before"] = []
-
-
-def _set_ref(x_ref: Tensor, x: Tensor, delta: Tensor, factor: Tensor) -> None:
-    """``x_ref = x - factor * delta``."""
-    x_ref.copy_(torch.addcmul(x.to(factor.dtype), delta.to(factor.dtype), factor, value=-1.0))
 
 
 def _add(delta: Tensor, update: Tensor, weight: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["add_product", "inner_products", "working_dtype", "write"]
+__all__ = ["add_product", "inner_products", "set_reference", "working_dtype", "write"]
 
 # Elements copied to float64 at a time.
 _EXACT_PIECE = 1 << 20
@@ -64,3 +64,8 @@ def write(x: Tensor, x_ref: Tensor, delta: Tensor, factor: Tensor, decay: float 
         torch.addcmul(x_ref, delta, factor, out=x)
     else:  # low precision: one rounding, at the end
         x.copy_(torch.addcmul(x_ref.to(factor.dtype), delta.to(factor.dtype), factor))
+
+
+def set_reference(x_ref: Tensor, x: Tensor, delta: Tensor, factor: Tensor) -> None:
+    """Make ``x_ref`` what ``x - factor * delta`` is."""
+    x_ref.copy_(torch.addcmul(x.to(factor.dtype), delta.to(factor.dtype), factor, value=-1.0))

@@ -18,14 +18,13 @@ from manic.step.capture import (
     Change,
     DeltaAsStandIn,
     DeltaInStorage,
-    Frozen,
-    Held,
     NoUpdate,
     ScaledLearningRate,
     Snapshot,
     UpdateInStorage,
 )
 from manic.step.chunks import Scratch
+from manic.step.held import Frozen, Held
 from manic.step.kernels import working_dtype
 from manic.step.position import Position
 from manic.step.shards import Shard

@@ -1,0 +1,398 @@
+"""What a checkpoint holds is loaded or refused by name, whatever the live optimizer has: frozen, new or lost state."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from manic import Mechanic, mechanize
+from manic.checkpoint import Checkpointer
+from manic.distributed.layout import local
+from manic.testing import run
+
+
+def adamw(parameters: Any) -> Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.01)
+
+
+def optax(parameters: Any) -> Optimizer:
+    return Mechanic(torch.optim.AdamW(parameters, lr=1.0), variant="optax", s_init=1e-3)
+
+
+def multiplicative(parameters: Any) -> Optimizer:
+    return Mechanic(torch.optim.AdamW(parameters, lr=1.0))
+
+
+MAKES = [adamw, optax, multiplicative]
+Make = Callable[[Any], Optimizer]
+
+
+def net(seed: int, layout: str = "plain") -> nn.Module:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)).double()
+    if layout == "fsdp2":
+        for layer in (model[0], model[2]):
+            fully_shard(layer)
+        fully_shard(model)
+    elif layout != "plain":
+        options: dict[str, Any] = {"use_orig_params": layout == "fsdp1-orig", "device_id": torch.device("cpu")}
+        for index in (0, 2):
+            model[index] = FullyShardedDataParallel(model[index], **options)
+        model = FullyShardedDataParallel(model, **options)  # type: ignore[assignment]
+    return model
+
+
+def freeze(model: nn.Module, frozen: bool) -> None:
+    model.get_submodule("0").requires_grad_(not frozen)
+
+
+def train(model: nn.Module, optimizer: Optimizer, steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(16, 6, generator=generator, dtype=torch.float64)
+        y = torch.stack((x[:, 0] * x[:, 1], x[:, 2].sin(), x.sum(1)), 1)
+        optimizer.zero_grad()
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+
+
+def shared_folder() -> str:
+    box = [tempfile.mkdtemp()]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+@torch.no_grad()
+def shards(model: nn.Module) -> list[Tensor]:
+    return [local(p).clone() for p in model.parameters()]
+
+
+def assert_equal(model: nn.Module, expected: list[Tensor]) -> None:
+    for found, value in zip(shards(model), expected, strict=True):
+        assert torch.equal(found, value)
+
+
+def freeze_and_thaw(make: Make, layout: str, at_load: str) -> None:
+    """Frozen from step 4 to 10; saved and loaded at 7, into an optimizer of which the layer ``at_load``."""
+    model = net(0, layout)
+    optimizer = make(model.parameters())
+    train(model, optimizer, range(4))
+    freeze(model, True)
+    train(model, optimizer, range(4, 7))
+    checkpointer = Checkpointer(shared_folder(), model, optimizer)
+    checkpointer.save(7)
+
+    def go_on(model: nn.Module, optimizer: Optimizer) -> list[Tensor]:
+        freeze(model, True)
+        train(model, optimizer, range(7, 10))
+        freeze(model, False)
+        train(model, optimizer, range(10, 13))
+        return shards(model)
+
+    expected = go_on(model, optimizer)
+    other = model if at_load == "was rolled back" else net(1, layout)
+    freeze(other, at_load != "is trained")
+    resumed = optimizer if at_load == "was rolled back" else make(other.parameters())
+    if at_load == "was never trained":
+        train(other, resumed, range(2))
+    Checkpointer(checkpointer.directory, other, resumed).load()
+    assert next(other.parameters()).requires_grad == (at_load == "is trained")
+    go_on(other, resumed)
+    assert_equal(other, expected)
+
+
+@pytest.mark.parametrize("at_load", ["is frozen", "is trained", "was never trained", "was rolled back"])
+@pytest.mark.parametrize("make", MAKES)
+def test_a_frozen_layer_keeps_its_state(make: Make, at_load: str) -> None:
+    freeze_and_thaw(make, "plain", at_load)
+
+
+@pytest.mark.parametrize(("layout", "at_load"), [
+    ("fsdp2", "is frozen"), ("fsdp2", "was never trained"), ("fsdp2", "was rolled back"),
+    ("fsdp1-orig", "is frozen"), ("fsdp1-flat", "is frozen"),
+])  # fmt: skip
+@pytest.mark.parametrize("make", [adamw, multiplicative])
+def test_a_frozen_layer_keeps_its_state_on_two_ranks(make: Make, layout: str, at_load: str) -> None:
+    run(freeze_and_thaw, 2, make, layout, at_load)
+
+
+def refuse_without_changes(make: Make, layout: str) -> None:
+    model = net(0, layout)
+    optimizer = make(model.parameters())
+    train(model, optimizer, range(3))
+    checkpointer = Checkpointer(shared_folder(), model, optimizer)
+    checkpointer.save(3)
+    other = net(1, layout)
+    freeze(other, True)
+    resumed = make(other.parameters())
+    train(other, resumed, range(1))
+    before = shards(other)
+    with pytest.raises(ValueError, match=r"holds exp_avg of 0\.\w+, of shape .* how it is sharded is not known"):
+        Checkpointer(checkpointer.directory, other, resumed).load()
+    assert not next(other.parameters()).requires_grad
+    assert_equal(other, before)
+
+
+def test_refuses_state_whose_layout_is_not_known() -> None:
+    run(refuse_without_changes, 2, multiplicative, "fsdp1-orig")
+
+
+@pytest.mark.parametrize("first_load", ["of before the first step", "of the same step"])
+@pytest.mark.parametrize("make", MAKES)
+def test_rolls_back_over_a_load_that_had_no_state(make: Make, first_load: str, tmp_path: Path) -> None:
+    model = net(0)
+    optimizer = make(model.parameters())
+    checkpointer = Checkpointer(tmp_path, model, optimizer)
+    checkpointer.save(0)
+    train(model, optimizer, range(5))
+    checkpointer.save(5)
+    train(model, optimizer, range(5, 9))
+    expected = shards(model)
+    freeze(model, True)
+    checkpointer.load(0 if "first" in first_load else 5)
+    checkpointer.load(5)
+    freeze(model, False)
+    train(model, optimizer, range(5, 9))
+    assert_equal(model, expected)
+
+
+def with_a_later_group(make: Make, seed: int) -> tuple[nn.Module, Optimizer]:
+    model = net(seed)
+    freeze(model, True)
+    return model, make(model[2].parameters())  # type: ignore[index]
+
+
+def add_group(model: nn.Module, optimizer: Optimizer) -> None:
+    freeze(model, False)
+    optimizer.add_param_group({"params": list(model.get_submodule("0").parameters()), "lr": 0.1})
+
+
+@pytest.mark.parametrize("make", MAKES)
+def test_refuses_state_of_a_group_that_is_not_there_yet(make: Make, tmp_path: Path) -> None:
+    model, optimizer = with_a_later_group(make, 0)
+    train(model, optimizer, range(3))
+    add_group(model, optimizer)
+    train(model, optimizer, range(3, 6))
+    Checkpointer(tmp_path, model, optimizer).save(6)
+    train(model, optimizer, range(6, 9))
+
+    other, resumed = with_a_later_group(make, 1)
+    train(other, resumed, range(1))
+    before = shards(other)
+    with pytest.raises(ValueError, match=r"has \w+ for 0\.\w+, which is in no param group of this run: add its group"):
+        Checkpointer(tmp_path, other, resumed).load()
+    assert_equal(other, before)
+    add_group(other, resumed)
+    Checkpointer(tmp_path, other, resumed).load()
+    train(other, resumed, range(6, 9))
+    assert_equal(other, shards(model))
+
+
+def test_another_optimizer_may_lack_mechanics_state_of_a_missing_group(tmp_path: Path) -> None:
+    model = net(0)
+    optimizer = Mechanic(torch.optim.SGD(model.parameters(), lr=1.0))
+    train(model, optimizer, range(3))
+    Checkpointer(tmp_path, model, optimizer).save(3)
+    other = net(1)
+    Checkpointer(tmp_path, other, torch.optim.SGD(other[2].parameters(), lr=1.0)).load()  # type: ignore[index]
+    assert_equal(other, shards(model))
+
+
+def test_refuses_moments_for_an_optimizer_that_has_none(tmp_path: Path) -> None:
+    model = net(0)
+    optimizer = adamw(model.parameters())
+    train(model, optimizer, range(2))
+    Checkpointer(tmp_path, model, optimizer).save(2)
+    other = net(1)
+    for resumed in (torch.optim.SGD(other.parameters()), Mechanic(torch.optim.SGD(other.parameters()))):
+        with pytest.raises(ValueError, match="of another optimizer or other options: it has step for"):
+            Checkpointer(tmp_path, other, resumed).load()
+
+
+@pytest.mark.parametrize("make", MAKES)
+def test_a_group_takes_its_settings_from_a_parameter_that_was_saved(make: Make, tmp_path: Path) -> None:
+    """The first of the group is new, so that the checkpoint has no settings of it; another group is empty."""
+    model, optimizer = with_a_later_group(make, 0)
+    optimizer.param_groups[0]["lr"] = 0.125
+    train(model, optimizer, range(3))
+    Checkpointer(tmp_path, model, optimizer).save(3)
+    train(model, optimizer, range(3, 5))
+    other = net(1)
+    freeze(other, True)
+    resumed = make([{"params": [], "lr": 0.0625}, {"params": list(other.parameters())}])
+    Checkpointer(tmp_path, other, resumed).load()
+    assert [group["lr"] for group in resumed.param_groups] == [0.0625, 0.125]
+    train(other, resumed, range(3, 5))
+    assert_equal(other, shards(model))
+
+
+def a_group_is_missing_on_one_rank(directory: str) -> None:
+    """Each rank has one stage of a pipeline; the second rank lacks a group of the saved run."""
+    rank = dist.get_rank()
+
+    def new(is_complete: bool) -> tuple[nn.Module, Optimizer]:
+        torch.manual_seed(rank)
+        stage = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        model = nn.ModuleDict({f"stage{rank}": stage})
+        bias = [p for name, p in stage.named_parameters() if name.endswith("bias")]
+        groups = [
+            [p for name, p in stage.named_parameters() if name.endswith("weight")],
+            *([bias] if is_complete else []),
+        ]
+        return model, adamw([{"params": group} for group in groups])
+
+    def step(model: nn.Module, optimizer: Optimizer) -> None:
+        model[f"stage{rank}"](torch.ones(2, 4)).square().sum().backward()  # type: ignore[index]
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model, optimizer = new(True)
+    step(model, optimizer)
+    Checkpointer(directory, model, optimizer).save(1)
+    other, resumed = new(is_complete=rank == 0)
+    with pytest.raises(ValueError, match=r"has \w+ for stage1\.0\.bias, which is in no param group of this run"):
+        Checkpointer(directory, other, resumed).load()
+    assert rank or not resumed.state[next(other.parameters())]["exp_avg"].any()
+    other, resumed = new(True)
+    next(other.parameters()).requires_grad_(False)
+    Checkpointer(directory, other, resumed).load()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        for key, value in optimizer.state[p].items():
+            assert torch.equal(resumed.state[q][key], value), key
+
+
+def test_a_group_that_is_missing_on_one_rank_is_refused_on_all(tmp_path: Path) -> None:
+    run(a_group_is_missing_on_one_rank, 2, str(tmp_path))
+
+
+def zero_keeps_frozen_state(directory: str) -> None:
+    def new(seed: int) -> tuple[nn.Module, Any]:
+        model = DistributedDataParallel(net(seed))
+        make = mechanize(torch.optim.AdamW, plain="sharded")
+        return model, ZeroRedundancyOptimizer(model.parameters(), optimizer_class=make, lr=1.0)
+
+    model, optimizer = new(0)
+    train(model, optimizer, range(3))
+    Checkpointer(directory, model, optimizer).save(3)
+    other, resumed = new(1)
+    other.requires_grad_(False)
+    Checkpointer(directory, other, resumed).load()
+    for mine, theirs in zip(optimizer.optim.param_groups, resumed.optim.param_groups, strict=True):
+        for p, q in zip(mine["params"], theirs["params"], strict=True):
+            for key, value in optimizer.optim.state[p].items():
+                assert torch.equal(resumed.optim.state[q][key], value), key
+
+
+def test_zero_keeps_the_state_of_frozen_parameters(tmp_path: Path) -> None:
+    run(zero_keeps_frozen_state, 2, str(tmp_path))
+
+
+class Experts(nn.Module):
+    """Rows are experts; each rank has two."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.mesh = init_device_mesh("cpu", (2,))
+        for name in ("experts", "router"):
+            weight = distribute_tensor(torch.randn(4, 3, dtype=torch.float64), self.mesh, [Shard(0)])
+            setattr(self, name, nn.Parameter(weight))
+
+    def step(self, optimizer: Optimizer, all_have_tokens: bool) -> None:
+        for parameter in (self.experts, self.router):
+            has_tokens = parameter is self.router or all_have_tokens or dist.get_rank() == 0
+            gradient = DTensor.from_local(local(parameter).detach().clone(), self.mesh, [Shard(0)])
+            parameter.grad = gradient if has_tokens else None
+        optimizer.step()
+
+
+def resume_experts(make: Make, is_late: bool) -> None:
+    model = Experts(0)
+    optimizer = make(model.parameters())
+    for _ in range(3):
+        model.step(optimizer, all_have_tokens=False)
+    with torch.no_grad():
+        x = local(model.experts).clone()
+    assert (model.experts in optimizer.state) == (dist.get_rank() == 0)
+    checkpointer = Checkpointer(shared_folder(), model, optimizer)
+    checkpointer.save(3)
+    assert (model.experts in optimizer.state) == (dist.get_rank() == 0), "a save changed the optimizer"
+
+    other = Experts(1)
+    resumed = make(other.parameters())
+    if is_late:
+        other.step(resumed, all_have_tokens=False)
+    Checkpointer(checkpointer.directory, other, resumed).load()
+    state = resumed.state[other.experts]
+    with torch.no_grad():
+        assert torch.equal(local(other.experts), x)
+        assert state["step"] == 3
+        if dist.get_rank() == 0:
+            for key, value in optimizer.state[model.experts].items():
+                assert torch.equal(local(state[key]), local(value)), key
+        else:
+            assert not local(state["exp_avg"]).any()
+            if make is not adamw:
+                assert torch.equal(local(state["mechanic_x_ref"]), x)
+    other.step(resumed, all_have_tokens=True)
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+@pytest.mark.parametrize("make", MAKES)
+def test_a_shard_that_never_had_a_gradient_is_saved_and_loaded(make: Make, is_late: bool) -> None:
+    run(resume_experts, 2, make, is_late)
+
+
+def save_by_torch(directory: str) -> None:
+    model = Experts(0)
+    optimizer = multiplicative(model.parameters())
+    model.step(optimizer, all_have_tokens=False)
+    for parameter in model.parameters():
+        parameter.grad = None
+    state = get_optimizer_state_dict(model, optimizer)
+    with pytest.raises(CheckpointException, match=r"state\.experts\.exp_avg"):
+        dcp.save({"optimizer": state}, checkpoint_id=directory)
+
+
+def test_torchs_functions_refuse_to_save_a_missing_shard(tmp_path: Path) -> None:
+    """Also fails if torch begins to save a part of a tensor: Mechanic would have to notice at the load."""
+    run(save_by_torch, 2, str(tmp_path))
+
+
+def test_refuses_a_checkpoint_that_does_not_cover_a_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch refuses to write one; a damaged or foreign index may still say so."""
+    from manic.checkpoint import checkpointer
+
+    model = net(0)
+    optimizer = multiplicative(model.parameters())
+    train(model, optimizer, range(2))
+    Checkpointer(tmp_path, model, optimizer).save(2)
+    read_index = checkpointer.read_index
+
+    def without_chunks(*arguments: Any) -> Any:
+        index = dict(read_index(*arguments))
+        index["optimizer.state.0.weight.mechanic_x_ref"].chunks.clear()
+        return index
+
+    monkeypatch.setattr(checkpointer, "read_index", without_chunks)
+    before = shards(model)
+    with pytest.raises(ValueError, match=r"holds 0 of the 96 elements of optimizer\.state\.0\.weight\.mechanic_x_ref"):
+        Checkpointer(tmp_path, model, optimizer).load()
+    assert_equal(model, before)
