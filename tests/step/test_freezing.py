@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from manic import Mechanic
+from manic.step import chunks
 from support.bases import TrustRatio
+from support.failing import FailsAt
 from support.problems import problem, reference_of
 
 BASES: dict[str, Callable[..., Optimizer]] = {
@@ -136,3 +138,42 @@ def test_a_learning_rate_of_zero_is_no_gradient_of_the_scale(variant: str) -> No
 
     # The own tuner takes the cosine with the whole gradient, so that equal sizes are compared.
     assert scale_after(0.01) == pytest.approx(scale_after(-0.01), rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("base", ["sgd", "trust-ratio"])
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_a_step_that_fails_at_any_operator_keeps_its_place(
+    options: dict[str, Any], base: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunks, "SMALL", 10)
+    monkeypatch.setattr(chunks, "CPU_PIECE", 15)  # the matrices are worked on in pieces
+
+    def run_up() -> tuple[list[Tensor], Callable[[int], Tensor], Mechanic]:
+        parameters, loss = problem(dtype)
+        optimizer = Mechanic(BASES[base](groups_of(parameters)), s_init=1e-3, **options)
+        for step in range(3):
+            take_step(optimizer, parameters, loss, step)
+        freeze("lr", optimizer.param_groups[0], True)
+        take_step(optimizer, parameters, loss, 3)
+        freeze("requires_grad", optimizer.param_groups[1], True)
+        return parameters, loss, optimizer
+
+    parameters, loss, optimizer = run_up()
+    with FailsAt(None) as whole:
+        take_step(optimizer, parameters, loss, 4)
+    for at in range(1, whole.count + 1):
+        parameters, loss, optimizer = run_up()
+        before, scale = [p.detach().clone() for p in parameters], optimizer.scale
+        with pytest.raises(MemoryError), FailsAt(at) as mode:
+            take_step(optimizer, parameters, loss, 4)
+        where = f"operator {at} of {whole.count}, {mode.failed_in}"
+        assert optimizer.scale == scale, where
+        optimizer.check_consistency()
+        for parameter in parameters:
+            parameter.grad = None
+        loss(4).backward()
+        optimizer.step()
+        optimizer.check_consistency()
+        for parameter, x in zip(parameters, before):
+            assert torch.equal(parameter, x), where
