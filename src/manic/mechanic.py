@@ -158,9 +158,9 @@ class Mechanic(OptimizerWrapper):
 
     def _all_reduce(self, plan: Plan, names: Sequence[str], *, late: bool = False, exact: bool = False) -> PendingSums:
         """Start the sums over the local shards and the all_reduce over the ranks."""
-        lr = largest_lr(self.param_groups)
-        sums = local_sums(plan.captures, names, self._state.tensor, lr=lr, late=late, exact=exact)
-        return PendingSums(sums, names, self._layout.group, self._communication_device)
+        lr, place, layout = largest_lr(self.param_groups), self._layout.place_among_stages, self._layout
+        sums = local_sums(plan.captures, names, self._state.tensor, lr=lr, place=place, late=late, exact=exact)
+        return PendingSums(sums, names, layout.group, self._communication_device, lr_by_rank=place is not None)
 
     def _survey(self, plan: Plan, pending: PendingSums) -> tuple[Proposal, Reading] | tuple[None, None]:
         """The tuner's proposal, and its numbers on the host: the step's one host sync. ``None``: leave the step out."""
@@ -226,17 +226,19 @@ class Mechanic(OptimizerWrapper):
         if proposal.restart is not None and restarts:
             self._state.rule.restart(plan.captures, *proposal.restart)
         if not is_capturing:
-            scale = None if reading is None else reading.scale
-            self._monitor.step_taken(proposal, scale, self.param_groups, self._layout.is_first_rank)
+            scale, lr = (None, None) if reading is None else (reading.scale, reading.sums.get("lr"))
+            self._monitor.step_taken(proposal, scale, self.param_groups, self._layout.is_first_rank, lr)
 
     def _agree(self) -> None:
         """Compare with the other ranks, at the first step, after a load, and when parameters were added."""
         if self._agreement.holds_for(self.param_groups) and not self._state.was_loaded:
             return
         check_bases(self.optimizers, may_be_empty=True)
-        names = [type(optimizer).__name__ for optimizer in self.optimizers]
-        settings = f"a run of {names} that {self._state.stands}, {self._settings()}"
-        self._agreement.renew(self.param_groups, settings, self._communication_device, self._state.tensor.dtype)
+        settings = f"a run that {self._state.stands}, {self._settings(of_stage=False)}"
+        bases = [type(optimizer).__name__ for optimizer in self.optimizers]
+        of_stage = f"base optimizers {bases}, update={self._planner.updates}"
+        device, dtype = self._communication_device, self._state.tensor.dtype
+        self._agreement.renew(self.param_groups, settings, of_stage, device, dtype)
         self._planner.drop()
 
     @torch.no_grad()
@@ -276,7 +278,7 @@ class Mechanic(OptimizerWrapper):
         Returns:
             ``scale``; ``h``, ``grad_norm`` and ``param_norm`` of the last step, over the whole model (nan before
             the first); ``nonfinite_steps``, how many steps were left out, or under ``"ignore"`` not learned from;
-            ``effective_lr/<i>``, S * lr of param group i.
+            ``effective_lr/<i>``, S * lr of param group i of this rank, which other stages of a pipeline may not have.
         """
         self._share_global_state()
         return self._monitor.metrics(self.param_groups)
@@ -289,9 +291,12 @@ class Mechanic(OptimizerWrapper):
     def _is_capturing(self) -> bool:
         return self._state.tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
-    def _settings(self) -> str:
+    def _settings(self, *, of_stage: bool = True) -> str:
+        """In words; without what only the ranks of a pipeline stage have alike, if not ``of_stage``."""
         mine = {
             **self._tuner.settings, "store_delta": self._state.store_delta, "nonfinite": self._guard.nonfinite,
             "check_every": self._check_every, "update": self._planner.updates,
         }  # fmt: skip
+        if not of_stage:
+            del mine["update"]
         return ", ".join([f"variant={self._tuner.name}", *(f"{name}={value}" for name, value in mine.items())])
