@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from manic.distributed.layout import Layout, Plain
+from manic.distributed.layout import EXPERT_PARALLEL, Layout, Plain
 from manic.distributed.startup import Agreement
 from manic.optimizer.kinds import largest_lr
 from manic.optimizer.names import GROUP_KEY, STATE_KEYS
@@ -42,7 +42,9 @@ class Mechanic(OptimizerWrapper):
     DTensors on any mesh, FSDP1's, or plain. The scale is the one that a single process would compute.
 
     Args:
-        optimizer: The base optimizer, or several over disjoint parameters, which then share one scale.
+        optimizer: The base optimizer, or several over disjoint parameters, which then share one scale. A param group
+            with ``"expert_parallel": True`` declares that its parameters may differ between ranks outside of their own
+            meshes; how many ranks hold each is counted at the first step, by values and gradients.
         betas: Decay factors of the tuner's averages, each in (0, 1). Default: the variant's, 0.99 or the paper's six.
         s_init: With ``"multiplicative"`` the length of the first step over that of the parameters, by default 1e-4;
             else the initial scale, by default the variant's, 1e-6 or 1e-8. Positive.
@@ -75,6 +77,7 @@ class Mechanic(OptimizerWrapper):
 
     STATE_KEYS = STATE_KEYS
     GROUP_KEY = GROUP_KEY
+    LIVE_KEYS = (EXPERT_PARALLEL,)
 
     def __init__(
         self,

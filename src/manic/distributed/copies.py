@@ -29,8 +29,8 @@ _SIZE, _SUM, _SQUARE, _VARIES, _GRAD_SUM, _GRAD_SQUARE, _PLACE = range(7)
 _UNKNOWN = -1.0
 # Copies are equal bit for bit; the margin is for devices that sum in different orders.
 _VALUES = 1e-6
-# The gradients of copies are summed in different orders, and may be of low precision.
-_GRADIENTS = 1e-2
+# Those of gradients, which may be of low precision, are summed in different orders, too.
+_GRADIENTS = 1e-3
 
 
 class Copies:
@@ -165,7 +165,8 @@ class Copies:
                     ": it is constant or equal on several ranks, has no gradient that tells more, and no parameter of "
                     "its kind does. Initialize experts differently, or take the first step with gradients"
                 )
-            counts[id(parameter)] = float(found.pop())
+            (count,) = found
+            counts[id(parameter)] = float(count)
         return counts, ""
 
 
@@ -225,11 +226,11 @@ def _row(parameter: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _moments(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum, with weights from 1 to 2 that tell a permutation, and the sum of squares: shape [2]."""
+    """A sum and the sum of squares: shape [2]. Weights tell a permutation, and average out what all elements share."""
     moments, start = torch.zeros(2, dtype=dtype, device=x.device), 0
     for (piece,) in pieces([x]):
         wide = piece.reshape(-1).to(dtype)
-        weights = torch.arange(start, start + wide.numel(), dtype=dtype, device=x.device) / x.numel() + 1.0
+        weights = torch.arange(start, start + wide.numel(), dtype=dtype, device=x.device).cos()
         moments[0] += torch.dot(wide, weights)
         moments[1] += torch.dot(wide, wide)
         start += wide.numel()
