@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
+from manic.distributed.join import JoinGuard
 from manic.distributed.layout import EXPERT_PARALLEL, Layout, Plain
 from manic.distributed.startup import Agreement
 from manic.optimizer.kinds import largest_lr
@@ -111,7 +112,7 @@ class Mechanic(OptimizerWrapper):
             update=update, knows_scale=self._guard.waits,
         )  # fmt: skip
         self._monitor = Monitor(self._state.tuner_state, self._tuner.settings)
-        self._agreement = Agreement(self._layout)
+        self._agreement, self._join = Agreement(self._layout), JoinGuard()
         super().__init__(optimizers, self._state)
         self._share_global_state()
 
@@ -131,7 +132,8 @@ class Mechanic(OptimizerWrapper):
             TypeError, ValueError: before anything has changed, if a gradient is sparse or complex, or the ranks do not
                 hold what they are said to, or the parameters are not those of a loaded state.
             NonfiniteError: before anything has changed, on every rank alike, if a gradient or parameter is not finite.
-            RuntimeError: on every rank alike, if ``check_every`` finds something.
+            RuntimeError: on every rank alike, if ``check_every`` finds something; on every rank that has inputs, before
+                anything has changed, inside ``DistributedDataParallel.join()``.
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
         if self._creates_state():
@@ -205,6 +207,7 @@ class Mechanic(OptimizerWrapper):
 
     def _begin(self) -> bool:
         """Do the checks that come before a step, on all ranks; whether it is the first of the run."""
+        self._join.refuse()
         self._share_global_state()
         if self._check_every and self._calls and self._calls % self._check_every == 0:
             self.check_consistency()
@@ -237,6 +240,9 @@ class Mechanic(OptimizerWrapper):
         if self._agreement.holds_for(self.param_groups) and not self._state.was_loaded:
             return
         check_bases(self.optimizers, may_be_empty=True)
+        if self._layout.group is not None:
+            self._join.find(parameter for group in self.param_groups for parameter in group["params"])
+            self._join.refuse()
         settings = f"a run that {self._state.stands}, {self._settings(of_stage=False)}"
         bases = [type(optimizer).__name__ for optimizer in self.optimizers]
         of_stage = f"base optimizers {bases}, update={self._planner.updates}"
