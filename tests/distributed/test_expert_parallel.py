@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from manic import Mechanic
+from manic.checkpoint import Checkpointer
 from manic.distributed.layout import local
-from manic.testing import ranks
+from manic.testing import ranks, run
 
 EXPERTS, SHAPES, STEPS = 4, {"weight": (5, 6), "bias": (5,)}, 20
 
@@ -232,6 +234,45 @@ def test_counts_again_after_a_load_and_on_other_ranks(declares_in_checkpoint: bo
         assert again.param_groups[1]["expert_parallel"] is True
         assert scales(problem, again, range(8, STEPS)) == pytest.approx(expected, rel=1e-9)
         again.check_consistency()
+
+
+class Model(nn.Module):
+    """What a rank holds, each expert under its own name."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__()
+        for expert, name, parameter in problem.held:
+            self.register_parameter(f"{name}_of_{expert}", nn.Parameter(parameter))
+        problem.held = [(e, name, self.get_parameter(f"{name}_of_{e}")) for e, name, _ in problem.held]
+
+
+def train_from_checkpoints(folder: str, place: str, load: bool) -> list[float]:
+    """Eight steps and a save, or a load; then eight more steps."""
+    problem = Problem(PLACES[place], drops_tokens=True)
+    model = Model(problem)
+    optimizer = make(problem, "multiplicative", **({} if place == "one process" else {"expert_parallel": True}))
+    checkpointer = Checkpointer(folder, model, optimizer)
+    if load:
+        checkpointer.load()
+    else:
+        scales(problem, optimizer, range(8))
+        checkpointer.save(8)
+    found = scales(problem, optimizer, range(8, 16))
+    optimizer.check_consistency()
+    return found
+
+
+PLACES = {"one process": on_one_process, "two meshes": two_meshes, "plain": plain, "plain twice": plain_twice}
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [
+    ("two meshes", "plain twice"), ("plain twice", "two meshes"), ("plain", "one process"), ("one process", "plain"),
+])  # fmt: skip
+def test_checkpoints_reshard(saved: str, loaded: str, tmp_path: Path) -> None:
+    world_size = {place: 1 if place == "one process" else 4 for place in PLACES}
+    (expected, *_) = run(train_from_checkpoints, world_size[saved], str(tmp_path), saved, False)
+    for found in run(train_from_checkpoints, world_size[loaded], str(tmp_path), loaded, True):
+        assert found == pytest.approx(expected, rel=1e-9)
 
 
 @ranks(4)

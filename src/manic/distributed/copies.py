@@ -265,12 +265,15 @@ def _padded(rows: list[Tensor], number: int, device: torch.device, dtype: torch.
 
 def _check_stages(rows: Tensor, stages: int) -> None:
     """Raise ValueError if the plain parameters of two pipeline stages are equal."""
+    varied = rows[(rows[..., _VARIES] > 0).any(dim=1)]
+    if stages == 1 or not len(varied):
+        return
     size = len(rows) // stages
-    held = Counter(str(row[:, : _VARIES + 1].tolist()) for row in rows if (row[:, _VARIES] > 0).any())
-    if stages > 1 and any(count > size for count in held.values()):
+    held = int(torch.unique(varied[..., : _VARIES + 1].flatten(1), dim=0, return_counts=True)[1].max())
+    if held > size:
         raise ValueError(
-            f"pipeline_stages={stages} requires every plain parameter on {size} rank(s), but some are on "
-            f"{max(held.values())} with the same values: stages must hold different parameters"
+            f"pipeline_stages={stages} requires every plain parameter on {size} rank(s), but some are on {held} with "
+            "the same values: stages must hold different parameters"
         )
 
 
