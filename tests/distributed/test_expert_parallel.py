@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from manic import Mechanic
@@ -90,6 +91,12 @@ def plain_uneven(value: Tensor, expert: int | None) -> Tensor | None:
     return None if expert is not None and expert // 3 != dist.get_rank() else value.clone()
 
 
+def in_second_stage(value: Tensor, expert: int | None) -> Tensor | None:
+    """Of two stages of two ranks each, the first has the dense layer, the second two experts on each rank."""
+    on_rank = dist.get_rank() < 2 if expert is None else 2 + expert // 2 == dist.get_rank()
+    return value.clone() if on_rank else None
+
+
 _meshes: dict[Any, DeviceMesh] = {}
 
 
@@ -105,9 +112,11 @@ def alone() -> dist.ProcessGroup:
     return [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
 
 
-def make(problem: Problem, variant: str, group: dist.ProcessGroup | None = None, **of_experts: Any) -> Mechanic:
+def make(
+    problem: Problem, variant: str, group: dist.ProcessGroup | None = None, stages: int = 1, **of_experts: Any
+) -> Mechanic:
     base = torch.optim.AdamW(problem.groups(**of_experts), lr=1.0, weight_decay=0.1)
-    return Mechanic(base, variant=variant, s_init=1e-2, process_group=group)
+    return Mechanic(base, variant=variant, s_init=1e-2, process_group=group, pipeline_stages=stages)
 
 
 def scales(problem: Problem, optimizer: Mechanic, steps: range) -> list[float]:
@@ -125,13 +134,13 @@ def scales(problem: Problem, optimizer: Mechanic, steps: range) -> list[float]:
     (two_meshes, "random", False), (two_meshes, "random", True), (two_meshes, "alike", False),
     (plain, "random", True), (plain, "alike", False), (plain, "zero", False),
     (plain_twice, "random", True), (plain_twice, "alike", False), (plain_twice, "zero", False),
-    (plain_uneven, "random", True),
+    (plain_uneven, "random", True), (in_second_stage, "random", True), (in_second_stage, "alike", False),
 ])  # fmt: skip
 def test_declared_experts(place: Callable[..., Tensor | None], start: str, drops_tokens: bool, variant: str) -> None:
     one = Problem(on_one_process, start, drops_tokens)
     expected = scales(one, make(one, variant, alone()), range(STEPS))
     problem = Problem(place, start, drops_tokens)
-    optimizer = make(problem, variant, expert_parallel=True)
+    optimizer = make(problem, variant, stages=2 if place is in_second_stage else 1, expert_parallel=True)
     optimizer.check_consistency()  # also before the first step
     found = scales(problem, optimizer, range(STEPS))
     assert found == pytest.approx(expected, rel=1e-9)
@@ -160,6 +169,38 @@ def test_experts_whose_placements_show_them_need_no_declaration(sizes: tuple[int
             runs[-1].append(float(optimizer.scale))
         optimizer.check_consistency()
     assert runs[1] == pytest.approx(runs[0], rel=1e-9)
+
+
+@ranks(4)
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_declared_experts_of_fsdp1(use_orig_params: bool) -> None:
+    """The dense layer is sharded over two ranks, with a replica on the others; each pair of them has an expert."""
+    mesh = mesh_2d()
+    group, alone_ = mesh["dp"].get_group(), alone()
+
+    def layer(seed: int) -> nn.Linear:
+        torch.manual_seed(seed)
+        return nn.Linear(5, 3).double()
+
+    def wrapped(module: nn.Module) -> nn.Module:
+        device = torch.device("cpu")
+        return FullyShardedDataParallel(module, process_group=group, use_orig_params=use_orig_params, device_id=device)
+
+    whole = [layer(seed) for seed in range(3)]
+    dense, expert = wrapped(layer(0)), wrapped(layer(1 + mesh["ep"].get_local_rank()))
+    declared = {"params": list(expert.parameters()), "expert_parallel": True}
+    runs = [
+        Mechanic(torch.optim.SGD([p for each in whole for p in each.parameters()], lr=1.0), process_group=alone_),
+        Mechanic(torch.optim.SGD([{"params": list(dense.parameters())}, declared], lr=1.0)),
+    ]
+    for _ in range(5):
+        for optimizer in runs:
+            for each in optimizer.param_groups:
+                for p in each["params"]:
+                    p.grad = p.detach().square() - 1.0
+            optimizer.step()
+        assert float(runs[1].scale) == pytest.approx(float(runs[0].scale), rel=1e-9)
+    runs[1].check_consistency()
 
 
 @ranks(4)

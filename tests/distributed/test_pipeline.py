@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import logging.handlers
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,3 +139,20 @@ def test_a_checkpoint_of_stages_with_bases_of_their_own(tmp_path: Path) -> None:
         runs.append(train(optimizer, layers, held, lr, range(8, 16)))
         optimizer.check_consistency()
     assert runs[0] == runs[1]
+
+
+@ranks(2)
+def test_warns_of_a_runaway_in_another_stage() -> None:
+    """The first rank logs; the learning rate that S makes too large is the second's."""
+    parameter = torch.full((3,), 1e8 + dist.get_rank(), dtype=torch.float64, requires_grad=True)
+    optimizer = Mechanic(torch.optim.SGD([parameter], lr=(1e-12, 1.0)[dist.get_rank()]), pipeline_stages=2)
+    handler = logging.handlers.BufferingHandler(100)
+    logging.getLogger("manic").addHandler(handler)
+    try:
+        for _ in range(2):
+            parameter.grad = torch.full_like(parameter, 1e-3)
+            optimizer.step()
+    finally:
+        logging.getLogger("manic").removeHandler(handler)
+    messages = [record.getMessage() for record in handler.buffer]
+    assert any("probably run away" in message for message in messages) == (dist.get_rank() == 0), messages
