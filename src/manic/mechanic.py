@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from manic.distributed.layout import Layout, Plain
+from manic.distributed.join import JoinGuard
+from manic.distributed.layout import EXPERT_PARALLEL, Layout, Plain
 from manic.distributed.startup import Agreement
 from manic.optimizer.kinds import largest_lr
 from manic.optimizer.names import GROUP_KEY, STATE_KEYS
@@ -43,7 +44,9 @@ class Mechanic(OptimizerWrapper):
     DTensors on any mesh, FSDP1's, or plain. The scale is the one that a single process would compute.
 
     Args:
-        optimizer: The base optimizer, or several over disjoint parameters, which then share one scale.
+        optimizer: The base optimizer, or several over disjoint parameters, which then share one scale. A param group
+            with ``"expert_parallel": True`` declares that its parameters may differ between ranks outside of their own
+            meshes; how many ranks hold each is counted at the first step, by values and gradients.
         betas: Decay factors of the tuner's averages, each in (0, 1). Default: the variant's, 0.99 or the paper's six.
         s_init: With ``"multiplicative"`` the length of the first step over that of the parameters, by default 1e-4;
             else the initial scale, by default the variant's, 1e-6 or 1e-8. Positive.
@@ -76,6 +79,7 @@ class Mechanic(OptimizerWrapper):
 
     STATE_KEYS = STATE_KEYS
     GROUP_KEY = GROUP_KEY
+    LIVE_KEYS = (EXPERT_PARALLEL,)
 
     def __init__(
         self,
@@ -109,7 +113,7 @@ class Mechanic(OptimizerWrapper):
             update=update, knows_scale=self._guard.waits,
         )  # fmt: skip
         self._monitor = Monitor(self._state.tuner_state, self._tuner.settings)
-        self._agreement = Agreement(self._layout)
+        self._agreement, self._join = Agreement(self._layout), JoinGuard()
         self._positions = PositionCheck(optimizers)
         super().__init__(optimizers, self._state)
         self._share_global_state()
@@ -130,7 +134,8 @@ class Mechanic(OptimizerWrapper):
             TypeError, ValueError: before anything has changed, if a gradient is sparse or complex, or the ranks do not
                 hold what they are said to, or the parameters are not those of a loaded state.
             NonfiniteError: before anything has changed, on every rank alike, if a gradient or parameter is not finite.
-            RuntimeError: on every rank alike, if ``check_every`` finds something.
+            RuntimeError: on every rank alike, if ``check_every`` finds something; on every rank that has inputs, before
+                anything has changed, inside ``DistributedDataParallel.join()``.
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
         state, tuner = self._state, self._tuner
@@ -171,9 +176,9 @@ class Mechanic(OptimizerWrapper):
 
     def _all_reduce(self, plan: Plan, names: Sequence[str], *, late: bool = False, exact: bool = False) -> PendingSums:
         """Start the sums over the local shards and the all_reduce over the ranks."""
-        lr = largest_lr(self.param_groups)
-        sums = local_sums(plan.captures, names, self._state.tensor, lr=lr, late=late, exact=exact)
-        return PendingSums(sums, names, self._layout.group, self._communication_device)
+        lr, place, layout = largest_lr(self.param_groups), self._layout.place_among_stages, self._layout
+        sums = local_sums(plan.captures, names, self._state.tensor, lr=lr, place=place, late=late, exact=exact)
+        return PendingSums(sums, names, layout.group, self._communication_device, lr_by_rank=place is not None)
 
     def _survey(self, plan: Plan, pending: PendingSums) -> tuple[Proposal, Reading] | tuple[None, None]:
         """The tuner's proposal, and its numbers on the host: the step's one host sync. ``None``: leave the step out."""
@@ -213,6 +218,7 @@ class Mechanic(OptimizerWrapper):
 
     def _begin(self) -> bool:
         """Do the checks that come before a step, on all ranks; whether it is the first of the run."""
+        self._join.refuse()
         self._share_global_state()
         if self._check_every and self._calls and self._calls % self._check_every == 0:
             self.check_consistency()
@@ -234,23 +240,28 @@ class Mechanic(OptimizerWrapper):
         if proposal.restart is not None and restarts:
             self._state.rule.restart(plan.captures, *proposal.restart)
         if not is_capturing:
-            scale = None if reading is None else reading.scale
-            self._monitor.step_taken(proposal, scale, self.param_groups, self._layout.is_first_rank)
+            scale, lr = (None, None) if reading is None else (reading.scale, reading.sums.get("lr"))
+            self._monitor.step_taken(proposal, scale, self.param_groups, self._layout.is_first_rank, lr)
 
     def _agree(self) -> None:
         """Compare with the other ranks, at the first step, after a load, and when parameters were added."""
         if self._agreement.holds_for(self.param_groups) and not self._state.was_loaded:
             return
         check_bases(self.optimizers, may_be_empty=True)
-        names = [type(optimizer).__name__ for optimizer in self.optimizers]
-        settings = f"a run of {names} that {self._state.stands}, {self._settings()}"
-        self._agreement.renew(self.param_groups, settings, self._communication_device, self._state.tensor.dtype)
+        if self._layout.group is not None:
+            self._join.find(parameter for group in self.param_groups for parameter in group["params"])
+            self._join.refuse()
+        settings = f"a run that {self._state.stands}, {self._settings(of_stage=False)}"
+        bases = [type(optimizer).__name__ for optimizer in self.optimizers]
+        of_stage = f"base optimizers {bases}, update={self._planner.updates}"
+        device, dtype = self._communication_device, self._state.tensor.dtype
+        self._agreement.renew(self.param_groups, settings, of_stage, device, dtype)
         try:
             self._state.compare_exchanged()
         except Exception:
             self._agreement.forget()
             raise
-        self._positions.agree(self._layout.group, self._communication_device)
+        self._positions.agree(self._layout.group, device)
         self._planner.drop()
 
     @torch.no_grad()
@@ -290,7 +301,7 @@ class Mechanic(OptimizerWrapper):
         Returns:
             ``scale``; ``h``, ``grad_norm`` and ``param_norm`` of the last step, over the whole model (nan before
             the first); ``nonfinite_steps``, how many steps were left out, or under ``"ignore"`` not learned from;
-            ``effective_lr/<i>``, S * lr of param group i.
+            ``effective_lr/<i>``, S * lr of param group i of this rank, which other stages of a pipeline may not have.
         """
         self._share_global_state()
         return self._monitor.metrics(self.param_groups)
@@ -303,9 +314,12 @@ class Mechanic(OptimizerWrapper):
     def _is_capturing(self) -> bool:
         return self._state.tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
-    def _settings(self) -> str:
+    def _settings(self, *, of_stage: bool = True) -> str:
+        """In words; without what only the ranks of a pipeline stage have alike, if not ``of_stage``."""
         mine = {
             **self._tuner.settings, "store_delta": self._state.store_delta, "nonfinite": self._guard.nonfinite,
             "check_every": self._check_every, "update": self._planner.updates,
         }  # fmt: skip
+        if not of_stage:
+            del mine["update"]
         return ", ".join([f"variant={self._tuner.name}", *(f"{name}={value}" for name, value in mine.items())])

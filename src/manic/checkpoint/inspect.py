@@ -122,7 +122,7 @@ def _content(files: Files) -> dict[str, Any]:
 
 def _placeholder(entry: TensorStorageMetadata | BytesStorageMetadata) -> Any:
     if isinstance(entry, TensorStorageMetadata):
-        return torch.empty(entry.size, dtype=entry.properties.dtype)
+        return torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu")
     return None
 
 

@@ -66,7 +66,8 @@ def write(
     """
     files = Files(folder, ProgressCounter(progress, "save", _bytes(state)))
     try:
-        dcp.save(state, storage_writer=files.writer(), process_group=group)
+        with torch.device("cpu"):  # DCP computes offsets of shards on the default device, and reads them
+            dcp.save(state, storage_writer=files.writer(), process_group=group)
     except CheckpointException as error:
         raise _os_error(f"could not write {folder}", error) from error
     records: dict[str, FileRecord] = {}
@@ -117,7 +118,8 @@ def read(state: dict[str, Any], files: Files, path: str, verified: Verify, group
         ValueError: on every rank, if the checkpoint does not fit, or holds a class that is not allowed.
     """
     try:
-        dcp.load(state, storage_reader=files.reader(), planner=SafePlanner(), process_group=group)
+        with torch.device("cpu"):  # as in a save
+            dcp.load(state, storage_reader=files.reader(), planner=SafePlanner(), process_group=group)
     except CheckpointException as error:
         failures = [failure[0] for failure in error.failures.values()]
         if any(isinstance(each, RefusedError) for each in failures):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from manic.distributed.collectives import from_every_rank, gather
-from manic.distributed.layout import Layout
+from manic.distributed.layout import Layout, is_expert_parallel
 from manic.distributed.parts import plain_parts
 from manic.distributed.startup import describe_group, digest
 from manic.optimizer.names import describe
@@ -90,10 +90,12 @@ def _tensors(
     group: ProcessGroup,
     device: torch.device,
 ) -> str:
+    experts = {id(parameter) for each in groups if is_expert_parallel(each) for parameter in each["params"]}
+    held = sorted(held, key=lambda each: id(each[0]) in experts)  # last, for ranks may have different numbers of them
     mine = torch.zeros(len(held), 2, dtype=torch.int64, device=device)
     for index, (parameter, _, tensor) in enumerate(held):
         mine[index, 0] = _digest_of(tensor).to(device)
-        mine[index, 1] = int(layout.replicas(parameter))
+        mine[index, 1] = int(layout.replicas(parameter, is_declared=id(parameter) in experts))
     longest = max(int(size) for size in gather(torch.tensor(len(held), device=device), group))
     every = torch.stack(gather(torch.cat((mine, mine.new_zeros(longest - len(held), 2))), group))
     for index, rows in enumerate(every.unbind(dim=1)):

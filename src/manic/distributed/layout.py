@@ -5,6 +5,8 @@ Reads tensors' types, placements and meshes, and the group's ranks; does not rea
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,10 +15,17 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate
 
-__all__ = ["Layout", "Plain", "check_gradient", "is_fsdp1", "local", "local_gradient", "local_storage"]
+__all__ = [
+    "EXPERT_PARALLEL", "Layout", "Plain", "check_gradient", "is_expert_parallel", "is_fsdp1", "local", "local_gradient",
+    "local_storage",
+]  # fmt: skip
 
 Plain = Literal["replicated", "sharded"]
 """Placement of plain tensors over the group: the same on each rank (DDP), or different parts on each (ZeRO)."""
+
+EXPERT_PARALLEL = "expert_parallel"
+"""Key of a param group, true if its parameters may differ between ranks outside of their own meshes: experts of which
+each rank, or each group of ranks, has its own."""
 
 # The private attribute by which FSDP1 marks its flat parameters and the original parameters that are views of them.
 # tests/distributed/test_layout.py fails if it is removed.
@@ -26,6 +35,11 @@ _FSDP1_MARK = "_fsdp_flattened"
 def is_fsdp1(parameter: Tensor) -> bool:
     """Whether ``torch.distributed.fsdp.FullyShardedDataParallel`` manages ``parameter``."""
     return getattr(parameter, _FSDP1_MARK, False)
+
+
+def is_expert_parallel(group: Mapping[str, Any]) -> bool:
+    """Whether the param group ``group`` declares its parameters expert-parallel."""
+    return bool(group.get(EXPERT_PARALLEL, False))
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -110,6 +124,8 @@ class Layout:
         self._declared_group = process_group
         self.fsdp1_replicas = 1
         """Number of ranks that hold each element of an FSDP1 shard; set by :func:`manic.distributed.startup.agree`."""
+        self.counted: dict[int, float] = {}
+        """Number of ranks that hold each expert-parallel parameter, by its ``id``; set there, too."""
         self._holders: dict[Any, float] = {}
 
     @property
@@ -127,6 +143,12 @@ class Layout:
         return 1 if group is None else dist.get_world_size(group)
 
     @property
+    def place_among_stages(self) -> tuple[int, int] | None:
+        """This rank and the number of ranks, if their param groups may differ for a pipeline; else ``None``."""
+        group = self.group
+        return None if group is None or self.pipeline_stages == 1 else (dist.get_rank(group), self.world_size)
+
+    @property
     def is_first_rank(self) -> bool:
         """Whether this rank logs for the group."""
         group = self.group
@@ -141,8 +163,13 @@ class Layout:
             return torch.device("cuda", torch.cuda.current_device())
         return home
 
-    def replicas(self, parameter: Tensor) -> float:
+    def replicas(self, parameter: Tensor, *, is_declared: bool = False) -> float:
         """Number of ranks of the group that hold each local element of ``parameter``.
+
+        Args:
+            parameter: The parameter.
+            is_declared: Whether its param group declares it expert-parallel. It counts as held once until the ranks
+                have compared it.
 
         Raises:
             ValueError: if the group does not hold every element of the parameter, and each equally often.
@@ -150,6 +177,8 @@ class Layout:
         group = self.group
         if group is None:
             return 1.0
+        if is_declared and (isinstance(parameter, DTensor) or self.plain == "replicated"):
+            return self.counted.get(id(parameter), 1.0)
         if isinstance(parameter, DTensor):
             key = (parameter.device_mesh, parameter.placements)
             if key not in self._holders:
@@ -161,11 +190,22 @@ class Layout:
             return float(self.fsdp1_replicas)
         return self._stage_size(group)
 
+    def has_copies_outside(self, parameter: DTensor) -> bool:
+        """Whether ranks outside of the parameter's mesh are taken to hold copies, which no placement shows."""
+        group = self.group
+        return group is not None and float(self._inside(parameter, group).sum()) < self._stage_size(group)
+
+    @staticmethod
+    def _inside(parameter: DTensor, group: ProcessGroup) -> Tensor:
+        """1 where a rank of the parameter's mesh is in the group, else 0, in the mesh's shape."""
+        mesh = parameter.device_mesh.mesh
+        return torch.isin(mesh, torch.tensor(dist.get_process_group_ranks(group), device=mesh.device)).float()
+
     def _dtensor_replicas(self, parameter: DTensor, group: ProcessGroup) -> float:
         mesh, placements = parameter.device_mesh, parameter.placements
         if any(placement.is_partial() for placement in placements):
             raise ValueError(f"a parameter cannot have placements {placements}: Partial values are not reduced")
-        inside = torch.isin(mesh.mesh, torch.tensor(dist.get_process_group_ranks(group))).float()
+        inside = self._inside(parameter, group)
         # Every placement except Replicate splits; _StridedShard (TP + FSDP2) is not a Shard, and is_shard() is False.
         replicated = [dim for dim, placement in enumerate(placements) if isinstance(placement, Replicate)]
         holders = inside.sum(dim=replicated) if replicated else inside
@@ -190,12 +230,14 @@ class Layout:
         return dist.get_world_size(group) / self.pipeline_stages
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Layout:
-        # A process group cannot be copied, and a copy of the optimizer has the same ranks.
-        return self
+        # A process group cannot be copied, and a copy of the optimizer has the same ranks, but parameters of its own.
+        other = copy.copy(self)
+        other.counted = {}
+        return other
 
     def __getstate__(self) -> dict[str, Any]:
         if self._declared_group is not None:
             raise TypeError(
                 "a Mechanic with an explicit process_group cannot be pickled; save its state_dict() instead"
             )
-        return {**self.__dict__, "_holders": {}}
+        return {**self.__dict__, "_holders": {}, "counted": {}}

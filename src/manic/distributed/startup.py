@@ -1,7 +1,7 @@
 """Startup check: ranks compare their parameters and settings; if they differ, all raise the same error.
 
 Runs at the first step, after parameters were added and after a load; other steps do not compare ranks unless the
-drift check does. It infers only one setting: how often FSDP1's shards are replicated.
+drift check does. copies.py compares values.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from manic.distributed.collectives import from_every_rank, gather, raise_together
-from manic.distributed.layout import Layout, check_gradient, is_fsdp1
-from manic.distributed.parts import plain_parts
-from manic.step.chunks import pieces
+from manic.distributed.copies import Copies
+from manic.distributed.layout import Layout, check_gradient, is_expert_parallel, is_fsdp1
 
 __all__ = ["Agreement", "agree", "describe_group", "digest"]
 
@@ -34,7 +33,10 @@ class Agreement:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._identities: list[list[int]] | None = None
+        self._identities: list[Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_identities": None}  # a copy of the optimizer has parameters of its own
 
     def holds_for(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the ranks have compared exactly these parameters."""
@@ -45,34 +47,45 @@ class Agreement:
         self._identities = None
 
     def renew(
-        self, groups: Sequence[Mapping[str, Any]], settings: str, device: torch.device, dtype: torch.dtype
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        settings: str,
+        of_stage: str,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         """Compare again; see :func:`agree` for arguments and errors."""
-        agree(groups, settings, self._layout, device, dtype)
+        agree(groups, settings, of_stage, self._layout, device, dtype)
         self._identities = _identities(groups)
 
 
-def _identities(groups: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+def _identities(groups: Sequence[Mapping[str, Any]]) -> list[Any]:
     # By group: inside ZeRO, a rank's part of a new group may be empty.
-    return [[id(parameter) for parameter in group["params"]] for group in groups]
+    return [(is_expert_parallel(group), [id(parameter) for parameter in group["params"]]) for group in groups]
 
 
 def agree(
-    groups: Sequence[Mapping[str, Any]], settings: str, layout: Layout, device: torch.device, dtype: torch.dtype
+    groups: Sequence[Mapping[str, Any]],
+    settings: str,
+    of_stage: str,
+    layout: Layout,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> None:
     """Check over the group that all ranks hold what ``layout`` declares and have the same settings.
 
     Args:
         groups: The optimizer's param groups.
         settings: Further settings that must be equal, in words.
-        layout: The placement of the model; this function sets its ``fsdp1_replicas``.
+        of_stage: Those that must be equal on the ranks of a pipeline stage, in words.
+        layout: The placement of the model; this function sets its ``fsdp1_replicas`` and ``counted``.
         device: A device that the group's backend supports.
         dtype: The dtype of compared sums: the tuner's.
 
     Raises:
         TypeError: on every rank, if any rank has a gradient that Mechanic cannot use.
         ValueError: on every rank, if settings, param groups, parameters, shapes, dtypes or placements differ between
-            ranks of a stage, or if plain parameters that should be replicas differ.
+            ranks of a stage, or if parameters that should be copies differ.
     """
     group = layout.group
     parameters = [parameter for each in groups for parameter in each["params"]]
@@ -92,21 +105,17 @@ def agree(
     held = [
         text
         for each in groups
-        for text in (describe_group(each), *(_describe(parameter, layout) for parameter in each["params"]))
+        for text in (describe_group(each), *(_describe(parameter, each, layout) for parameter in each["params"]))
         if text is not None
     ]
-
-    rows = gather(torch.tensor([digest(common), digest("\n".join(held))], device=device), group)
-    _compare([int(row[0]) for row in rows], 1, "settings", [common], group)
-    _compare([int(row[1]) for row in rows], layout.pipeline_stages, "param groups or parameters", held, group)
-
-    for parameter in parameters:
-        layout.replicas(parameter)  # raises on all ranks if the group does not hold it evenly
-    if layout.plain == "replicated":
-        replicated = [p for p in parameters if not isinstance(p, DTensor) and not is_fsdp1(p)]
-        _check_replicas(replicated, layout.pipeline_stages, group, device, dtype)
-        flattened = [p for p in parameters if is_fsdp1(p)]
-        layout.fsdp1_replicas = _find_fsdp1_replicas(flattened, group, device, dtype)
+    copies, stages = Copies(groups, layout), layout.pipeline_stages
+    mine = [digest(common), digest(of_stage), digest("\n".join(held)), *copies.numbers]
+    columns = torch.stack(gather(torch.tensor(mine, device=device), group)).T.tolist()
+    _compare(columns[0], 1, "settings", [common], group)
+    _compare(columns[1], stages, "settings", [of_stage], group)
+    _compare(columns[2], stages, "param groups or parameters", held, group)
+    raise_together(ValueError, _uneven(groups, layout), group, device)
+    copies.compare([max(column) for column in columns[3:]], columns[2], group, device, dtype)
 
 
 def _unusable_gradient(parameters: Sequence[Tensor]) -> str:
@@ -136,8 +145,21 @@ def _plain(value: Any) -> str:
     return repr(value) if value is None or isinstance(value, (bool, int, float, str)) else ""
 
 
-def _describe(parameter: Tensor, layout: Layout) -> str | None:
+def _uneven(groups: Sequence[Mapping[str, Any]], layout: Layout) -> str:
+    """The first parameter that the group does not hold evenly, in words; empty: none."""
+    for group in groups:
+        for parameter in group["params"]:
+            try:
+                layout.replicas(parameter, is_declared=is_expert_parallel(group))
+            except ValueError as error:
+                return str(error)
+    return ""
+
+
+def _describe(parameter: Tensor, group: Mapping[str, Any], layout: Layout) -> str | None:
     """The properties of ``parameter`` that must be equal on all ranks of a stage; ``None`` if there are none."""
+    if is_expert_parallel(group):
+        return None
     kind = f"{parameter.dtype}, {'trainable' if parameter.requires_grad else 'frozen'}"
     if isinstance(parameter, DTensor):
         mesh = parameter.device_mesh
@@ -176,74 +198,4 @@ def _compare(digests: list[int], stages: int, what: str, mine: list[str], group:
         'hold different plain parameters (ZeRO), pass plain="sharded", with the same param groups on all ranks (a '
         "rank's group may be empty); if a pipeline splits the model, pass pipeline_stages; if these ranks do not train "
         "one model, pass their process_group"
-    )
-
-
-def _moments(parameters: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Element count, sum, sum of squares and whether elements differ, for each parameter: [n, 4]."""
-    rows = []
-    for parameter in parameters:
-        row = torch.zeros(4, dtype=dtype, device=parameter.device)
-        for x in plain_parts(parameter):
-            for (piece,) in pieces([x]):
-                wide = piece.reshape(-1).to(dtype)
-                row[0] += wide.numel()
-                row[1] += wide.sum()
-                row[2] += torch.dot(wide, wide)
-                row[3] += (piece != x.reshape(-1)[0]).any()
-        rows.append(row.to(device))
-    return torch.stack(rows).nan_to_num() if rows else torch.zeros(0, 4, dtype=dtype, device=device)
-
-
-def _check_replicas(
-    parameters: Sequence[Tensor], stages: int, group: ProcessGroup, device: torch.device, dtype: torch.dtype
-) -> None:
-    """Raise on every rank if replicas differ, or if stages hold the same parameters."""
-    moments = _moments(parameters, device, dtype)
-    if stages > 1:
-        varied = bool((moments[:, 3] > 0).any())
-        mine = torch.tensor([digest(str(moments.tolist())) if varied else 0], device=device)
-        counts = Counter(int(row[0]) for row in gather(mine, group))
-        size = dist.get_world_size(group) // stages
-        if any(count != size for moment, count in counts.items() if moment):
-            raise ValueError(
-                f"pipeline_stages={stages} requires every plain parameter on {size} rank(s) with the same values, but "
-                f"some are on {sorted({count for moment, count in counts.items() if moment})}: stages must hold "
-                "different parameters, and the ranks of a stage the same"
-            )
-        return
-    every = torch.stack(gather(moments, group))[..., 1:3]
-    spread = every.amax(dim=0) - every.amin(dim=0)
-    # Replicas are equal bit for bit; the margin is for devices that sum in different orders.
-    differs = (spread > 1e-6 * (every.abs().amax(dim=0) + 1e-12)).any(dim=-1)
-    if differs.any():
-        index = int(differs.nonzero()[0])
-        raise ValueError(
-            f"plain parameter {index} of shape {tuple(parameters[index].shape)} differs between the ranks of the "
-            "process group, so it is not replicated: if each rank holds another part of the model (ZeRO), pass "
-            'plain="sharded"; if it should be replicated, initialize it equally (DistributedDataParallel does); if '
-            "these ranks do not train one model, pass their process_group"
-        )
-
-
-def _find_fsdp1_replicas(
-    parameters: Sequence[Tensor], group: ProcessGroup, device: torch.device, dtype: torch.dtype
-) -> int:
-    """Number of ranks that hold each FSDP1 shard: 1 for FULL_SHARD, the number of replicas for HYBRID_SHARD.
-
-    FSDP1's parameters do not expose their group, but ranks that hold the same shard hold the same values.
-    """
-    if not parameters:
-        return 1
-    moments = torch.stack(gather(_moments(parameters, device, dtype), group))
-    counts: set[int] = set()
-    for column in moments.unbind(dim=1):
-        varied = [tuple(row.tolist()) for row in column if row[3]]
-        counts.update(Counter(varied).values())
-    if len(counts) == 1 and dist.get_world_size(group) % max(counts) == 0:
-        return counts.pop()
-    raise ValueError(
-        "cannot infer from the values of the FSDP1 parameters how often each shard is replicated: "
-        + ("all are constant" if not counts else f"some parameters are held {sorted(counts)} times")
-        + '. Pass plain="sharded" and process_group=<the FSDP sharding group>, which holds the model once'
     )

@@ -267,7 +267,7 @@ class MechanicState:
         Raises:
             RuntimeError: with the first difference in words.
         """
-        absent = torch.empty(0)
+        absent = torch.empty(0, device=self.home_device)
         held = [
             (parameter, name, optimizer.state.get(parameter, {}).get(key, absent) if key else parameter)
             for optimizer in self._optimizers

@@ -66,6 +66,8 @@ class OptimizerWrapper(Optimizer):
 
     STATE_KEYS: tuple[str, ...] = ()
     GROUP_KEY: str = ""
+    LIVE_KEYS: tuple[str, ...] = ()
+    """Keys of param groups that describe the program and not the run: a load leaves them as they are."""
 
     def __init__(self, optimizers: Sequence[Optimizer], own: OwnState) -> None:
         # Optimizer.__init__ would create separate groups and state; __setstate__ creates the rest.
@@ -226,6 +228,10 @@ class OptimizerWrapper(Optimizer):
             raise ValueError(
                 f"the state dict has {len(groups)} parameter groups, the optimizer {len(self.param_groups)}"
             )
+        for group, live in zip(groups, self.param_groups):
+            for key in self.LIVE_KEYS:
+                group.pop(key, None)
+                group.update({key: live[key]} if key in live else {})
         saved = [group.pop(self.GROUP_KEY, None) for group in groups]
         own = self._own_state_to_load(states, groups)
         self.check_param_groups(state_dict["param_groups"])

@@ -65,7 +65,12 @@ class Monitor:
         return metrics
 
     def step_taken(
-        self, proposal: Proposal, scale: float | None, param_groups: Sequence[Mapping[str, Any]], logs: bool
+        self,
+        proposal: Proposal,
+        scale: float | None,
+        param_groups: Sequence[Mapping[str, Any]],
+        logs: bool,
+        lr: float | None = None,
     ) -> None:
         """Watch a step that was taken.
 
@@ -74,6 +79,7 @@ class Monitor:
             scale: S, where the host knows it.
             param_groups: With their learning rates.
             logs: Whether this rank logs what is the same on all.
+            lr: The largest learning rate of all ranks, where the host knows it; ``None``: that of ``param_groups``.
         """
         self._last = proposal
         self._calls += 1
@@ -83,8 +89,8 @@ class Monitor:
         messages = []
         if scale is not None:
             lrs = [learning_rate(group) for group in param_groups]
-            largest = max((float(lr) for lr in lrs if not isinstance(lr, Tensor) or lr.is_cpu), default=0.0)
-            messages.append(self._running(scale, largest))
+            largest = max((float(each) for each in lrs if not isinstance(each, Tensor) or each.is_cpu), default=0.0)
+            messages.append(self._running(scale, largest if lr is None else lr))
         if self._calls == PATIENCE and scale is not None and not self._tuner.has_left_start:
             messages.append(self._stuck(scale))
         self._warn(messages, logs)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.optim import Optimizer
 
-from manic.distributed.layout import Layout, check_gradient, local_storage
+from manic.distributed.layout import Layout, check_gradient, is_expert_parallel, local_storage
 from manic.optimizer.kinds import decay_is_decoupled, is_known, is_proportional, keeps_place, resolve_update
 from manic.step.capture import Capture
 from manic.step.position import Position
@@ -193,7 +193,7 @@ class Planner:
             optimizer=optimizer,
             group=group,
             parameter=parameter,
-            replicas=self._layout.replicas(parameter),
+            replicas=self._layout.replicas(parameter, is_declared=is_expert_parallel(group)),
             decay_is_decoupled=decay_is_decoupled(update, group),
             has_state=has_state,
             is_new=before is None,

@@ -36,6 +36,7 @@ def local_sums(
     like: Tensor,
     *,
     lr: float | Tensor | None = None,
+    place: tuple[int, int] | None = None,
     late: bool = False,
     exact: bool = False,
 ) -> Tensor:
@@ -45,16 +46,19 @@ def local_sums(
         captures: Of the plan.
         names: Of :data:`manic.tuners.base.EARLY_SUMS`, or of ``LATE_SUMS``.
         like: Has the dtype and the device of the sums.
-        lr: This rank's learning rate; ``None``: it has none.
+        lr: This rank's largest learning rate; ``None``: it has none.
+        place: This rank and the number of ranks, where ranks may have different learning rates; ``None``: they have
+            the same.
         late: Whether the base step was taken, so that captures show what it left.
         exact: Multiply in float64.
 
     Returns:
-        In the order of ``names``, shape [len(names)]; if ``"lr"`` is among them, it comes last, with how many ranks it
-        is of, shape [len(names) + 1].
+        In the order of ``names``, shape [len(names)]. If ``"lr"`` is among them, it comes last, with how many ranks it
+        is of, shape [len(names) + 1]; or, with a ``place``, in an element of its own for each rank.
     """
     wanted = [name for name in names if name != _LR]
-    total = like.new_zeros(len(wanted) + 2 * (_LR in names))
+    places = 2 if place is None else place[1]
+    total = like.new_zeros(len(wanted) + places * (_LR in names))
     # By what is summed, the number of replicas, the dtype and the device: all products, to be added at the end.
     found: dict[tuple[tuple[str, ...], float, torch.dtype, torch.device], list[Tensor]] = {}
     scratch = Scratch()
@@ -76,8 +80,11 @@ def local_sums(
         for name, value in zip(here, sums.unbind()):
             total[wanted.index(name)] += value
     if _LR in names and lr is not None:
-        total[-2] += lr
-        total[-1] += 1
+        if place is None:
+            total[-2] += lr
+            total[-1] += 1
+        else:
+            total[len(wanted) + place[0]] += lr
     return total
 
 
@@ -89,10 +96,19 @@ class PendingSums:
         names: What they are.
         group: The process group, or ``None`` where one process holds everything.
         device: Where the group's backend wants its tensors.
+        lr_by_rank: Whether each rank's learning rate has an element of its own.
     """
 
-    def __init__(self, sums: Tensor, names: Sequence[str], group: ProcessGroup | None, device: torch.device) -> None:
-        self._names, self._home = names, sums.device
+    def __init__(
+        self,
+        sums: Tensor,
+        names: Sequence[str],
+        group: ProcessGroup | None,
+        device: torch.device,
+        *,
+        lr_by_rank: bool = False,
+    ) -> None:
+        self._names, self._home, self._lr_by_rank = names, sums.device, lr_by_rank
         self._sums = sums.to(device)
         self._work = None if group is None else dist.all_reduce(self._sums, group=group, async_op=True)
 
@@ -103,6 +119,8 @@ class PendingSums:
         values = list(self._sums.to(self._home).unbind())
         names = [name for name in self._names if name != _LR]
         sums = dict(zip(names, values))
-        if _LR in self._names:
+        if _LR in self._names and self._lr_by_rank:
+            sums[_LR] = torch.stack(values[len(names) :]).max()  # a nan is the largest
+        elif _LR in self._names:
             sums[_LR] = values[-2] / values[-1].clamp(min=1.0)
         return sums

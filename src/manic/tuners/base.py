@@ -23,7 +23,7 @@ Sums = Mapping[str, Tensor]
 
 EARLY_SUMS = ("delta_grad", "grad_square", "delta_x", "delta_square", "x_square", "lr")
 """What a tuner may ask for before the base step: <Delta_t, g_t>, |g_t|^2, <Delta_t, x_t>, |Delta_t|^2, |x_t|^2, and the
-base optimizers' largest learning rate, averaged over the ranks."""
+largest learning rate of all param groups of all ranks."""
 
 LATE_SUMS = ("delta_x", "x_square", "update_square")
 """What it may ask for after the base step: <Delta_t, y> and |y|^2, where y is x as that step left it; |u_t|^2."""

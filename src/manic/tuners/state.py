@@ -41,7 +41,7 @@ class TunerState:
 
     def __init__(self, tuner: Tuner) -> None:
         self.tuner = tuner
-        self.tensor = torch.zeros(len(HEADER) + len(tuner.fields), tuner.columns, dtype=torch.float64)
+        self.tensor = torch.zeros(len(HEADER) + len(tuner.fields), tuner.columns, dtype=torch.float64, device="cpu")
         """Shape [rows, columns], float64 (float32 on a device without it). It is changed in place."""
         self.reset()
 
@@ -52,7 +52,7 @@ class TunerState:
         rows["schema"].fill_(SCHEMA)
         rows["tuner"].fill_(self.tuner.tag)
         for name, value in self.tuner.initial().items():
-            rows[name].copy_(torch.as_tensor(value, dtype=torch.float64))
+            rows[name].copy_(torch.as_tensor(value, dtype=torch.float64, device="cpu"))
 
     def to(self, device: torch.device) -> None:
         """Move to ``device``, in float64, or in float32 where the device has no float64."""
@@ -120,7 +120,7 @@ class TunerState:
             )
         rows, initial = tuner.rows(saved), tuner.initial()
         for name in tuner.fixed:
-            mine = torch.as_tensor(initial[name], dtype=torch.float64).reshape(-1).tolist()
+            mine = torch.as_tensor(initial[name], dtype=torch.float64, device="cpu").reshape(-1).tolist()
             theirs = rows[name].tolist()
             alike = len(mine) == len(theirs) and all(math.isclose(a, b, rel_tol=1e-7) for a, b in zip(mine, theirs))
             if not alike:
