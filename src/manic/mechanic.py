@@ -138,17 +138,9 @@ class Mechanic(OptimizerWrapper):
                 anything has changed, inside ``DistributedDataParallel.join()``.
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
-        state, tuner = self._state, self._tuner
-        if state.is_creating(self._has_state()):
-            self._create_state()
+        if self._creates_state():
             return loss
-        is_first = self._begin()
-        if is_first and not self._is_capturing and state.has_no_gradient():
-            self._create_state()
-            self._monitor.step_without_gradient(self._layout.is_first_rank)
-            return loss
-        if is_first:
-            state.begin()
+        is_first, state, tuner = self._begin(), self._state, self._tuner
         with transaction(self.optimizers, is_first, state.restorer()) as taken, self._planner.plan() as plan:
             state.compare_loaded()
             pending, proposal, reading = self._all_reduce(plan, tuner.sums), None, None
@@ -160,9 +152,7 @@ class Mechanic(OptimizerWrapper):
                 with hidden(self.optimizers):
                     for base in self.optimizers:
                         base.step()
-                if not self._is_capturing:
-                    groups, device = self.param_groups, self._communication_device
-                    self._positions.raise_if_found(plan.captures, groups, self._layout.group, device)
+                self._refuse_positions(plan)
                 if proposal is None:  # the all_reduce was hidden behind the base optimizers' step
                     proposal = tuner.propose(state.tensor, pending.wait())
                 if late := tuner.late(state.has_scale):
@@ -209,15 +199,32 @@ class Mechanic(OptimizerWrapper):
         number = int(self._state.tuner_state.updates) + 1
         return self._guard.skips(reading.sums.get("lr", 0.0), number, position_is_finite, account)
 
-    def _create_state(self) -> None:
-        """Create what a checkpoint is to have, and change nothing else."""
+    def _creates_state(self) -> bool:
+        """Create what a checkpoint is to have, and return True, where this call is no step of the run.
+
+        That is a call by torch's checkpointing, which wants to see the state, and any before the first gradient.
+        """
+        is_for_checkpoint = self._state.is_creating(self._has_state())
+        if not is_for_checkpoint:
+            self._check()
+            if self._state.started or self._is_capturing or not self._state.has_no_gradient():
+                return False
+            self._monitor.step_without_gradient(self._layout.is_first_rank)
         if not self._has_state():
             with self._planner.plan():
                 self._state.create()
             self._planner.drop()
+        return True
 
     def _begin(self) -> bool:
-        """Do the checks that come before a step, on all ranks; whether it is the first of the run."""
+        """Begin the run if this is its first step; whether it is."""
+        if self._state.started:
+            return False
+        self._state.begin()
+        return True
+
+    def _check(self) -> None:
+        """Do the checks that come before a step, on all ranks."""
         self._join.refuse()
         self._share_global_state()
         if self._check_every and self._calls and self._calls % self._check_every == 0:
@@ -229,7 +236,12 @@ class Mechanic(OptimizerWrapper):
         if self._state.tensor.device != self._state.home_device:  # the model was moved after the optimizer was built
             self._state.tuner_state.to(self._state.home_device)
             self._put_global_state()
-        return not self._state.started
+
+    def _refuse_positions(self, plan: Plan) -> None:
+        """Raise TypeError on all ranks if a base optimizer has stepped from a position of its own."""
+        if self._positions.are_due and not self._is_capturing:
+            groups, group, device = self.param_groups, self._layout.group, self._communication_device
+            self._positions.raise_if_found(plan.captures, groups, group, device)
 
     def _finish(self, plan: Plan, proposal: Proposal, reading: Reading | None) -> None:
         """Restart where the tuner proposes it, and inform the monitor."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -265,3 +266,14 @@ def test_accepted_after_a_resume_of_parameters_that_started_at_zero(
         train(optimizer, lambda step, x=x: (x * direction).sum(), 5)  # type: ignore[misc]
         saved = optimizer.state_dict(), x.detach().clone()
     assert optimizer.scale > 0
+
+
+def test_a_copy_in_the_first_steps_is_not_refused() -> None:
+    parameters, loss = problem()
+    optimizer = Mechanic(MomentumOfUpdates(parameters, lr=1.0), variant="optax", update="decoupled")
+    train(optimizer, loss, 3)
+    other = copy.deepcopy(optimizer)
+    for parameter in other.param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    for _ in range(3):
+        other.step()

@@ -49,6 +49,15 @@ class PositionCheck:
         self._steps = 0
         self._seen: set[tuple[int, str]] = set()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the optimizer has parameters of its own. Its first steps were checked, if there were any.
+        return {**self.__dict__, "_seen": set(), "_steps": FIRST_STEPS if self._steps else 0}
+
+    @property
+    def are_due(self) -> bool:
+        """Whether the next step is one that :meth:`raise_if_found` compares, on all ranks alike."""
+        return self._is_needed and self._steps < FIRST_STEPS
+
     def agree(self, group: ProcessGroup | None, device: torch.device) -> None:
         """Let all ranks check if one has to. Every rank must call it."""
         self._is_needed = on_any_rank(bool(self._unknown), group, device)
@@ -71,8 +80,6 @@ class PositionCheck:
         Raises:
             TypeError: on every rank alike, if a base optimizer of any rank holds a position of its own.
         """
-        if not self._is_needed or self._steps >= FIRST_STEPS:
-            return
         self._steps += 1
         unknown = {id(optimizer) for optimizer in self._unknown}
         places = [
