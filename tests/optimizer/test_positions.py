@@ -23,9 +23,10 @@ from support.problems import problem
 class Base(Optimizer):
     """SGD whose update of one parameter is :meth:`update`."""
 
+    steps = 0
+
     def __init__(self, params: Any, lr: float = 0.1, **settings: Any) -> None:
         super().__init__(params, {"lr": lr, **settings})
-        self.steps = 0
         self.begin()
 
     def begin(self) -> None:

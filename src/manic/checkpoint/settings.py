@@ -51,7 +51,9 @@ def wanted_settings(flat: Mapping[str, Any], saved: Mapping[str, Any], skipped: 
 
 
 def _target(there: Any) -> Any:
-    return torch.empty(there.size, dtype=there.properties.dtype) if isinstance(there, TensorStorageMetadata) else None
+    if not isinstance(there, TensorStorageMetadata):
+        return None
+    return torch.empty(there.size, dtype=there.properties.dtype, device="cpu")
 
 
 def converted(saved: Any, live: Any, what: str) -> Any:
@@ -96,7 +98,7 @@ def converted(saved: Any, live: Any, what: str) -> Any:
 def same(one: Any, two: Any) -> bool:
     """Whether two settings are equal; tensors by their values."""
     if isinstance(one, Tensor) or isinstance(two, Tensor):
-        first, second = torch.as_tensor(one), torch.as_tensor(two)
+        first, second = torch.as_tensor(one, device="cpu"), torch.as_tensor(two, device="cpu")
         return first.shape == second.shape and bool((first == second.to(first.device)).all())
     if isinstance(one, (tuple, list)) and isinstance(two, (tuple, list)):
         return len(one) == len(two) and all(same(a, b) for a, b in zip(one, two))

@@ -43,7 +43,7 @@ def target_of(there: Any, parameter: torch.Tensor, what: str, checkpoint: str) -
     if size == tuple(parameter.shape) and not is_managed:
         return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
     if math.prod(size) == 1:
-        return torch.zeros(size, dtype=dtype)
+        return torch.zeros(size, dtype=dtype, device="cpu")
     if isinstance(parameter, DTensor) or is_managed:
         raise ValueError(
             f"{checkpoint} holds {what}, of shape {size}, and this run's optimizer has no state for it yet: how it is "
