@@ -134,7 +134,7 @@ class Copies:
                 else "if it should be replicated, average its gradient over the ranks (DistributedDataParallel does)"
             )
             return (
-                f"plain parameter {name} {what} on other ranks of the process group, so it is not replicated: if each "
+                f"{name}, a plain tensor, {what} on other ranks of the process group, so it is not replicated: if each "
                 f'rank holds another part of the model (ZeRO), pass plain="sharded"; {advice}; {declare}; if these '
                 "ranks do not train one model, pass their process_group"
             )
