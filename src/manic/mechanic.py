@@ -210,7 +210,7 @@ class Mechanic(OptimizerWrapper):
             if self._state.started or self._is_capturing or not self._state.has_no_gradient():
                 return False
             self._monitor.step_without_gradient(self._layout.is_first_rank)
-        if not self._has_state():
+        if not self._has_state() and any(p.grad is not None for group in self.param_groups for p in group["params"]):
             with self._planner.plan():
                 self._state.create()
             self._planner.drop()
@@ -270,7 +270,7 @@ class Mechanic(OptimizerWrapper):
         self._agreement.renew(self.param_groups, settings, of_stage, device, dtype)
         try:
             self._state.compare_exchanged()
-        except Exception:
+        except BaseException:
             self._agreement.forget()
             raise
         self._positions.agree(self._layout.group, device)

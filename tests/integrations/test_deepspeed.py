@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,9 +13,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from manic import Mechanic
-from manic.testing import run
+from manic.testing import run, shutdown
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+
+
+@pytest.fixture(autouse=True)
+def _new_processes() -> Iterator[None]:
+    """DeepSpeed keeps process groups in its modules, so that each test needs processes of its own."""
+    shutdown()
+    yield
+    shutdown()
+
 
 STEPS = 16
 PER_RANK = 30

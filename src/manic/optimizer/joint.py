@@ -5,6 +5,7 @@ It knows optimizers, and nothing of what wraps them.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -70,7 +71,9 @@ class JointState(MutableMapping[Any, Any]):
 def assign_state(optimizers: Sequence[Optimizer], state: Mapping[Any, Any]) -> None:
     """Let ``state`` be the optimizers' state; the mapping itself if there is one optimizer, as with torch."""
     if isinstance(state, JointState):
-        state = dict(state)
+        if [id(optimizer) for optimizer in state._optimizers] == [id(optimizer) for optimizer in optimizers]:
+            return
+        state = defaultdict(dict, state)
     if len(optimizers) == 1 and isinstance(state, MutableMapping):
         optimizers[0].state = state  # type: ignore[assignment]
         return
@@ -92,6 +95,9 @@ class JointGroups(list[dict[str, Any]]):
         super().__init__(group for optimizer in optimizers for group in optimizer.param_groups)
         self._assign = assign
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return list, (list(self),)  # a copy is a list of its own
+
 
 def _assigning(name: str) -> Callable[..., Any]:
     def method(self: JointGroups, *args: Any, **kwargs: Any) -> Any:
@@ -103,7 +109,8 @@ def _assigning(name: str) -> Callable[..., Any]:
 
 
 for _name in (
-    "__delitem__", "__iadd__", "__setitem__", "append", "clear", "extend", "insert", "pop", "remove", "reverse", "sort",
+    "__delitem__", "__iadd__", "__imul__", "__setitem__", "append", "clear", "extend", "insert", "pop", "remove",
+    "reverse", "sort",
 ):  # fmt: skip
     setattr(JointGroups, _name, _assigning(_name))
 
@@ -141,16 +148,23 @@ class JointDefaults(dict[str, Any]):
         first, *others = (optimizer.defaults for optimizer in optimizers)
         super().__init__((key, value) for key, value in first.items() if all(key in other for other in others))
 
-    def __setitem__(self, key: str, value: Any) -> None:
-        raise TypeError(
-            f"the defaults of several base optimizers cannot be changed together: set defaults[{key!r}] of the base "
-            "optimizer that is to have the group"
-        )
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return dict, (dict(self),)
 
-    def update(self, *args: Any, **kwargs: Any) -> None:
-        """Raise TypeError, as any change does."""
-        for key, value in dict(*args, **kwargs).items():
-            self[key] = value
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        """The value, which must exist."""
+        return self[key] if key in self else _refuse_defaults(self, key)
+
+
+def _refuse_defaults(self: JointDefaults, *_: Any, **__: Any) -> Any:
+    raise TypeError(
+        "the defaults of several base optimizers cannot be changed together: change those of the base optimizer that "
+        "is to have the group"
+    )
+
+
+for _name in ("__delitem__", "__ior__", "__setitem__", "clear", "pop", "popitem", "update"):
+    setattr(JointDefaults, _name, _refuse_defaults)
 
 
 def _owner(optimizers: Sequence[Optimizer], parameter: Any) -> Optimizer:

@@ -128,10 +128,13 @@ class MechanicState:
         if self._placeholders.exist:
             self.tuner_state.reset()
         self._placeholders.clear()
+        self._remove_own()
+        self.updates_made, self.has_scale = 0, False
+
+    def _remove_own(self) -> None:
         for _, _, state in parameter_states(self._optimizers):
             for key in STATE_KEYS:
                 state.pop(key, None)
-        self.updates_made, self.has_scale = 0, False
 
     @property
     def stands(self) -> str:
@@ -212,9 +215,15 @@ class MechanicState:
             for parameter in group["params"]
             if X_REF in optimizer.state.get(parameter, {})
         ]
-        self._placeholders.create(hidden(self._optimizers))
-        for x, x_ref in starts:
-            x.copy_(x_ref)
+        try:
+            self._placeholders.create(hidden(self._optimizers))
+        except BaseException:
+            self._placeholders.clear()
+            self._remove_own()
+            raise
+        finally:
+            for x, x_ref in starts:
+                x.copy_(x_ref)
         if self._placeholders.exist:
             self.tuner_state.updates.fill_(_PLACEHOLDER)
 

@@ -73,6 +73,7 @@ class Capture:
         }
         # How many elements, from the first, hold a displacement for the base step, and how many hold x_{t+1}.
         self._entered = self._written = 0
+        self._moved_ref: Change | None = None
 
     def end(self) -> None:
         """Hold nothing of the step any longer."""
@@ -129,6 +130,21 @@ class Capture:
     def _note_written(self, piece: Tensor) -> None:
         if len(self.shards) == 1:  # of several, a piece is a copy, which is back in its places only later
             self._written += piece.numel()
+
+    def _move_reference(self, x_ref: Tensor, x: Tensor, delta: Tensor, change: Change, *, is_stored: bool) -> None:
+        """Let x be x_ref + f_{t+1} * Delta by moving x_ref, for one that keeps its place."""
+        factor = self._factor(change)
+        set_reference(x_ref, x, delta, factor if is_stored else factor + self.position.eps)
+
+    def _return_reference(self, x: Tensor, x_ref: Tensor, delta: Tensor | None, start: int) -> None:
+        """Let x_ref be where f_t needs it, after an error in a :meth:`write` that moves it."""
+        if self._moved_ref is None:
+            return
+        if delta is not None:
+            set_reference(x_ref, x, delta, self.position.factor_for(x))
+        elif start < self._written:
+            delta = (x.to(working_dtype(x)) - x_ref) / (self._factor(self._moved_ref) + self.position.eps)
+            set_reference(x_ref, x, delta, self.position.divisor_for(x))
 
     def _return_to(self, x: Tensor, x_ref: Tensor, delta: Tensor) -> None:
         """Let x be x_ref + f_t * Delta; but where it is so to rounding, x keeps every bit."""
@@ -189,8 +205,8 @@ class UpdateInStorage(Capture):
 
     def after(self, scratch: Scratch) -> Iterator[Operands]:
         """The update."""
-        for (x,) in self.pieces("x"):
-            yield {"update": x}
+        for x, gradient in self.pieces("x", "gradient"):
+            yield {} if self.first.is_held else _update_of(x, gradient)
 
     def write(self, change: Change, scratch: Scratch) -> None:
         """Add the update to Delta, and write x."""
@@ -247,11 +263,8 @@ class DeltaInStorage(Capture):
 class Snapshot(Capture):
     """x is copied before the base step, and the update is what differs after it."""
 
-    _moves_ref = False
-
     def enter(self, scratch: Scratch) -> None:
         """Copy x; x_ref serves where it was made of x in this step."""
-        self._moves_ref = False
         copies = self._columns["x_before"] = []
         for shard, x in zip(self.shards, self._columns["x"]):
             assert x is not None
@@ -260,25 +273,26 @@ class Snapshot(Capture):
     def after(self, scratch: Scratch) -> Iterator[Operands]:
         """Delta_t, x as it is now, and the update."""
         is_stored = self.first.delta is not None
-        for x, x_before, delta in self.pieces("x", "x_before", "delta" if is_stored else "x_ref"):
+        columns = "x", "x_before", "delta" if is_stored else "x_ref", "gradient"
+        for x, x_before, delta, gradient in self.pieces(*columns):
             if self.first.is_held:
-                yield {"x": x, "update": x - x_before}
+                yield {"x": x}
                 continue
             delta_t = delta if is_stored else self.position.delta_from(x_before, delta, scratch)
-            yield {"x": x, "delta": delta_t, "update": x - x_before}
+            yield {"x": x, "delta": delta_t, **_update_of(x - x_before, gradient)}
 
     def write(self, change: Change, scratch: Scratch) -> None:
         """Add the update to Delta, stored or recomputed, and write x."""
-        factor = self._factor(change)
-        self._moves_ref = self.first.is_held and change.weight is None
-        written = (0, 1, 2) if self._moves_ref else (0, 2)
+        factor, moves_ref = self._factor(change), self.first.is_held and change.weight is None
+        self._moved_ref = change if moves_ref else None
+        written = (0, 1, 2) if moves_ref else (0, 2)
         for x, x_ref, delta, x_before in self.pieces("x", "x_ref", "delta", "x_before", written=written):
             update = x.to(factor.dtype) - x_before
-            if self._moves_ref:  # x_t + f * u, which is x_t where the update is 0
-                divisor = factor if delta is not None else factor + self.position.eps
-                delta = self.position.delta_from(x_before, x_ref, scratch) if delta is None else delta
+            if moves_ref:  # x_t + f * u, which is x_t where the update is 0
+                is_stored = delta is not None
+                delta = delta if is_stored else self.position.delta_from(x_before, x_ref, scratch)
                 x.copy_(torch.addcmul(x_before.to(factor.dtype), update, factor))
-                set_reference(x_ref, x, delta.add_(update), divisor)
+                self._move_reference(x_ref, x, delta.add_(update), change, is_stored=is_stored)
             elif delta is None and change.weight is not None:  # x_t + weight * u, which is more exact
                 x.copy_(torch.addcmul(x_before.to(factor.dtype), update, change.weight.to(factor)))
             else:
@@ -297,12 +311,16 @@ class Snapshot(Capture):
             for x, x_ref, delta, x_before in pieces(*row, [before]):
                 if x_before is not None and self._written <= start:
                     x.copy_(x_before)
-                if delta is not None and self._moves_ref:
-                    set_reference(x_ref, x, delta, self.position.factor_for(x))
-                elif delta is not None:
+                self._return_reference(x, x_ref, delta, start)
+                if delta is not None and self._moved_ref is None:
                     self._return_to(x, x_ref, delta)
                 start += x.numel()
         self._columns["x_before"] = []
+
+
+def _update_of(update: Tensor, gradient: Tensor | None) -> Operands:
+    """The update where there is a gradient: elsewhere it is of weight decay alone."""
+    return {} if gradient is None else {"update": update * (gradient != 0)}
 
 
 def _add(delta: Tensor, update: Tensor, weight: Tensor | None) -> Tensor:

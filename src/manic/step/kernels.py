@@ -67,5 +67,9 @@ def write(x: Tensor, x_ref: Tensor, delta: Tensor, factor: Tensor, decay: float 
 
 
 def set_reference(x_ref: Tensor, x: Tensor, delta: Tensor, factor: Tensor) -> None:
-    """Make ``x_ref`` what ``x - factor * delta`` is."""
-    x_ref.copy_(torch.addcmul(x.to(factor.dtype), delta.to(factor.dtype), factor, value=-1.0))
+    """Make ``x_ref`` what ``x - factor * delta`` is; in low precision, only where x_ref + factor * delta is not x."""
+    moved = torch.addcmul(x.to(factor.dtype), delta.to(factor.dtype), factor, value=-1.0)
+    if x_ref.dtype != factor.dtype:  # what x has lost to rounding is kept where it can be
+        fits = torch.addcmul(x_ref.to(factor.dtype), delta.to(factor.dtype), factor).to(x.dtype) == x
+        moved = torch.where(fits, x_ref.to(factor.dtype), moved)
+    x_ref.copy_(moved)

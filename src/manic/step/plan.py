@@ -152,6 +152,7 @@ class Planner:
                 # Whether another optimizer holds positions of its own is seen only where x is real in its first step.
                 depends_on_x=update == "snapshot" or not (self._displacements.started or is_known(optimizer)),
                 steps_on_any_tensor=self._is_auto,
+                rests_at_zero=is_proportional(optimizer),
                 takes_scale=(
                     self._is_auto
                     and self._knows_scale

@@ -40,6 +40,8 @@ class Means:
     """Nothing but a snapshot tells it, as far as is known."""
     steps_on_any_tensor: bool
     """It takes Delta for the parameter."""
+    rests_at_zero: bool
+    """At a learning rate of 0 it is known to move nothing."""
     takes_scale: bool
     """It is proportional to the learning rate, which may be another during the step, and the host knows S."""
 
@@ -113,7 +115,7 @@ class ScaleDisplacement(Rule):
                 return NoUpdate
             if shard.is_frozen:
                 return Held
-            if means.depends_on_x:
+            if means.depends_on_x or (shard.is_held and not means.rests_at_zero):
                 return Snapshot
             if shard.is_held:
                 return Held

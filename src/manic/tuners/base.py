@@ -26,7 +26,8 @@ EARLY_SUMS = ("delta_grad", "grad_square", "delta_x", "delta_square", "x_square"
 largest learning rate of all param groups of all ranks."""
 
 LATE_SUMS = ("delta_x", "x_square", "update_square")
-"""What it may ask for after the base step: <Delta_t, y> and |y|^2, where y is x as that step left it; |u_t|^2."""
+"""What it may ask for after the base step: <Delta_t, y> and |y|^2, where y is x as that step left it; |u_t|^2 over the
+elements whose gradient is not 0: elsewhere an update is of weight decay alone."""
 
 
 class Restart(NamedTuple):
