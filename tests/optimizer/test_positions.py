@@ -83,6 +83,56 @@ class MastersInAnOptimizer(MastersInAList):
             p.copy_(master)
 
 
+class FlatMasters(Base):
+    """As Megatron: one flat copy of all parameters, with padding."""
+
+    def begin(self) -> None:
+        parameters = [p.detach().float().flatten() for group in self.param_groups for p in group["params"]]
+        self.flat = torch.cat([*parameters, torch.zeros(5)])
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        start = 0
+        for group in self.param_groups:
+            for p in group["params"]:
+                part = self.flat[start : start + p.numel()]
+                part.add_(p.grad.float().flatten(), alpha=-group["lr"])
+                p.copy_(part.view_as(p))
+                start += p.numel()
+
+
+class FlatMastersInState(FlatMasters):
+    def begin(self) -> None:
+        super().begin()
+        self.state[self.param_groups[0]["params"][0]]["flat"] = self.flat
+        self.flat = self.state[self.param_groups[0]["params"][0]]["flat"]
+
+
+class MastersInAModule(MastersInAList):
+    def begin(self) -> None:
+        super().begin()
+        self.module = nn.ParameterList(nn.Parameter(master) for master in self.masters[0])
+        self.masters = [[p.data for p in self.module]]
+
+
+class MastersByParameter(MastersInAList):
+    def begin(self) -> None:
+        super().begin()
+        self.by_parameter = dict(zip(self.param_groups[0]["params"], self.masters[0]))
+        self.masters = [list(self.by_parameter.values())]
+
+
+class Box:
+    """Any object."""
+
+
+class MastersInAnObject(MastersInAList):
+    def begin(self) -> None:
+        super().begin()
+        self.box = Box()
+        self.box.masters = self.masters  # type: ignore[attr-defined]
+
+
 class Lookahead(Base):
     def update(self, p: Tensor, g: Tensor, state: dict[str, Any], lr: float) -> None:
         p.add_(g, alpha=-lr)
@@ -145,6 +195,20 @@ class HoldsItsParameters(Base):
         p.add_(g, alpha=-lr)
 
 
+class KeepsTeacher(KeepsGradient):
+    """Holds what the parameters were, as a model to distil from."""
+
+    def begin(self) -> None:
+        self.teacher = {"weights": [p.detach().clone() for group in self.param_groups for p in group["params"]]}
+
+
+class KeepsOddTensors(KeepsGradient):
+    """Tensors that cannot be compared."""
+
+    def begin(self) -> None:
+        self.odd = [torch.eye(6, 5).to_sparse(), torch.empty(6, 5, device="meta"), torch.eye(6, 5).to_sparse_csr()]
+
+
 class GlobalEntry(KeepsGradient):
     """Keeps a number in ``state`` beside the parameters'."""
 
@@ -153,10 +217,12 @@ class GlobalEntry(KeepsGradient):
 
 
 REFUSED: list[type[Base]] = [
-    Masters, MastersFromTheStart, MastersInAList, MastersInAnOptimizer, Lookahead, Averages, Anchored, AnchoredBySample,
+    Masters, MastersFromTheStart, MastersInAList, MastersInAnOptimizer, MastersInAModule, MastersByParameter,
+    MastersInAnObject, FlatMasters, FlatMastersInState, Lookahead, Averages, Anchored, AnchoredBySample,
 ]  # fmt: skip
 ACCEPTED: list[Callable[..., Optimizer]] = [
-    MomentumOfUpdates, KeepsGradient, StartsAtOnes, HoldsItsParameters, GlobalEntry, SignMomentum, TrustRatio,
+    MomentumOfUpdates, KeepsGradient, StartsAtOnes, HoldsItsParameters, KeepsTeacher, KeepsOddTensors, GlobalEntry,
+    SignMomentum, TrustRatio,
 ]  # fmt: skip
 OPTIONS: list[dict[str, Any]] = [
     {}, {"variant": "optax"}, {"variant": "pytorch"}, {"nonfinite": "ignore"},
@@ -203,16 +269,38 @@ def test_accepted(base: Callable[..., Optimizer], options: dict[str, Any], dtype
     assert optimizer.scale > 0
 
 
-@pytest.mark.parametrize("start", ["zeros", "ones", "gradient", "constant gradient"])
-@pytest.mark.parametrize("base", [MomentumOfUpdates, KeepsGradient, StartsAtOnes, SignMomentum])
-def test_accepted_where_state_equals_the_parameter_by_chance(base: Callable[..., Optimizer], start: str) -> None:
+class StartsAtTheUnitMatrix(Base):
+    """As PSGD: a factor of the preconditioner."""
+
+    def update(self, p: Tensor, g: Tensor, state: dict[str, Any], lr: float) -> None:
+        factor = state.setdefault("factor", torch.eye(*p.shape) if p.ndim == 2 else torch.ones_like(p))
+        p.add_(g * factor.add_(g, alpha=1e-4).abs().max(), alpha=-lr)
+
+
+class Masks(Base):
+    def update(self, p: Tensor, g: Tensor, state: dict[str, Any], lr: float) -> None:
+        p.add_(g * state.setdefault("mask", (p != 0).to(p.dtype)), alpha=-lr)
+
+
+STARTS = {
+    "zeros": torch.zeros(40), "ones": torch.ones(40), "unit": torch.eye(7), "gradient": torch.linspace(-1, 1, 40),
+    "small": torch.full((40,), 1e-3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", ["optax", "pytorch", "multiplicative"])
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize(
+    "base", [MomentumOfUpdates, KeepsGradient, StartsAtOnes, SignMomentum, StartsAtTheUnitMatrix, Masks]
+)
+def test_accepted_where_state_equals_the_parameter_by_chance(
+    base: Callable[..., Optimizer], start: str, variant: str
+) -> None:
     """Parameters that start at 0 are their first updates; the gradient of |x|^2 / 2 is x."""
-    x = torch.zeros(40) if start == "zeros" else torch.ones(40) if start == "ones" else torch.linspace(-1, 1, 40)
-    x.requires_grad_()
-    optimizer = Mechanic(base([x], lr=1.0), variant="optax")
-    direction = torch.linspace(-1, 2, 40)
+    x = STARTS[start].clone().requires_grad_()
+    optimizer = Mechanic(base([x], lr=1.0), variant=variant)
+    direction = torch.linspace(-1, 2, x.numel()).view_as(x)
     train(optimizer, lambda step: (x * x).sum() / 2 if start == "gradient" else (x * direction).sum())
-    assert optimizer.scale > 0
 
 
 class Switches(torch.optim.SGD):

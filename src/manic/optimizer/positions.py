@@ -30,10 +30,18 @@ FIRST_STEPS = 16
 _COMPARED = 1 << 20
 # Elements without which nothing can be said about a tensor that is not equal.
 _FEW = 8
+# Elements whose values are told apart.
+_VALUES = 1 << 12
 # How far a copy may be from the way of the step, as a share of the parameter's spread.
 _NEAR = 0.05
-# How deep an optimizer's attributes are searched.
+# How deep an optimizer's attributes are searched, and how many things in them.
 _DEPTH = 6
+_THINGS = 100_000
+
+_OWN_KEYS = frozenset((*STATE_KEYS, GROUP_KEY))
+
+Place = tuple[Shard, Tensor, Tensor | None]
+"""A shard, its storage as the base optimizer left it, and x_t where there is a copy."""
 
 
 class PositionCheck:
@@ -48,10 +56,11 @@ class PositionCheck:
         self._is_needed = bool(self._unknown)
         self._steps = 0
         self._seen: set[tuple[int, str]] = set()
+        self._is_varied: dict[int, bool] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the optimizer has parameters of its own. Its first steps were checked, if there were any.
-        return {**self.__dict__, "_seen": set(), "_steps": FIRST_STEPS if self._steps else 0}
+        return {**self.__dict__, "_seen": set(), "_is_varied": {}, "_steps": FIRST_STEPS if self._steps else 0}
 
     @property
     def are_due(self) -> bool:
@@ -85,7 +94,10 @@ class PositionCheck:
         places = [
             place for capture in captures for place in capture.places() if id(place[0].optimizer) in unknown
         ]  # fmt: skip
-        complaint = next((self._complaint(found, param_groups) for found in self._find(places)), "")
+        try:
+            complaint = next((self._complaint(found, param_groups) for found in self._find(places)), "")
+        except Exception:  # other ranks wait: what cannot be compared cannot be told from a position
+            complaint = ""
         raise_together(TypeError, complaint, group, device)
 
     def _complaint(self, found: tuple[Shard, str], param_groups: Sequence[Mapping[str, Any]]) -> str:
@@ -93,17 +105,14 @@ class PositionCheck:
         return (
             f"Mechanic cannot scale {type(shard.optimizer).__name__}: its {name} is a position of "
             f"{describe(shard.parameter, param_groups)} that the optimizer keeps for itself (float32 masters, an "
-            "average, slow weights), and writing it into the parameter would undo the scaled step. Switch it off: pass "
-            "float32 parameters instead of masters, and average or look ahead outside of Mechanic"
+            "average, slow weights, the start). Mechanic moves the parameter and not that, so the optimizer's next "
+            "step would undo it. Switch it off: pass float32 parameters instead of masters, and average or look ahead "
+            "outside of Mechanic"
         )
 
-    def _find(self, places: Sequence[tuple[Shard, Tensor, Tensor | None]]) -> Iterator[tuple[Shard, str]]:
-        by_size: dict[int, list[tuple[Shard, Tensor, Tensor | None]]] = {}
-        for place in places:
-            shard, x, before = place
-            if shard.gradient is None or not _tells_something(x, before):
-                continue
-            by_size.setdefault(x.numel(), []).append(place)
+    def _find(self, places: Sequence[Place]) -> Iterator[tuple[Shard, str]]:
+        telling = [place for place in places if self._tells(*place)]
+        for shard, x, before in telling:
             for name, tensor in _tensors(shard.optimizer.state.get(shard.parameter, {}), "state"):
                 is_new = (id(shard.parameter), name) not in self._seen
                 self._seen.add((id(shard.parameter), name))
@@ -112,20 +121,32 @@ class PositionCheck:
                     continue
                 if _is_position(tensor, x, before, shard.gradient):
                     yield shard, name
+        of_parameter = {id(place[0].parameter): place for place in places}
         for optimizer in self._unknown:
+            mine = [place for place in telling if place[0].optimizer is optimizer]
+            groups = [[of_parameter.get(id(p)) for p in group["params"]] for group in optimizer.param_groups]
             for name, tensor in _tensors(_attributes(optimizer), "attribute"):
-                for shard, x, before in by_size.get(tensor.numel(), ()):
-                    is_own = shard.optimizer is optimizer and before is not None
-                    if is_own and _is_copy(tensor, x, shard.gradient):
-                        yield shard, name
+                for place in mine:
+                    if _is_moved_copy(tensor, *place):
+                        yield place[0], name
+            flat = [*_tensors(_attributes(optimizer), "attribute"), *_tensors(list(optimizer.state.values()), "state")]
+            for name, tensor in flat:
+                for first in range(len(groups)):
+                    found = _flat_copy(tensor, [place for group in groups[first:] for place in group], mine)
+                    if found is not None:
+                        yield found, name
 
+    def _tells(self, shard: Shard, x: Tensor, before: Tensor | None) -> bool:
+        """Whether it means something that a tensor equals this parameter.
 
-def _tells_something(x: Tensor, before: Tensor | None) -> bool:
-    """Whether the parameter's elements differ, and are not only its update, as where it has started at 0."""
-    start = x if before is None else before
-    if start.numel() < 2 or bool(start.min() == start.max()):
-        return False
-    return before is None or not _equals(x - before, x)
+        It does not where the parameter has begun with one or two different values, as ones, masks and unit matrices do:
+        state begins so, too. Nor where it is nothing but its update.
+        """
+        key = id(shard.parameter)
+        if key not in self._is_varied:
+            self._is_varied[key] = _has_many_values(x if before is None else before)
+        is_update = before is not None and _equals(x - before, x)
+        return shard.gradient is not None and self._is_varied[key] and not is_update
 
 
 def _attributes(optimizer: Optimizer) -> dict[str, Any]:
@@ -137,27 +158,44 @@ def _attributes(optimizer: Optimizer) -> dict[str, Any]:
     return {**held, "param_groups": groups}
 
 
-def _tensors(value: Any, name: str, depth: int = _DEPTH) -> Iterator[tuple[str, Tensor]]:
-    """Plain tensors of floating point in nested containers and optimizers, by name, without Mechanic's own."""
-    if isinstance(value, Tensor):
-        tensor = local_storage(value)
-        if type(tensor) in (Tensor, torch.nn.Parameter) and tensor.is_floating_point():
-            yield name, tensor.detach()
-    elif depth == 0:
-        return
-    elif isinstance(value, Optimizer):
-        inner = {**_attributes(value), "param_groups": value.param_groups, "state": list(value.state.values())}
-        yield from _tensors(inner, name, depth)
-    elif isinstance(value, Mapping):
-        for key, each in value.items():
-            if not isinstance(key, Tensor) and key not in STATE_KEYS:
-                yield from _tensors(each, f"{name}[{key!r}]", depth - 1)
-    elif isinstance(value, (list, tuple)):
-        for index, each in enumerate(value):
-            yield from _tensors(each, f"{name}[{index}]", depth - 1)
+def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Plain tensors of floating point in nested containers, modules, objects and optimizers, without Mechanic's own."""
+    seen: set[int] = set()
+    things = [(value, name, _DEPTH)]
+    while things and len(seen) < _THINGS:
+        value, name, depth = things.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            tensor = local_storage(value)
+            if _is_comparable(tensor):
+                yield name, tensor.detach()
+        elif depth > 0:
+            things += reversed([(each, f"{name}[{key!r}]", depth - 1) for key, each in _inside(value)])
 
 
-def _is_position(tensor: Tensor, x: Tensor, before: Tensor | None, gradient: Tensor) -> bool:
+def _is_comparable(tensor: Tensor) -> bool:
+    is_plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided and not tensor.is_meta
+    return is_plain and tensor.is_floating_point() and tensor.untyped_storage().size() > 0
+
+
+def _inside(value: Any) -> Iterable[tuple[Any, Any]]:
+    """What a container, module, optimizer or other object holds, by name."""
+    if isinstance(value, Optimizer):
+        return [*_attributes(value).items(), ("params", value.param_groups), ("state", list(value.state.values()))]
+    if isinstance(value, torch.nn.Module):
+        return [*value.named_parameters(), *value.named_buffers()]
+    if isinstance(value, Mapping):
+        pairs = enumerate(value.items())
+        return [(index if isinstance(key, Tensor) else key, x) for index, (key, x) in pairs if key not in _OWN_KEYS]
+    if isinstance(value, (list, tuple)):
+        return list(enumerate(value))
+    is_object = hasattr(value, "__dict__") and not isinstance(value, type) and not callable(value)
+    return list(vars(value).items()) if is_object else []
+
+
+def _is_position(tensor: Tensor, x: Tensor, before: Tensor | None, gradient: Tensor | None) -> bool:
     """Whether ``tensor`` is where the step begins or ends, or on the line through both, and is no gradient."""
     if tensor.numel() != x.numel():
         return before is not None and _is_sample(tensor, before)
@@ -181,7 +219,40 @@ def _is_sample(tensor: Tensor, before: Tensor) -> bool:
     if tensor.ndim != 1 or count < _FEW or total <= count:
         return False
     sample = before.reshape(-1)[:: -(-total // count)]
-    return sample.numel() == count and _equals(tensor, sample)
+    return sample.numel() == count and _has_many_values(sample) and _equals(tensor, sample)
+
+
+def _has_many_values(tensor: Tensor) -> bool:
+    """Whether there are more than two different ones."""
+    ordered = _compared(tensor)[:_VALUES].sort().values
+    return int((ordered[1:] != ordered[:-1]).sum()) > 1
+
+
+def _is_moved_copy(tensor: Tensor, shard: Shard, x: Tensor, before: Tensor | None) -> bool:
+    """Whether ``tensor`` is where the step has taken the parameter: a copy that has moved with it."""
+    if before is None or tensor.numel() != x.numel() or _equals(before, x):
+        return False
+    return _is_copy(tensor, x, shard.gradient)
+
+
+def _flat_copy(tensor: Tensor, places: Sequence[Place | None], telling: Sequence[Place]) -> Shard | None:
+    """The first shard that tells, if ``tensor`` is the shards one after the other; it may be longer, or shorter."""
+    if tensor.ndim != 1:
+        return None
+    start, first, told = 0, None, {id(place[0]) for place in telling}
+    for place in places:
+        if place is None:
+            return None
+        shard, x, before = place
+        part = tensor[start : start + x.numel()]
+        if part.numel() < x.numel():
+            break
+        if not _equals(part, x):
+            return None
+        start += x.numel()
+        if first is None and id(shard) in told and before is not None and not _equals(before, x):
+            first = shard if part.data_ptr() != x.data_ptr() else None
+    return first if start > 0 else None
 
 
 def _equals(tensor: Tensor, other: Tensor) -> bool:
