@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
+from manic.distributed.collectives import raise_together
+from manic.distributed.deepspeed import Zero3Padding
 from manic.distributed.join import JoinGuard
 from manic.distributed.layout import EXPERT_PARALLEL, Layout, Plain
 from manic.distributed.startup import Agreement
@@ -114,7 +116,7 @@ class Mechanic(OptimizerWrapper):
         )  # fmt: skip
         self._monitor = Monitor(self._state.tuner_state, self._tuner.settings)
         self._agreement, self._join = Agreement(self._layout), JoinGuard()
-        self._positions = PositionCheck(optimizers)
+        self._positions, self._padding = PositionCheck(optimizers), Zero3Padding(optimizers)
         super().__init__(optimizers, self._state)
         self._share_global_state()
 
@@ -269,6 +271,8 @@ class Mechanic(OptimizerWrapper):
         device, dtype = self._communication_device, self._state.tensor.dtype
         self._agreement.renew(self.param_groups, settings, of_stage, device, dtype)
         try:
+            if self._padding.managed:
+                raise_together(ValueError, self._padding.clear(self.param_groups), self._layout.group, device)
             self._state.compare_exchanged()
         except BaseException:
             self._agreement.forget()
