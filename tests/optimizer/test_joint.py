@@ -143,6 +143,12 @@ def test_defaults_of_several_are_read_only() -> None:
     with pytest.raises(TypeError, match="defaults of several"):
         optimizer.defaults.update(momentum=0.5)
     with pytest.raises(TypeError, match="defaults of several"):
+        optimizer.defaults.pop("momentum")
+    with pytest.raises(TypeError, match="defaults of several"):
+        del optimizer.defaults["momentum"]
+    with pytest.raises(TypeError, match="defaults of several"):
+        optimizer.defaults |= {"momentum": 0.5}
+    with pytest.raises(TypeError, match="defaults of several"):
         optimizer.defaults = {}
 
 
@@ -177,3 +183,29 @@ def test_copies_go_on_alike(how: Any, several: bool) -> None:
     assert optimizer.scale == other.scale
     for layer, twin in zip(layers, others):
         assert torch.equal(layer.weight, twin.weight)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [copy.copy, copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))],
+    ids=["copy", "deepcopy", "pickle"],
+)
+def test_copies_of_groups_and_defaults_are_lists_and_dicts_of_their_own(how: Any) -> None:
+    layers, optimizer = make(True)
+    groups, defaults = how(optimizer.param_groups), how(optimizer.defaults)
+    assert type(groups) is list
+    assert type(defaults) is dict
+    groups.clear()
+    defaults["lr"] = 5.0
+    assert [len(base.param_groups) for base in optimizer.optimizers] == [1, 1]
+    train(layers, optimizer)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_state_assigned_to_itself_before_the_first_step(several: bool) -> None:
+    layers = [nn.Linear(4, 4) for _ in range(2)]
+    bases = [torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9) for layer in layers]
+    optimizer = Mechanic(bases if several else torch.optim.Adam([p for layer in layers for p in layer.parameters()]))
+    optimizer.state = optimizer.state
+    train(layers, optimizer)
+    assert len(optimizer.state) == 4

@@ -144,3 +144,64 @@ def test_one_rank_with_a_gradient_begins_the_run() -> None:
     optimizer.step()
     assert rows(optimizer) == 1
     assert optimizer.scale > 0
+
+
+class Counts(torch.optim.Optimizer):
+    """Counts its steps in its groups and attributes, as apex's FusedAdam does."""
+
+    def __init__(self, params: Any) -> None:
+        self.calls, self.fails = 0, False
+        super().__init__(params, {"lr": 1.0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.calls += 1
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.mul_(0.9)
+                    average = self.state[p].setdefault("average", torch.zeros_like(p)).lerp_(p.grad, 0.1)
+                    p.add_(average / (1 - 0.9 ** group["step"]), alpha=-group["lr"] / self.calls)
+                    if self.fails:
+                        raise MemoryError("out of luck")
+
+
+@pytest.mark.parametrize("gradient", ["zero", "none"])
+@pytest.mark.parametrize("variant", ["optax", "multiplicative"])
+def test_counts_outside_of_the_state_are_restored(variant: str, gradient: str) -> None:
+    parameters, loss = problem()
+    expected = train(Mechanic(Counts(parameters), variant=variant), loss)
+    others, other_loss = problem()
+    optimizer = Mechanic(Counts(others), variant=variant)
+    for _ in range(3):
+        step_without_gradient(optimizer, 1.0, gradient)
+    optimizer.param_groups[0]["lr"] = 1.0
+    assert train(optimizer, other_loss) == expected
+    assert optimizer.param_groups[0]["step"] == 20
+
+
+def test_an_error_while_state_is_created_changes_nothing() -> None:
+    parameters, loss = problem()
+    expected = train(Mechanic(Counts(parameters), variant="optax"), loss)
+    others, other_loss = problem()
+    base = Counts(others)
+    optimizer, start = Mechanic(base, variant="optax"), [p.detach().clone() for p in others]
+    base.fails = True
+    with pytest.raises(MemoryError):
+        step_without_gradient(optimizer, 1.0, "zero")
+    base.fails = False
+    assert all(torch.equal(a, b) for a, b in zip(others, start))
+    assert len(optimizer.state) == 0
+    assert train(optimizer, other_loss) == expected
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_a_held_gradient_gives_no_first_scale(weight_decay: float) -> None:
+    """As LoRA trained in turns: while B is 0, A has no gradient, and B has one but a learning rate of 0."""
+    a, b = torch.randn(4, 5).requires_grad_(), torch.zeros(5, 3, requires_grad=True)
+    groups = [{"params": [a]}, {"params": [b], "lr": 0.0}]
+    optimizer = Mechanic(torch.optim.AdamW(groups, lr=1.0, weight_decay=weight_decay))
+    (a @ b - 1.0).square().sum().backward()
+    optimizer.step()
+    assert optimizer.scale == 0

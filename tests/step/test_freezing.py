@@ -165,10 +165,16 @@ def test_a_step_that_fails_at_any_operator_keeps_its_place(
     for at in range(1, whole.count + 1):
         parameters, loss, optimizer = run_up()
         before, scale = [p.detach().clone() for p in parameters], optimizer.scale
+        references = [optimizer.state[p]["mechanic_x_ref"].clone() for p in parameters]
         with pytest.raises(MemoryError), FailsAt(at) as mode:
             take_step(optimizer, parameters, loss, 4)
         where = f"operator {at} of {whole.count}, {mode.failed_in}"
         assert optimizer.scale == scale, where
+        for parameter, x_ref in zip(parameters, references):
+            rounding = 1e-12 if dtype == torch.float64 else 2**-7
+            torch.testing.assert_close(
+                optimizer.state[parameter]["mechanic_x_ref"], x_ref, rtol=rounding, atol=rounding, msg=where
+            )
         optimizer.check_consistency()
         for parameter in parameters:
             parameter.grad = None
@@ -177,3 +183,38 @@ def test_a_step_that_fails_at_any_operator_keeps_its_place(
         optimizer.check_consistency()
         for parameter, x in zip(parameters, before):
             assert torch.equal(parameter, x), where
+
+
+@pytest.mark.parametrize("variant", ["optax", "multiplicative"])
+def test_an_optimizer_that_moves_at_a_learning_rate_of_zero_is_scaled(variant: str) -> None:
+    """Rprop takes its learning rate for its first step only, and goes on moving, as without Mechanic."""
+    parameters, loss = problem()
+    optimizer = Mechanic(torch.optim.Rprop(parameters, lr=0.01), variant=variant)
+    for step in range(5):
+        take_step(optimizer, parameters, loss, step)
+    optimizer.param_groups[0]["lr"] = 0.0
+    before = [p.detach().clone() for p in parameters]
+    for step in range(5, 10):
+        take_step(optimizer, parameters, loss, step)
+    moved = max(float((p.detach() - x).abs().max()) for p, x in zip(parameters, before))
+    assert 0 < moved < 5 * 0.1 * float(optimizer.scale)
+
+
+def test_in_low_precision_freezing_in_turn_loses_no_small_updates() -> None:
+    """bfloat16 parameters keep what they lose to rounding in Delta, also where they are frozen in every second step."""
+
+    def final_loss(dtype: torch.dtype) -> float:
+        torch.manual_seed(0)
+        goal, inputs = torch.randn(6, 5), torch.randn(40, 6)
+        parameters = [torch.zeros(6, 5, dtype=dtype, requires_grad=True) for _ in range(2)]
+        optimizer = Mechanic(torch.optim.AdamW(groups_of(parameters), lr=1.0), variant="optax", s_init=1e-4)
+        for step in range(400):
+            for index, group in enumerate(optimizer.param_groups):
+                freeze("lr", group, index != step % 2)
+            optimizer.zero_grad()
+            loss = (inputs @ (parameters[0].float() + parameters[1].float() - goal)).square().mean()
+            loss.backward()
+            optimizer.step()
+        return loss.item()
+
+    assert final_loss(torch.bfloat16) < 4 * final_loss(torch.float32) + 1e-4

@@ -96,7 +96,7 @@ class PositionCheck:
         ]  # fmt: skip
         try:
             complaint = next((self._complaint(found, param_groups) for found in self._find(places)), "")
-        except Exception:  # other ranks wait: what cannot be compared cannot be told from a position
+        except (RuntimeError, TypeError):  # other ranks wait, and what cannot be compared is not known to be a position
             complaint = ""
         raise_together(TypeError, complaint, group, device)
 
