@@ -140,7 +140,9 @@ def test_a_learning_rate_of_zero_is_no_gradient_of_the_scale(variant: str) -> No
     assert scale_after(0.01) == pytest.approx(scale_after(-0.01), rel=1e-9)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str
+)  # fmt: skip
 @pytest.mark.parametrize("base", ["sgd", "trust-ratio"])
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_a_step_that_fails_at_any_operator_keeps_its_place(

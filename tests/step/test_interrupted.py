@@ -169,8 +169,10 @@ def test_an_error_in_the_closure_or_in_a_hook_before_a_step_changes_nothing() ->
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"nonfinite": "ignore"}, {"update": "snapshot"}, {"variant": "pytorch"},
-    {"variant": "multiplicative", "store_delta": True}, {"variant": "multiplicative"},
+    {}, pytest.param({"nonfinite": "ignore"}, marks=pytest.mark.slow), {"variant": "multiplicative"},
+    pytest.param({"update": "snapshot"}, marks=pytest.mark.slow),
+    pytest.param({"variant": "pytorch"}, marks=pytest.mark.slow),
+    pytest.param({"variant": "multiplicative", "store_delta": True}, marks=pytest.mark.slow),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("steps", [0, 3])
 def test_an_interrupt_at_any_line_leaves_tuner_and_parameters_of_one_step(steps: int, options: dict[str, Any]) -> None:
