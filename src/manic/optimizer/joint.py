@@ -152,8 +152,8 @@ class JointDefaults(dict[str, Any]):
         return dict, (dict(self),)
 
     def setdefault(self, key: str, default: Any = None) -> Any:
-        """The value, which must exist."""
-        return self[key] if key in self else _refuse_defaults(self, key)
+        """The value, or ``default``, which is not kept: torch asks so for what an optimizer may lack."""
+        return self.get(key, default)
 
 
 def _refuse_defaults(self: JointDefaults, *_: Any, **__: Any) -> Any:
