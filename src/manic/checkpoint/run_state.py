@@ -237,23 +237,27 @@ class RunState:
             inner.append(each)
         return inner
 
-    def _members(self, with_state: Container[int]) -> dict[str, Member]:
-        """The optimizers' parameters on this rank, by name; ``with_state``: numbers of the optimizers that keep any."""
+    def _members(self, with_state: Container[str]) -> dict[str, Member]:
+        """The optimizers' parameters on this rank, by name; ``with_state``: names whose optimizer keeps any state."""
         names = all_parameter_names(self.model)
         return {
-            name: Member(parameter, own_keys_of(inner), number in with_state)
-            for number, inner in enumerate(self._inner())
+            name: Member(parameter, own_keys_of(inner), name in with_state)
+            for inner in self._inner()
             for group in inner.param_groups
             for parameter in group["params"]
             for name in names[id(parameter)]
         }
 
-    def _with_state(self) -> set[int]:
-        """Numbers of the optimizers that keep a state of any parameter on this rank, besides ``own_keys``."""
+    def _with_state(self) -> set[str]:
+        """Names of the parameters of which the optimizer keeps a state of any on this rank, besides ``own_keys``."""
+        names = all_parameter_names(self.model)
         return {
-            number
-            for number, inner in enumerate(self._inner())
+            name
+            for optimizer, inner in zip(self.optimizers, self._inner())  # ZeRO's inner one has a part of the parameters
             if any(isinstance(each, dict) and each.keys() - own_keys_of(inner) for each in inner.state.values())
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            for name in names[id(parameter)]
         }
 
     @contextmanager
