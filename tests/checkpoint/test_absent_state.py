@@ -304,6 +304,30 @@ def test_zero_keeps_the_state_of_frozen_parameters(tmp_path: Path) -> None:
     run(zero_keeps_frozen_state, 2, str(tmp_path))
 
 
+def load_into_stages_of_other_classes(directory: str) -> None:
+    """Each stage of a pipeline has a parameter, the first one's optimizer no state in the run that loads."""
+    rank = dist.get_rank()
+
+    def make(*kinds: Any) -> tuple[nn.Module, Checkpointer]:
+        model = nn.ParameterDict({f"w{rank}": torch.full((3,), 1.0 + rank)})
+        optimizer = kinds[rank](model.parameters(), lr=0.01)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        return model, Checkpointer(directory, model, optimizer)
+
+    make(torch.optim.AdamW, torch.optim.AdamW)[1].save(1)
+    model, other = make(torch.optim.SGD, torch.optim.AdamW)
+    before = shards(model)
+    with pytest.raises(ValueError, match=r"of another optimizer or other options: it has \w+ for w0"):
+        other.load()
+    assert_equal(model, before)
+
+
+def test_refuses_state_that_the_optimizer_of_this_stage_does_not_keep(tmp_path: Path) -> None:
+    run(load_into_stages_of_other_classes, 2, str(tmp_path))
+
+
 class Experts(nn.Module):
     """Rows are experts; each rank has two."""
 

@@ -111,3 +111,28 @@ def test_loads_a_setting_that_this_run_does_not_have_yet(kind: str, tmp_path: Pa
     model, optimizer = make("plain", {})
     Checkpointer(tmp_path, model, optimizer).load()
     assert "mechanic" not in optimizer.param_groups[0]
+
+
+@pytest.mark.parametrize("kind", ["plain", "Mechanic"])
+@pytest.mark.parametrize(("saved", "live"), [
+    ([None, True], [None]), ([True, None], [True]), ([None], [None, True]), ([True], [None, None]),
+], ids=str)  # fmt: skip
+def test_keeps_what_this_run_declares_expert_parallel(
+    saved: list[bool | None], live: list[bool | None], kind: str, tmp_path: Path
+) -> None:
+    """On one process, experts may share a group with others; the declaration is the program's."""
+
+    def two(declared: list[bool | None], lr: float) -> tuple[nn.Module, Optimizer]:
+        model = nn.Linear(4, 4)
+        parts = [[p] for p in model.parameters()] if len(declared) == 2 else [list(model.parameters())]
+        groups = [
+            {"params": part, **({"expert_parallel": each} if each else {})} for part, each in zip(parts, declared)
+        ]
+        base = torch.optim.SGD(groups, lr=lr)
+        return model, Mechanic(base) if kind == "Mechanic" else base
+
+    Checkpointer(tmp_path, *two(saved, 0.5)).save(1)
+    model, optimizer = two(live, 0.25)
+    Checkpointer(tmp_path, model, optimizer).load()
+    assert [group.get("expert_parallel") for group in optimizer.param_groups] == live
+    assert {group["lr"] for group in optimizer.param_groups} == {0.5}

@@ -136,7 +136,8 @@ class Checkpointer:
                 thread failed.
             ValueError: if ``step`` is negative; on every rank, if the state of any rank holds an object that
                 :meth:`load` would refuse, if a rank lacks sharded state that others have and it cannot be completed,
-                or if an optimizer's ``state_dict()`` has further entries that differ between ranks.
+                or if parameters of one name, or further entries of an optimizer's ``state_dict()``, differ between
+                ranks.
         """
         earlier = self._pending.exception() if self._pending is not None else None
         self._pending = None

@@ -87,7 +87,7 @@ def wanted_of_optimizer(
     Raises:
         ValueError: if an entry cannot be loaded, or one that this run needs is missing.
     """
-    wanted = wanted_settings(flat, saved, skipped={Mechanic.GROUP_KEY})
+    wanted = wanted_settings(flat, saved, {Mechanic.GROUP_KEY}, Mechanic.LIVE_KEYS)
     names = {*members, *(_parameter_of_setting(key.removeprefix("optimizer.")) for key in saved)}
     live: dict[str, set[str]] = {}
     for key in flat:

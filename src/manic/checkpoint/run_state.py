@@ -40,6 +40,7 @@ from manic.checkpoint.flat_state import (
     whole_or_flat,
 )
 from manic.checkpoint.matching import Member, check_model, check_same_settings, wanted_of_object, wanted_of_optimizer
+from manic.checkpoint.names import check_in_model, check_one_value_of_each_name
 from manic.checkpoint.random_state import random_state, set_random_state
 from manic.checkpoint.safe_pickle import check_loadable
 from manic.checkpoint.settings import LiveTensors, converted, same
@@ -83,8 +84,10 @@ class RunState:
         """The current state as it is saved: with the shards of a parameter's state that only other ranks have.
 
         Raises:
-            ValueError: on every rank, if an entry of any rank would be refused by a load.
+            ValueError: on every rank, if an entry of any rank would be refused by a load, or a name has other values
+                on other ranks.
         """
+        on_every_rank(lambda: check_in_model(self.model, self.optimizers), group)
 
         def collect() -> dict[str, Any]:
             state = self.collect()
@@ -92,6 +95,7 @@ class RunState:
             return state
 
         state = on_every_rank(collect, group)
+        check_one_value_of_each_name(self.model, self.optimizers, state["optimizer"], group)
         if not self.is_fsdp1:  # whose state dicts are gathered by torch
             parameters = {name: member.tensor for name, member in self._members(set()).items()}
             complete_shards(state["optimizer"], parameters, group)
@@ -129,6 +133,7 @@ class RunState:
             ValueError: on every rank, if the checkpoint does not fit this run; nothing has changed then, unless one of
                 the objects refused its state.
         """
+        on_every_rank(lambda: check_in_model(self.model, self.optimizers), group)
         # Gradients are useless after a load, and torch creates no state to load into while they exist.
         self.model.zero_grad(set_to_none=True)
         with self._trainable(saved):
@@ -232,23 +237,27 @@ class RunState:
             inner.append(each)
         return inner
 
-    def _members(self, with_state: Container[int]) -> dict[str, Member]:
-        """The optimizers' parameters on this rank, by name; ``with_state``: numbers of the optimizers that keep any."""
+    def _members(self, with_state: Container[str]) -> dict[str, Member]:
+        """The optimizers' parameters on this rank, by name; ``with_state``: names whose optimizer keeps any state."""
         names = all_parameter_names(self.model)
         return {
-            name: Member(parameter, own_keys_of(inner), number in with_state)
-            for number, inner in enumerate(self._inner())
+            name: Member(parameter, own_keys_of(inner), name in with_state)
+            for inner in self._inner()
             for group in inner.param_groups
             for parameter in group["params"]
             for name in names[id(parameter)]
         }
 
-    def _with_state(self) -> set[int]:
-        """Numbers of the optimizers that keep a state of any parameter on this rank, besides ``own_keys``."""
+    def _with_state(self) -> set[str]:
+        """Names of the parameters of which the optimizer keeps a state of any on this rank, besides ``own_keys``."""
+        names = all_parameter_names(self.model)
         return {
-            number
-            for number, inner in enumerate(self._inner())
+            name
+            for optimizer, inner in zip(self.optimizers, self._inner())  # ZeRO's inner one has a part of the parameters
             if any(isinstance(each, dict) and each.keys() - own_keys_of(inner) for each in inner.state.values())
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            for name in names[id(parameter)]
         }
 
     @contextmanager

@@ -18,13 +18,16 @@ from manic.checkpoint.flat_state import as_number, split
 __all__ = ["LiveTensors", "converted", "same", "wanted_settings"]
 
 
-def wanted_settings(flat: Mapping[str, Any], saved: Mapping[str, Any], skipped: Container[str]) -> dict[str, Any]:
+def wanted_settings(
+    flat: Mapping[str, Any], saved: Mapping[str, Any], skipped: Container[str], never: Container[str]
+) -> dict[str, Any]:
     """Select the settings to read from the checkpoint: all of this run's parameters, as the checkpoint holds them.
 
     Args:
         flat: The live optimizers' state.
         saved: DCP's metadata of every key in the checkpoint.
         skipped: Settings that are not read unless this run has them.
+        never: Settings that are not read: they describe the program and not the run.
 
     Returns:
         Where to read each setting, by its key as in ``flat``: new tensors, and ``None`` for other values.
@@ -38,7 +41,7 @@ def wanted_settings(flat: Mapping[str, Any], saved: Mapping[str, Any], skipped: 
         # DCP stores the parts of a dict, and of a list of tensors, one by one.
         setting, *parts = rest.split(".")
         key = f"{parameter}.{setting}"
-        if key not in flat and setting in skipped:
+        if setting in never or (key not in flat and setting in skipped):
             continue
         if not parts:
             wanted[key] = _target(there)

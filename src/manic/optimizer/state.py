@@ -17,6 +17,7 @@ from manic.distributed.drift import raise_if_drifted
 from manic.distributed.layout import Layout, local, local_storage
 from manic.optimizer.fit import drop_misfits, first_misfit, misfit
 from manic.optimizer.joint import parameter_states
+from manic.optimizer.loaded import LoadedStarts
 from manic.optimizer.names import DELTA, STATE_KEYS, X_REF, describe
 from manic.optimizer.placeholders import Placeholders
 from manic.optimizer.transaction import hidden
@@ -56,8 +57,7 @@ class MechanicState:
         """Whether the run has begun, so that x_ref is where it started."""
         self.was_loaded = False
         """Whether a loaded state is yet to be compared with the parameters."""
-        self._loaded_x_ref = False
-        """Whether the loaded state has any x_ref on this rank."""
+        self._loaded = LoadedStarts([], 0)
         self.updates_made: int | None = 0
         """The tuner's count as the host knows it; ``None`` where replays of a CUDA graph were not counted."""
         self.has_scale = False
@@ -250,18 +250,11 @@ class MechanicState:
         """Refuse a loaded state that the parameters do not belong to: the step would move them to where it says.
 
         Raises:
-            ValueError: on every rank alike, if one was loaded and they are elsewhere, or it has no x_ref of any.
+            ValueError: on every rank alike, if one was loaded and they are elsewhere, or it lacks x_ref.
         """
         if self.was_loaded:
             group, device = self._layout.group, self._layout.communication_device(self.home_device)
-            if not on_any_rank(self._loaded_x_ref, group, device):
-                made = int(self.tuner_state.updates)
-                raise ValueError(
-                    f"the loaded tuner has made {made} updates, but no rank has an x_ref of any parameter: the "
-                    "parameters' state was not loaded with it. Load both from one checkpoint; or load the base "
-                    "optimizer's state alone, without the tuner, to start with a new one; or call rebase() to go on "
-                    "with this tuner from where the parameters are"
-                )
+            self._loaded.check(self._groups, group, device)
             self.raise_if_displaced(
                 ValueError,
                 "they are not where the loaded optimizer state says. Load the model from the same checkpoint; read a "
@@ -342,8 +335,7 @@ class MechanicState:
         updates = float(self.tuner_state.updates)
         self.updates_made, self.has_scale = max(0, int(updates)), float(self.tuner_state.scale) > 0.0
         self.started = self.was_loaded = updates > 0
-        states = [state for optimizer in self._optimizers for state in optimizer.state.values()]
-        self._loaded_x_ref = any(isinstance(state, dict) and X_REF in state for state in states)
+        self._loaded = LoadedStarts(self._optimizers, int(updates))
         self._placeholders.exist = False
         if updates == _PLACEHOLDER:
             self._placeholders.loaded()
