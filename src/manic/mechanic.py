@@ -259,6 +259,8 @@ class Mechanic(OptimizerWrapper):
         """Compare with the other ranks, at the first step, after a load, and when parameters were added."""
         if self._agreement.holds_for(self.param_groups) and not self._state.was_loaded:
             return
+        if self._state.was_loaded:
+            self._agreement.forget()
         check_bases(self.optimizers, may_be_empty=True)
         if self._layout.group is not None:
             self._join.find(parameter for group in self.param_groups for parameter in group["params"])
