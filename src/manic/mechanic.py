@@ -225,7 +225,7 @@ class Mechanic(OptimizerWrapper):
 
     def _check(self) -> None:
         """Do the checks that come before a step, on all ranks."""
-        self._join.refuse()
+        self._join.refuse(parameter for group in self.param_groups for parameter in group["params"])
         self._share_global_state()
         if self._check_every and self._calls and self._calls % self._check_every == 0:
             self.check_consistency()
@@ -263,8 +263,9 @@ class Mechanic(OptimizerWrapper):
             self._agreement.forget()
         check_bases(self.optimizers, may_be_empty=True)
         if self._layout.group is not None:
-            self._join.find(parameter for group in self.param_groups for parameter in group["params"])
-            self._join.refuse()
+            parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+            self._join.find(parameters)
+            self._join.refuse(parameters)
         settings = f"a run that {self._state.stands}, {self._settings(of_stage=False)}"
         bases = [type(optimizer).__name__ for optimizer in self.optimizers]
         of_stage = f"base optimizers {bases}, update={self._planner.updates}"

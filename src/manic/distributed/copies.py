@@ -212,10 +212,10 @@ class Copies:
                     set(),
                     (
                         "cannot count by its values how many ranks hold the expert-parallel "
-                        f"{describe(parameter, self._groups)}: it is constant or equal on several ranks, has no gradient "
-                        "that tells more, and parameters like it have no, or several, numbers of copies. Initialize experts "
-                        "differently, take the first step with gradients, or give parameters that are on all ranks a param "
-                        "group of their own, without the declaration"
+                        f"{describe(parameter, self._groups)}: it is constant or equal on several ranks, has no "
+                        "gradient that tells more, and parameters like it do not tell either. Initialize experts "
+                        "differently, take the first step with gradients, or give parameters that are on all ranks a "
+                        "param group of their own, without the declaration"
                     ),
                 )
             (count,) = found
