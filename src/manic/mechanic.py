@@ -46,7 +46,8 @@ class Mechanic(OptimizerWrapper):
     Args:
         optimizer: The base optimizer, or several over disjoint parameters, which then share one scale. A param group
             with ``"expert_parallel": True`` declares that its parameters may differ between ranks outside of their own
-            meshes; how many ranks hold each is counted at the first step, by values and gradients.
+            meshes; how many ranks hold each is counted at the first step, by values and gradients, and again in the
+            next 31 steps while no gradient confirms it.
         betas: Decay factors of the tuner's averages, each in (0, 1). Default: the variant's, 0.99 or the paper's six.
         s_init: With ``"multiplicative"`` the length of the first step over that of the parameters, by default 1e-4;
             else the initial scale, by default the variant's, 1e-6 or 1e-8. Positive.

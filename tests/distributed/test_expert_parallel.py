@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import unittest.mock
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from manic import Mechanic
 from manic.checkpoint import Checkpointer
+from manic.distributed import startup
 from manic.distributed.layout import local
 from manic.testing import ranks, run
 
@@ -480,3 +482,21 @@ def test_copies_in_low_precision_may_be_an_ulp_apart_when_a_group_is_added() -> 
     optimizer.add_param_group({"params": [torch.ones(2, requires_grad=True)]})
     with pytest.raises(ValueError, match=r"parameter 0 of group 0.* differs"):
         optimizer.step()
+
+
+@ranks(2)
+@pytest.mark.parametrize(("first_gradient", "is_frozen", "expected"), [
+    (0, False, 1), (2, False, 3), (100, False, 32), (100, True, 1),
+])  # fmt: skip
+def test_compares_again_until_a_gradient_confirms(first_gradient: int, is_frozen: bool, expected: int) -> None:
+    """Equal experts, of which the second rank's has the first gradient."""
+    dense, expert = draw(0, (3,)).requires_grad_(), draw(1, (4,)).requires_grad_(not is_frozen)
+    groups = [{"params": [dense]}, {"params": [expert], "expert_parallel": True}]
+    optimizer = Mechanic(torch.optim.SGD(groups, lr=1.0))
+    with unittest.mock.patch("manic.distributed.startup.agree", wraps=startup.agree) as agree:
+        for step in range(40):
+            dense.grad = draw(step, (3,))
+            has_gradient = dist.get_rank() == 1 and step >= first_gradient
+            expert.grad = draw(step, (4,)) if has_gradient else None
+            optimizer.step()
+    assert agree.call_count == expected

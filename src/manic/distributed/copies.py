@@ -207,17 +207,14 @@ class Copies:
             if not found and row[VARIES]:
                 found = {len(seen.equal(rows, row))}
             if len(found) != 1:
-                return (
-                    {},
-                    set(),
-                    (
-                        "cannot count by its values how many ranks hold the expert-parallel "
-                        f"{describe(parameter, self._groups)}: it is constant or equal on several ranks, has no "
-                        "gradient that tells more, and parameters like it do not tell either. Initialize experts "
-                        "differently, take the first step with gradients, or give parameters that are on all ranks a "
-                        "param group of their own, without the declaration"
-                    ),
+                problem = (
+                    "cannot count by its values how many ranks hold the expert-parallel "
+                    f"{describe(parameter, self._groups)}: it is constant or equal on several ranks, has no gradient "
+                    "that tells more, and parameters like it do not tell either. Initialize experts differently, take "
+                    "the first step with gradients, or give parameters that are on all ranks a param group of their "
+                    "own, without the declaration"
                 )
+                return {}, set(), problem
             (count,) = found
             counts[id(parameter)] = float(count)
             if not confirmed and parameter.requires_grad:

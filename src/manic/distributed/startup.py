@@ -24,7 +24,7 @@ from manic.distributed.layout import Layout, check_gradient, is_expert_parallel,
 __all__ = ["Agreement", "agree", "describe_group", "digest"]
 
 
-# Experts that have no gradient in so many steps are counted by what is known by then.
+# Experts that have no gradient in so many first steps remain counted by their values.
 _COMPARISONS = 32
 
 
@@ -70,7 +70,7 @@ class Agreement:
         """Compare again; see :func:`agree` for arguments and errors."""
         identities = _identities(groups)
         is_new = self._identities != identities
-        self._comparisons_left = _COMPARISONS if is_new else self._comparisons_left - 1
+        self._comparisons_left = (_COMPARISONS if is_new else self._comparisons_left) - 1
         unconfirmed = None if is_new else self._unconfirmed
         self._unconfirmed = agree(groups, settings, of_stage, self._layout, device, dtype, unconfirmed)
         self._identities = identities
