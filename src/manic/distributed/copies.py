@@ -101,14 +101,13 @@ class Copies:
         counts, still_open, problem = self._counts(declared, seen, unconfirmed)
         if unconfirmed is None:
             problem = (
-                self._difference(self._plain, plain, seen)
-                or self._difference(self._outside, outside, seen)
-                or self._shared([*self._plain, *self._outside, *self._of_stage], (plain, outside, of_stage), seen)
-                or problem
+                self._difference(self._plain, plain, seen) or self._difference(self._outside, outside, seen) or problem
             )
         raise_together(ValueError, problem, group, device)
         if unconfirmed is None:
             _check_stages(plain, self._layout.pipeline_stages)
+            shared = self._shared([*self._plain, *self._outside, *self._of_stage], (plain, outside, of_stage), seen)
+            raise_together(ValueError, shared, group, device)
             self._layout.fsdp1_replicas = _fsdp1_replicas(fsdp1) if numbers[3] else 1
         self._layout.counted = counts
         return still_open
