@@ -48,7 +48,8 @@ class Mechanic(OptimizerWrapper):
     Args:
         optimizer: The base optimizer, or several over disjoint parameters, which then share one scale. A param group
             with ``"expert_parallel": True`` declares that its parameters may differ between ranks outside of their own
-            meshes; how many ranks hold each is counted at the first step, by values and gradients.
+            meshes; how many ranks hold each is counted at the first step, by values and gradients, and again in the
+            next 31 steps while no gradient confirms it.
         betas: Decay factors of the tuner's averages, each in (0, 1). Default: the variant's, 0.99 or the paper's six.
         s_init: With ``"multiplicative"`` the length of the first step over that of the parameters, by default 1e-4;
             else the initial scale, by default the variant's, 1e-6 or 1e-8. Positive.
@@ -227,7 +228,7 @@ class Mechanic(OptimizerWrapper):
 
     def _check(self) -> None:
         """Do the checks that come before a step, on all ranks."""
-        self._join.refuse()
+        self._join.refuse(parameter for group in self.param_groups for parameter in group["params"])
         self._share_global_state()
         if self._check_every and self._calls and self._calls % self._check_every == 0:
             self.check_consistency()
@@ -261,10 +262,13 @@ class Mechanic(OptimizerWrapper):
         """Compare with the other ranks, at the first step, after a load, and when parameters were added."""
         if self._agreement.holds_for(self.param_groups) and not self._state.was_loaded:
             return
+        if self._state.was_loaded:
+            self._agreement.forget()
         check_bases(self.optimizers, may_be_empty=True)
         if self._layout.group is not None:
-            self._join.find(parameter for group in self.param_groups for parameter in group["params"])
-            self._join.refuse()
+            parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+            self._join.find(parameters)
+            self._join.refuse(parameters)
         settings = f"a run that {self._state.stands}, {self._settings(of_stage=False)}"
         bases = [type(optimizer).__name__ for optimizer in self.optimizers]
         of_stage = f"base optimizers {bases}, update={self._planner.updates}"

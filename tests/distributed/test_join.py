@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -81,3 +82,18 @@ def test_another_model_may_be_joined() -> None:
     with other.join():
         train(model, optimizer, 2)
         other(torch.ones(2, 4)).sum().backward()
+
+
+@ranks(2)
+def test_a_model_in_another_module_since_the_first_step() -> None:
+    torch.manual_seed(0)
+    inside = nn.Linear(4, 2)
+    model = DistributedDataParallel(inside)
+    optimizer = Mechanic(torch.optim.SGD(inside.parameters(), lr=0.1))
+    train(model, optimizer, 1)
+    del model
+    gc.collect()
+    model = DistributedDataParallel(inside)
+    train(model, optimizer, 1)
+    with pytest.raises(RuntimeError, match=REFUSED), model.join():
+        train(model, optimizer, 3 + dist.get_rank())

@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from manic import Mechanic
 from manic.checkpoint import Checkpointer
@@ -156,3 +158,54 @@ def test_warns_of_a_runaway_in_another_stage() -> None:
         logging.getLogger("manic").removeHandler(handler)
     messages = [record.getMessage() for record in handler.buffer]
     assert any("probably run away" in message for message in messages) == (dist.get_rank() == 0), messages
+
+
+@ranks(4)
+@pytest.mark.parametrize("is_dtensor", [False, True])
+@pytest.mark.parametrize("declares", [False, True])
+def test_a_weight_that_two_stages_share(declares: bool, is_dtensor: bool) -> None:
+    """An embedding tied to the output layer is refused, or, declared, counted as one process counts it."""
+    stage = dist.get_rank() // 2
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("stage", "shard"))["shard"]
+
+    def place(value: Tensor, is_split: bool) -> Tensor:
+        return distribute_tensor(value, mesh, [Shard(0)]) if is_split else value
+
+    runs: list[list[float]] = []
+    for whole in (True, False):
+        is_split = is_dtensor and not whole
+        layers = make_layers()
+        held = {0: layers[0], **({1: layers[1], 2: layers[2]} if whole else {1 + stage: layers[1 + stage]})}
+        params = {index: nn.Parameter(place(layer.detach(), is_split)) for index, layer in held.items()}
+        tied = {"params": [params[0]], **({"expert_parallel": True} if declares and not whole else {})}
+        base = torch.optim.AdamW([tied, {"params": [params[index] for index in params if index]}], lr=1.0)
+        options = {"process_group": alone()} if whole else {"pipeline_stages": 2}
+        optimizer = Mechanic(base, s_init=1e-2, **options)
+        runs.append([])
+        for step in range(10):
+            for index, p in params.items():
+                noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + index)).double()
+                p.grad = p.detach() - 1.0 + 0.3 * place(noise, is_split)
+            if not whole and not declares:
+                expected, found = (1, 2) if is_dtensor else (2, 4)
+                words = rf"parameter 0 of group 0, .* expected on {expected} rank\(s\), is on {found} .*tied embedding"
+                with pytest.raises(ValueError, match=words):
+                    optimizer.step()
+                return
+            optimizer.step()
+            runs[-1].append(float(optimizer.scale))
+        optimizer.check_consistency()
+    assert runs[1] == pytest.approx(runs[0], rel=1e-9)
+
+
+@ranks(2)
+def test_stages_may_start_alike() -> None:
+    """Layers that are initialized by one seed, and not shared, have gradients of their own."""
+    layers = make_layers()
+    parameters = [layers[0], layers[1 + dist.get_rank()]]
+    optimizer = Mechanic(torch.optim.SGD(parameters, lr=1.0), pipeline_stages=2)
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(dist.get_rank())).double()
+    optimizer.step()
+    norm = torch.stack([each.detach().norm() for each in [layers[0], *layers]]).norm()
+    assert float(optimizer.metrics()["param_norm"]) == pytest.approx(float(norm), rel=1e-2)

@@ -7,38 +7,21 @@ gradients: at the startup agreement each rank describes its shards by a few sums
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 
 from manic.distributed.collectives import gather, raise_together
-from manic.distributed.layout import (
-    EXPERT_PARALLEL,
-    Layout,
-    is_expert_parallel,
-    is_fsdp1,
-    local_gradient,
-    local_storage,
-)
-from manic.distributed.parts import plain_parts
+from manic.distributed.layout import EXPERT_PARALLEL, Layout, is_expert_parallel, is_fsdp1
+from manic.distributed.rows import SIZE, TOLERANCE, VARIES, Seen, padded, row_of
 from manic.optimizer.names import describe
-from manic.step.chunks import pieces
 
 __all__ = ["Copies"]
-
-# Columns of a row: see _row.
-_SIZE, _SUM, _SQUARE, _VARIES, _GRAD_SUM, _GRAD_SQUARE, _PLACE = range(7)
-# The sum of squares of a gradient that is not finite, which tells nothing.
-_UNKNOWN = -1.0
-# Copies are equal bit for bit; the margin is for devices that sum in different orders.
-_VALUES = 1e-6
-# Those of gradients, which may be of low precision, are summed in different orders, too.
-_GRADIENTS = 1e-3
 
 
 class Copies:
@@ -55,6 +38,7 @@ class Copies:
         self._outside: list[Tensor] = []
         self._declared: list[Tensor] = []
         self._fsdp1: list[Tensor] = []
+        self._of_stage: list[Tensor] = []
         for group in groups:
             for parameter in group["params"]:
                 if not isinstance(parameter, DTensor) and layout.plain == "sharded":
@@ -67,56 +51,76 @@ class Copies:
                     self._plain.append(parameter)
                 elif layout.has_copies_outside(parameter):
                     self._outside.append(parameter)
+                elif layout.pipeline_stages > 1:
+                    self._of_stage.append(parameter)
 
     @property
     def numbers(self) -> list[int]:
-        """How many there are: plain replicas, DTensors on part of the ranks, expert-parallel parameters, FSDP1's."""
-        return [len(self._plain), len(self._outside), len(self._declared), len(self._fsdp1)]
+        """How many there are: plain replicas, DTensors on part of the ranks of a pipeline stage, expert-parallel
+        parameters, FSDP1's, other DTensors of a pipeline stage."""
+        return [len(block) for block in self._blocks]
+
+    @property
+    def _blocks(self) -> tuple[list[Tensor], ...]:
+        return self._plain, self._outside, self._declared, self._fsdp1, self._of_stage
 
     def compare(
         self,
         numbers: Sequence[int],
-        looks: Sequence[int],
+        descriptions: Sequence[int],
         group: ProcessGroup,
         device: torch.device,
         dtype: torch.dtype,
-    ) -> None:
+        unconfirmed: Container[int] | None = None,
+    ) -> set[int]:
         """Confirm assumed copies, and count the others; the layout takes the counts.
 
         Args:
             numbers: The largest :attr:`numbers` of any rank.
-            looks: By rank, what is equal on ranks that hold parameters of the same description.
+            descriptions: By rank, what is equal on ranks that hold parameters of the same description.
             group: The process group.
             device: A device that its backend supports.
             dtype: The dtype of compared sums.
+            unconfirmed: The result of an earlier comparison: only these are counted again. ``None``: compare all.
+
+        Returns:
+            The ``id`` of each expert-parallel parameter of this rank that has a count which no gradient confirms yet.
 
         Raises:
             ValueError: on every rank, if assumed copies differ, or copies cannot be counted.
         """
         if not any(numbers):
-            return
+            return set()
         blocks = [
-            _padded([_row(parameter, dtype) for parameter in block], number, device, dtype)
-            for block, number in zip((self._plain, self._outside, self._declared, self._fsdp1), numbers)
+            padded([row_of(parameter, dtype) for parameter in block], number, device, dtype)
+            for block, number in zip(self._blocks, numbers)
         ]
         every = torch.stack(gather(torch.cat(blocks), group)).nan_to_num()
-        plain, outside, declared, fsdp1 = torch.split(every, list(numbers), dim=1)
-        seen = _Seen(dist.get_rank(group), torch.tensor(list(looks), device="cpu"))
-        counts, problem = self._counts(declared, seen)
-        problem = (
-            self._difference(self._plain, plain, seen) or self._difference(self._outside, outside, seen) or problem
-        )
+        plain, outside, declared, fsdp1, of_stage = torch.split(every, list(numbers), dim=1)
+        seen = Seen(dist.get_rank(group), torch.tensor(list(descriptions), device="cpu"), every)
+        counts, still_open, problem = self._counts(declared, seen, unconfirmed)
+        if unconfirmed is None:
+            problem = (
+                self._difference(self._plain, plain, seen) or self._difference(self._outside, outside, seen) or problem
+            )
         raise_together(ValueError, problem, group, device)
-        _check_stages(plain, self._layout.pipeline_stages)
+        if unconfirmed is None:
+            _check_stages(plain, self._layout.pipeline_stages)
+            shared = self._shared([*self._plain, *self._outside, *self._of_stage], (plain, outside, of_stage), seen)
+            raise_together(ValueError, shared, group, device)
+            self._layout.fsdp1_replicas = _fsdp1_replicas(fsdp1) if numbers[3] else 1
         self._layout.counted = counts
-        self._layout.fsdp1_replicas = _fsdp1_replicas(fsdp1) if numbers[3] else 1
+        return still_open
 
-    def _difference(self, parameters: Sequence[Tensor], rows: Tensor, seen: _Seen) -> str:
+    def _difference(self, parameters: Sequence[Tensor], rows: Tensor, seen: Seen) -> str:
         """The first parameter of which another rank should hold a copy and does not, in words; empty: none."""
         for index, parameter in enumerate(parameters):
-            # Stages of a pipeline that look alike may have equal values; the number is a multiple then.
+            # Constants, like biases of zeros, are equal in pipeline stages of the same description: these are not told
+            # apart here, and the number is a multiple of that of one stage then.
             expected = int(self._layout.replicas(parameter))
-            alike, values_alike = seen.copies(rows[:, index]), seen.copies(rows[:, index], with_gradients=False)
+            column = rows[:, index : index + 1]
+            row = column[seen.rank, 0]
+            alike, values_alike = seen.copies(column, row), seen.copies(column, row, with_gradients=False)
             if int(alike.sum()) % expected == 0:
                 continue
             what = "differs" if int(values_alike.sum()) % expected else "has another gradient"
@@ -128,6 +132,8 @@ class Copies:
                     f"of its pipeline stage should hold copies, but it {what} there: {declare}, set pipeline_stages "
                     "and process_group to those of the model, or make the copies equal"
                 )
+            if not parameter.requires_grad:
+                declare = f"leave frozen parameters that differ between ranks out of the optimizer; {declare}"
             advice = (
                 "if it should be replicated, initialize it equally (DistributedDataParallel does)"
                 if what == "differs"
@@ -140,124 +146,79 @@ class Copies:
             )
         return ""
 
-    def _counts(self, rows: Tensor, seen: _Seen) -> tuple[dict[int, float], str]:
-        """How many ranks hold each expert-parallel parameter, by its ``id``; or why this cannot be known, in words.
+    def _shared(self, parameters: Sequence[Tensor], blocks: Sequence[Tensor], seen: Seen) -> str:
+        """The first parameter that another pipeline stage holds, too, in words; empty: none.
+
+        Stages may be initialized alike. So a parameter is shared if its gradients are equal, too.
+        """
+        stages = self._layout.pipeline_stages
+        if stages == 1:
+            return ""
+        rows = torch.cat(list(blocks), dim=1)
+        mine = rows[seen.rank][rows[seen.rank, :, SIZE] >= 0]
+        for parameter, row in zip(parameters, mine):
+            expected = int(self._layout.replicas(parameter))
+            if not row[VARIES] or not seen.tells(row):
+                continue
+            held = int(seen.copies(rows, row, in_stage=False).sum())
+            if held > expected:
+                return (
+                    f"pipeline_stages={stages} requires stages to hold different parameters, but "
+                    f"{describe(parameter, self._groups)}, expected on {expected} rank(s), is on {held} with the same "
+                    "values and gradients. If stages share it, such as a tied embedding, give it a param group with "
+                    f'"{EXPERT_PARALLEL}": True in each of them, which counts its copies'
+                )
+        return ""
+
+    def _counts(
+        self, rows: Tensor, seen: Seen, unconfirmed: Container[int] | None
+    ) -> tuple[dict[int, float], set[int], str]:
+        """How many ranks hold each expert-parallel parameter, by its ``id``; those that no gradient confirms; and why
+        one cannot be counted, in words.
 
         Different experts may start from equal values, constant biases or copies of one dense layer. So equal values
-        count as copies if gradients confirm it, or another parameter of the kind has so many copies.
+        count as copies if gradients confirm it, or another parameter of the kind has so many copies. Ranks may have
+        different numbers of experts, so a copy may have another index.
         """
         counts: dict[int, float] = {}
         open_: list[int] = []
         of_kind: dict[Any, set[int]] = {}
         for index, parameter in enumerate(self._declared):
             row = rows[seen.rank, index]
-            equal = int(seen.copies(rows[:, index], with_gradients=False).sum())
-            if row[_SIZE] == 0:
-                counts[id(parameter)] = 1.0
-            elif row[_VARIES] and (equal == 1 or row[_GRAD_SQUARE] > 0):
-                counts[id(parameter)] = float(seen.copies(rows[:, index]).sum())
-                of_kind.setdefault(_kind(parameter), set()).add(int(counts[id(parameter)]))
+            if unconfirmed is not None and id(parameter) not in unconfirmed:
+                count = self._layout.counted[id(parameter)]
+            elif seen.tells(row):
+                count = float(seen.copies(rows, row, in_stage=False).sum())
+            elif row[SIZE] == 0 or (row[VARIES] and len(seen.equal(rows, row)) == 1):
+                count = 1.0
             else:
                 open_.append(index)
+                continue
+            counts[id(parameter)] = count
+            if row[SIZE]:
+                of_kind.setdefault(_kind(parameter), set()).add(int(count))
+        still_open: set[int] = set()
         for index in open_:
-            parameter, column = self._declared[index], rows[:, index]
-            equal_on = seen.copies(column, with_gradients=False).nonzero().flatten().tolist()
-            confirmed = {int(seen.copies(column, rank).sum()) for rank in equal_on if column[rank, _GRAD_SQUARE] > 0}
-            found = of_kind.get(_kind(parameter), set())
+            parameter, row = self._declared[index], rows[seen.rank, index]
+            confirmed = seen.confirmed(rows[:, index : index + 1], row, rows) or seen.confirmed(rows, row, rows)
+            known = of_kind.get(_kind(parameter), set())
+            found = confirmed if not known or confirmed & known else confirmed | known
+            if not found and row[VARIES]:
+                found = {len(seen.equal(rows, row))}
             if len(found) != 1:
-                found = confirmed or ({len(equal_on)} if column[seen.rank, _VARIES] else set())
-            if len(found) != 1:
-                name = describe(parameter, self._groups)
-                return {}, (
-                    f"cannot count by its values how many ranks hold the expert-parallel {name}"
-                    ": it is constant or equal on several ranks, has no gradient that tells more, and no parameter of "
-                    "its kind does. Initialize experts differently, or take the first step with gradients"
+                problem = (
+                    "cannot count by its values how many ranks hold the expert-parallel "
+                    f"{describe(parameter, self._groups)}: it is constant or equal on several ranks, has no gradient "
+                    "that tells more, and parameters like it do not tell either. Initialize experts differently, take "
+                    "the first step with gradients, or give parameters that are on all ranks a param group of their "
+                    "own, without the declaration"
                 )
+                return {}, set(), problem
             (count,) = found
             counts[id(parameter)] = float(count)
-        return counts, ""
-
-
-class _Seen:
-    """Compares rows of all ranks with one rank's.
-
-    Args:
-        rank: This rank in the group.
-        looks: By rank, what is equal where parameters have the same description.
-    """
-
-    def __init__(self, rank: int, looks: Tensor) -> None:
-        self.rank, self._looks = rank, looks
-
-    def copies(self, column: Tensor, rank: int | None = None, *, with_gradients: bool = True) -> Tensor:
-        """Which ranks hold a copy of what ``rank`` holds, by default this one.
-
-        Args:
-            column: A parameter's row of each rank, shape [ranks, columns].
-            rank: Whose copies.
-            with_gradients: Whether gradients must be equal, too.
-
-        Returns:
-            Booleans, shape [ranks].
-        """
-        rank = self.rank if rank is None else rank
-        row = column[rank]
-        found = (self._looks == self._looks[rank]) & (column[:, [_PLACE, _SIZE]] == row[[_PLACE, _SIZE]]).all(dim=1)
-        found &= _are_close(column[:, _SUM], column[:, _SQUARE], row[_SUM], row[_SQUARE], _VALUES)
-        if with_gradients:
-            sums, squares = column[:, _GRAD_SUM], column[:, _GRAD_SQUARE]
-            are_close = _are_close(sums, squares, row[_GRAD_SUM], row[_GRAD_SQUARE], _GRADIENTS)
-            found &= are_close | (squares == _UNKNOWN) | (row[_GRAD_SQUARE] == _UNKNOWN)
-        return found
-
-
-def _are_close(sums: Tensor, squares: Tensor, sum_: Tensor, square: Tensor, tolerance: float) -> Tensor:
-    """Whether moments are equal up to rounding: where elements cancel, a sum is small beside their norm."""
-    largest = torch.maximum(squares, square)
-    return ((sums - sum_).abs() <= tolerance * largest.sqrt()) & ((squares - square).abs() <= tolerance * largest)
-
-
-def _row(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """Describe the local shard: number of elements, sum, sum of squares, whether elements differ; sum and sum of
-    squares of the gradient, 0 without one; and which of the shards it is by its placements. Shape [7]."""
-    gradient = local_gradient(parameter)
-    row = torch.zeros(7, dtype=dtype, device=local_storage(parameter).device)
-    for x in plain_parts(parameter):
-        row[_SIZE] += x.numel()
-        row[_SUM : _SQUARE + 1] += _moments(x, dtype)
-        if x.numel():
-            varies = torch.stack([(piece != x.reshape(-1)[0]).any() for (piece,) in pieces([x])]).any()
-            row[_VARIES] = torch.maximum(row[_VARIES], varies.to(dtype))
-    if gradient is not None:
-        moments = _moments(gradient, dtype)
-        row[_GRAD_SUM], row[_GRAD_SQUARE] = torch.where(moments.isfinite().all(), moments, _UNKNOWN)
-    row[_PLACE] = _place(parameter)
-    return row
-
-
-def _moments(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A sum and the sum of squares: shape [2]. Weights tell a permutation, and average out what all elements share."""
-    moments, start = torch.zeros(2, dtype=dtype, device=x.device), 0
-    for (piece,) in pieces([x]):
-        wide = piece.reshape(-1).to(dtype)
-        weights = torch.arange(start, start + wide.numel(), dtype=dtype, device=x.device).cos()
-        moments[0] += torch.dot(wide, weights)
-        moments[1] += torch.dot(wide, wide)
-        start += wide.numel()
-    return moments
-
-
-def _place(parameter: Tensor) -> int:
-    """A number of this rank's coordinates in the parameter's mesh, along the dimensions that split it."""
-    if not isinstance(parameter, DTensor):
-        return 0
-    mesh = parameter.device_mesh
-    coordinate: Sequence[int] = mesh.get_coordinate() or ()
-    place = 0
-    for index, size, placement in zip(coordinate, mesh.shape, parameter.placements):
-        if not isinstance(placement, Replicate):
-            place = place * size + index
-    return place
+            if not confirmed and parameter.requires_grad:
+                still_open.add(id(parameter))
+        return counts, still_open, ""
 
 
 def _kind(parameter: Tensor) -> Any:
@@ -267,19 +228,13 @@ def _kind(parameter: Tensor) -> Any:
     return is_fsdp1(parameter)
 
 
-def _padded(rows: list[Tensor], number: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Stacked, with rows of no rank's parameters up to ``number``: other stages of a pipeline may have more."""
-    missing = torch.full((number - len(rows), 7), -1.0, dtype=dtype, device=device)
-    return torch.cat((torch.stack([row.to(device) for row in rows]), missing)) if rows else missing
-
-
 def _check_stages(rows: Tensor, stages: int) -> None:
     """Raise ValueError if the plain parameters of two pipeline stages are equal."""
-    varied = rows[(rows[..., _VARIES] > 0).any(dim=1)]
+    varied = rows[(rows[..., VARIES] > 0).any(dim=1)]
     if stages == 1 or not len(varied):
         return
     size = len(rows) // stages
-    held = int(torch.unique(varied[..., : _VARIES + 1].flatten(1), dim=0, return_counts=True)[1].max())
+    held = int(torch.unique(varied[..., :TOLERANCE].flatten(1), dim=0, return_counts=True)[1].max())
     if held > size:
         raise ValueError(
             f"pipeline_stages={stages} requires every plain parameter on {size} rank(s), but some are on {held} with "
@@ -294,7 +249,7 @@ def _fsdp1_replicas(rows: Tensor) -> int:
     """
     counts: set[int] = set()
     for column in rows.unbind(dim=1):
-        varied = [tuple(row[: _VARIES + 1].tolist()) for row in column if row[_VARIES] > 0]
+        varied = [tuple(row[:TOLERANCE].tolist()) for row in column if row[VARIES] > 0]
         counts.update(Counter(varied).values())
     if len(counts) == 1 and len(rows) % max(counts) == 0:
         return counts.pop()

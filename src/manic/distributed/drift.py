@@ -91,19 +91,23 @@ def _tensors(
     device: torch.device,
 ) -> str:
     experts = {id(parameter) for each in groups if is_expert_parallel(each) for parameter in each["params"]}
-    held = sorted(held, key=lambda each: id(each[0]) in experts)  # last, for ranks may have different numbers of them
     mine = torch.zeros(len(held), 2, dtype=torch.int64, device=device)
     for index, (parameter, _, tensor) in enumerate(held):
         mine[index, 0] = _digest_of(tensor).to(device)
-        mine[index, 1] = int(layout.replicas(parameter, is_declared=id(parameter) in experts))
+        is_declared = id(parameter) in experts
+        mine[index, 1] = int(layout.replicas(parameter, is_declared=is_declared)) * (-1 if is_declared else 1)
     longest = max(int(size) for size in gather(torch.tensor(len(held), device=device), group))
-    every = torch.stack(gather(torch.cat((mine, mine.new_zeros(longest - len(held), 2))), group))
-    for index, rows in enumerate(every.unbind(dim=1)):
-        # Pipeline stages may hold different tensors at this index, or none.
-        for copies in set(rows[:, 1].tolist()) - {0, 1}:
-            ranks = [rank for rank, row in enumerate(rows.tolist()) if row[1] == copies]
-            if found := _odd_one([int(rows[rank, 0]) for rank in ranks], copies):
-                rank, other = (ranks[each] for each in found)
+    every = torch.stack(gather(torch.cat((mine, mine.new_zeros(longest - len(held), 2))), group)).tolist()
+    numbers = {number for rows in every for _, number in rows} - {-1, 0, 1}
+    # Pipeline stages may hold different tensors at an index, or none. Copies of a declared one may have another index,
+    # for ranks may have different numbers of them.
+    sets = [[(rank, index) for rank in range(len(every))] for index in range(longest)]
+    anywhere = [each for column in sets for each in column]
+    for copies in sorted(numbers, reverse=True):
+        for places in sets if copies > 0 else [anywhere]:
+            chosen = [(rank, index) for rank, index in places if every[rank][index][1] == copies]
+            if found := _odd_one([every[rank][index][0] for rank, index in chosen], abs(copies)):
+                (rank, index), (other, _) = (chosen[each] for each in found)
                 names = from_every_rank(
                     [f"{name} of {describe(parameter, groups)}" for parameter, name, _ in held], group
                 )

@@ -38,12 +38,17 @@ class JoinGuard:
             if not mine or any(id(parameter) in mine for parameter in module.parameters())
         ]
 
-    def refuse(self) -> None:
+    def refuse(self, parameters: Iterable[Tensor]) -> None:
         """Raise if the optimizer is inside ``join()`` of one of them: on every rank that has inputs.
+
+        Args:
+            parameters: Those of :meth:`find`, which is repeated if a module is gone: another may hold them.
 
         Raises:
             RuntimeError: with what to do instead.
         """
+        if any(reference() is None for reference in self._modules):
+            self.find(parameters)
         for reference in self._modules:
             # torch has no public way to ask; tests/distributed/test_join.py fails if the attribute is renamed.
             config = getattr(reference(), "_join_config", None)

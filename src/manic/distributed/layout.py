@@ -123,9 +123,9 @@ class Layout:
             raise ValueError("this rank is not in process_group; pass the group of the ranks that train this model")
         self._declared_group = process_group
         self.fsdp1_replicas = 1
-        """Number of ranks that hold each element of an FSDP1 shard; set by :func:`manic.distributed.startup.agree`."""
+        """Number of ranks that hold each element of an FSDP1 shard; set by ``Copies.compare``."""
         self.counted: dict[int, float] = {}
-        """Number of ranks that hold each expert-parallel parameter, by its ``id``; set there, too."""
+        """Number of ranks that hold each expert-parallel parameter, by its ``id``; set by ``Copies.compare``, too."""
         self._holders: dict[Any, float] = {}
 
     @property

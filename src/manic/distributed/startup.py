@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,11 +17,15 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from manic.distributed.collectives import from_every_rank, gather, raise_together
+from manic.distributed.collectives import from_every_rank, gather, on_any_rank, raise_together
 from manic.distributed.copies import Copies
 from manic.distributed.layout import Layout, check_gradient, is_expert_parallel, is_fsdp1
 
 __all__ = ["Agreement", "agree", "describe_group", "digest"]
+
+
+# Experts that have no gradient in so many first steps remain counted by their values.
+_COMPARISONS = 32
 
 
 class Agreement:
@@ -34,17 +38,26 @@ class Agreement:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._identities: list[Any] | None = None
+        self._unconfirmed: set[int] | None = None
+        self._comparisons_left = _COMPARISONS
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_identities": None}  # a copy of the optimizer has parameters of its own
+        # A copy of the optimizer has parameters of its own.
+        return {**self.__dict__, "_identities": None, "_unconfirmed": None}
 
     def holds_for(self, groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether the ranks have compared exactly these parameters."""
-        return self._identities == _identities(groups)
+        """Whether the ranks have compared exactly these parameters, and nothing tells more of them; alike on all ranks.
+
+        Where no gradient confirms a number of copies they compare again, in so many steps at most.
+        """
+        is_open = self._unconfirmed is not None and self._comparisons_left > 0
+        if is_open and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            is_open = False  # a comparison reads from the device
+        return self._identities == _identities(groups) and not is_open
 
     def forget(self) -> None:
-        """Compare again before the next step."""
-        self._identities = None
+        """Compare all before the next step."""
+        self._identities = self._unconfirmed = None
 
     def renew(
         self,
@@ -55,8 +68,12 @@ class Agreement:
         dtype: torch.dtype,
     ) -> None:
         """Compare again; see :func:`agree` for arguments and errors."""
-        agree(groups, settings, of_stage, self._layout, device, dtype)
-        self._identities = _identities(groups)
+        identities = _identities(groups)
+        is_new = self._identities != identities
+        self._comparisons_left = (_COMPARISONS if is_new else self._comparisons_left) - 1
+        unconfirmed = None if is_new else self._unconfirmed
+        self._unconfirmed = agree(groups, settings, of_stage, self._layout, device, dtype, unconfirmed)
+        self._identities = identities
 
 
 def _identities(groups: Sequence[Mapping[str, Any]]) -> list[Any]:
@@ -71,7 +88,8 @@ def agree(
     layout: Layout,
     device: torch.device,
     dtype: torch.dtype,
-) -> None:
+    unconfirmed: Container[int] | None = None,
+) -> set[int] | None:
     """Check over the group that all ranks hold what ``layout`` declares and have the same settings.
 
     Args:
@@ -81,6 +99,11 @@ def agree(
         layout: The placement of the model; this function sets its ``fsdp1_replicas`` and ``counted``.
         device: A device that the group's backend supports.
         dtype: The dtype of compared sums: the tuner's.
+        unconfirmed: The result of an earlier comparison of the same parameters: only these are compared by value again.
+
+    Returns:
+        The ``id`` of each expert-parallel parameter of this rank that has a number of copies which no gradient confirms
+        yet; ``None`` if there are none on any rank.
 
     Raises:
         TypeError: on every rank, if any rank has a gradient that Mechanic cannot use.
@@ -93,14 +116,14 @@ def agree(
     simulated = group is not None and dist.get_backend(group) == "fake"
     raise_together(TypeError, _unusable_gradient(parameters), None if simulated else group, device)
     if group is None:
-        return
+        return None
     if dist.get_world_size(group) % layout.pipeline_stages:
         raise ValueError(
             f"pipeline_stages={layout.pipeline_stages} does not divide the process group's "
             f"{dist.get_world_size(group)} ranks"
         )
     if simulated:
-        return
+        return None
     common = f"{settings}, plain={layout.plain}, pipeline_stages={layout.pipeline_stages}"
     held = [
         text
@@ -115,7 +138,9 @@ def agree(
     _compare(columns[1], stages, "settings", [of_stage], group)
     _compare(columns[2], stages, "param groups or parameters", held, group)
     raise_together(ValueError, _uneven(groups, layout), group, device)
-    copies.compare([max(column) for column in columns[3:]], columns[2], group, device, dtype)
+    numbers = [max(column) for column in columns[3:]]
+    found = copies.compare(numbers, columns[2], group, device, dtype, unconfirmed)
+    return found if any(numbers) and on_any_rank(bool(found), group, device) else None
 
 
 def _unusable_gradient(parameters: Sequence[Tensor]) -> str:
