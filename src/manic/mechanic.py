@@ -135,7 +135,9 @@ class Mechanic(OptimizerWrapper):
 
         Raises:
             TypeError, ValueError: before anything has changed, if a gradient is sparse or complex, or the ranks do not
-                hold what they are said to, or the parameters are not those of a loaded state.
+                hold what they are said to, or the parameters are not those of a loaded state, or were exchanged. In
+                one of the first 16 steps, on every rank alike, if a base optimizer steps from a position of its own:
+                parameters and tuner are as before the step then.
             NonfiniteError: before anything has changed, on every rank alike, if a gradient or parameter is not finite.
             RuntimeError: on every rank alike, if ``check_every`` finds something; on every rank that has inputs, before
                 anything has changed, inside ``DistributedDataParallel.join()``.
