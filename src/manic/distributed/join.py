@@ -30,11 +30,9 @@ class JoinGuard:
             parameters: The optimizer's on this rank. If there are none, as on a rank of ZeRO, every module counts.
         """
         mine = {id(parameter) for parameter in parameters}
-        # isinstance would ask proxies for their class, which may run anything.
-        modules = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
         self._modules = [
             weakref.ref(module)
-            for module in modules
+            for module in _instances(DistributedDataParallel)
             if not mine or any(id(parameter) in mine for parameter in module.parameters())
         ]
 
@@ -62,3 +60,10 @@ class JoinGuard:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_modules": []}  # a copy of the optimizer has parameters of its own
+
+
+def _instances(kind: type[Any]) -> list[Any]:
+    """All objects of a class and its subclasses. They refer to their class, so that this takes no loop in Python."""
+    # isinstance would ask proxies for their class, which may run anything.
+    found = [each for each in gc.get_referrers(kind) if type(each) is kind]
+    return found + [each for subclass in kind.__subclasses__() for each in _instances(subclass)]
