@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from manic.distributed.collectives import raise_together
-from manic.distributed.deepspeed import Zero3Padding
+from manic.distributed.deepspeed import clear_padding, partitioned
 from manic.distributed.join import JoinGuard
 from manic.distributed.layout import EXPERT_PARALLEL, Layout, Plain
 from manic.distributed.startup import Agreement
@@ -117,7 +117,7 @@ class Mechanic(OptimizerWrapper):
         )  # fmt: skip
         self._monitor = Monitor(self._state.tuner_state, self._tuner.settings)
         self._agreement, self._join = Agreement(self._layout), JoinGuard()
-        self._positions, self._padding = PositionCheck(optimizers), Zero3Padding(optimizers)
+        self._positions = PositionCheck(optimizers)
         super().__init__(optimizers, self._state)
         self._share_global_state()
 
@@ -277,8 +277,8 @@ class Mechanic(OptimizerWrapper):
         device, dtype = self._communication_device, self._state.tensor.dtype
         self._agreement.renew(self.param_groups, settings, of_stage, device, dtype)
         try:
-            if self._padding.managed:
-                raise_together(ValueError, self._padding.clear(self.param_groups), self._layout.group, device)
+            if managed := partitioned():
+                raise_together(ValueError, clear_padding(managed, self.param_groups), self._layout.group, device)
             self._state.compare_exchanged()
         except BaseException:
             self._agreement.forget()
