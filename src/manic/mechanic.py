@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from manic.distributed.collectives import raise_together
-from manic.distributed.deepspeed import clear_padding, partitioned
+from manic.distributed.deepspeed import clear_padding
 from manic.distributed.join import JoinGuard
 from manic.distributed.layout import EXPERT_PARALLEL, Layout, Plain
 from manic.distributed.startup import Agreement
@@ -275,16 +274,17 @@ class Mechanic(OptimizerWrapper):
         bases = [type(optimizer).__name__ for optimizer in self.optimizers]
         of_stage = f"base optimizers {bases}, update={self._planner.updates}"
         device, dtype = self._communication_device, self._state.tensor.dtype
-        self._agreement.renew(self.param_groups, settings, of_stage, device, dtype)
+        self._planner.drop()
+        if not self._agreement.renew(self.param_groups, settings, of_stage, device, dtype):
+            return
         try:
-            if managed := partitioned():
-                raise_together(ValueError, clear_padding(managed, self.param_groups), self._layout.group, device)
+            if self._layout.plain == "sharded":
+                clear_padding(self.param_groups, self._layout.group, device)
             self._state.compare_exchanged()
         except BaseException:
             self._agreement.forget()
             raise
         self._positions.agree(self._layout.group, device)
-        self._planner.drop()
 
     @torch.no_grad()
     def check_consistency(self) -> None:

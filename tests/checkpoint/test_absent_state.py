@@ -2,91 +2,25 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from manic import Mechanic, mechanize
 from manic.checkpoint import Checkpointer
-from manic.distributed.layout import local
 from manic.testing import run
-
-
-def adamw(parameters: Any) -> Optimizer:
-    return torch.optim.AdamW(parameters, lr=0.01)
-
-
-def optax(parameters: Any) -> Optimizer:
-    return Mechanic(torch.optim.AdamW(parameters, lr=1.0), variant="optax", s_init=1e-3)
-
-
-def multiplicative(parameters: Any) -> Optimizer:
-    return Mechanic(torch.optim.AdamW(parameters, lr=1.0))
-
-
-MAKES = [adamw, optax, multiplicative]
-Make = Callable[[Any], Optimizer]
-
-
-def net(seed: int, layout: str = "plain") -> nn.Module:
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)).double()
-    if layout == "fsdp2":
-        for layer in (model[0], model[2]):
-            fully_shard(layer)
-        fully_shard(model)
-    elif layout != "plain":
-        options: dict[str, Any] = {"use_orig_params": layout == "fsdp1-orig", "device_id": torch.device("cpu")}
-        for index in (0, 2):
-            model[index] = FullyShardedDataParallel(model[index], **options)
-        model = FullyShardedDataParallel(model, **options)  # type: ignore[assignment]
-    return model
+from support.saved import MAKES, Make, adamw, assert_equal, multiplicative, net, shards, shared_folder, train
 
 
 def freeze(model: nn.Module, frozen: bool) -> None:
     model.get_submodule("0").requires_grad_(not frozen)
-
-
-def train(model: nn.Module, optimizer: Optimizer, steps: range) -> None:
-    for step in steps:
-        generator = torch.Generator().manual_seed(step)
-        x = torch.randn(16, 6, generator=generator, dtype=torch.float64)
-        y = torch.stack((x[:, 0] * x[:, 1], x[:, 2].sin(), x.sum(1)), 1)
-        optimizer.zero_grad()
-        (model(x) - y).square().mean().backward()
-        optimizer.step()
-
-
-def shared_folder() -> str:
-    box = [tempfile.mkdtemp()]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box)
-    return box[0]
-
-
-@torch.no_grad()
-def shards(model: nn.Module) -> list[Tensor]:
-    return [local(p).clone() for p in model.parameters()]
-
-
-def assert_equal(model: nn.Module, expected: list[Tensor]) -> None:
-    for found, value in zip(shards(model), expected, strict=True):
-        assert torch.equal(found, value)
 
 
 def freeze_and_thaw(make: Make, layout: str, at_load: str) -> None:
@@ -326,97 +260,3 @@ def load_into_stages_of_other_classes(directory: str) -> None:
 
 def test_refuses_state_that_the_optimizer_of_this_stage_does_not_keep(tmp_path: Path) -> None:
     run(load_into_stages_of_other_classes, 2, str(tmp_path))
-
-
-class Experts(nn.Module):
-    """Rows are experts; each rank has two."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.mesh = init_device_mesh("cpu", (2,))
-        for name in ("experts", "router"):
-            weight = distribute_tensor(torch.randn(4, 3, dtype=torch.float64), self.mesh, [Shard(0)])
-            setattr(self, name, nn.Parameter(weight))
-
-    def step(self, optimizer: Optimizer, all_have_tokens: bool) -> None:
-        for parameter in (self.experts, self.router):
-            has_tokens = parameter is self.router or all_have_tokens or dist.get_rank() == 0
-            gradient = DTensor.from_local(local(parameter).detach().clone(), self.mesh, [Shard(0)])
-            parameter.grad = gradient if has_tokens else None
-        optimizer.step()
-
-
-def resume_experts(make: Make, is_late: bool) -> None:
-    model = Experts(0)
-    optimizer = make(model.parameters())
-    for _ in range(3):
-        model.step(optimizer, all_have_tokens=False)
-    with torch.no_grad():
-        x = local(model.experts).clone()
-    assert (model.experts in optimizer.state) == (dist.get_rank() == 0)
-    checkpointer = Checkpointer(shared_folder(), model, optimizer)
-    checkpointer.save(3)
-    assert (model.experts in optimizer.state) == (dist.get_rank() == 0), "a save changed the optimizer"
-
-    other = Experts(1)
-    resumed = make(other.parameters())
-    if is_late:
-        other.step(resumed, all_have_tokens=False)
-    Checkpointer(checkpointer.directory, other, resumed).load()
-    state = resumed.state[other.experts]
-    with torch.no_grad():
-        assert torch.equal(local(other.experts), x)
-        assert state["step"] == 3
-        if dist.get_rank() == 0:
-            for key, value in optimizer.state[model.experts].items():
-                assert torch.equal(local(state[key]), local(value)), key
-        else:
-            assert not local(state["exp_avg"]).any()
-            if make is not adamw:
-                assert torch.equal(local(state["mechanic_x_ref"]), x)
-    other.step(resumed, all_have_tokens=True)
-
-
-@pytest.mark.parametrize("is_late", [False, True])
-@pytest.mark.parametrize("make", MAKES)
-def test_a_shard_that_never_had_a_gradient_is_saved_and_loaded(make: Make, is_late: bool) -> None:
-    run(resume_experts, 2, make, is_late)
-
-
-def save_by_torch(directory: str) -> None:
-    model = Experts(0)
-    optimizer = multiplicative(model.parameters())
-    model.step(optimizer, all_have_tokens=False)
-    for parameter in model.parameters():
-        parameter.grad = None
-    state = get_optimizer_state_dict(model, optimizer)
-    with pytest.raises(CheckpointException, match=r"state\.experts\.exp_avg"):
-        dcp.save({"optimizer": state}, checkpoint_id=directory)
-
-
-def test_torchs_functions_refuse_to_save_a_missing_shard(tmp_path: Path) -> None:
-    """Also fails if torch begins to save a part of a tensor: Mechanic would have to notice at the load."""
-    run(save_by_torch, 2, str(tmp_path))
-
-
-def test_refuses_a_checkpoint_that_does_not_cover_a_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch refuses to write one; a damaged or foreign index may still say so."""
-    from manic.checkpoint import checkpointer
-
-    model = net(0)
-    optimizer = multiplicative(model.parameters())
-    train(model, optimizer, range(2))
-    Checkpointer(tmp_path, model, optimizer).save(2)
-    read_index = checkpointer.read_index
-
-    def without_chunks(*arguments: Any) -> Any:
-        index = dict(read_index(*arguments))
-        index["optimizer.state.0.weight.mechanic_x_ref"].chunks.clear()
-        return index
-
-    monkeypatch.setattr(checkpointer, "read_index", without_chunks)
-    before = shards(model)
-    with pytest.raises(ValueError, match=r"holds 0 of the 96 elements of optimizer\.state\.0\.weight\.mechanic_x_ref"):
-        Checkpointer(tmp_path, model, optimizer).load()
-    assert_equal(model, before)

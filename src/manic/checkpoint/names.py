@@ -9,7 +9,7 @@ import math
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,13 +23,10 @@ from manic.checkpoint.flat_state import parameter_names
 from manic.distributed.collectives import from_every_rank, on_every_rank, world_size
 from manic.distributed.layout import is_expert_parallel, is_fsdp1
 from manic.distributed.parts import plain_parts
-from manic.step.chunks import pieces
+from manic.distributed.rows import moments_of
 
 __all__ = ["check_in_model", "check_one_value_of_each_name"]
 
-# Elements of a piece are summed over rows of so many, and the sums projected so often: tensors that differ in more than
-# their last bits differ in one of the projections.
-_WIDTH, _PROJECTIONS = 1024, 8
 # Replicas may differ in their last bits; in low precision, those are more than this.
 _TOLERANCE = 1e-3
 
@@ -143,25 +140,10 @@ def _described(name: str, parameter: Tensor, place: Place, flat: Mapping[str, An
 
 @torch.no_grad()
 def _sums(tensor: Tensor) -> list[float]:
-    """The sum of squares of this rank's part of a tensor, and some sums with weights of both signs."""
-    generator = torch.Generator("cpu").manual_seed(0)
-    weights = torch.randn(_WIDTH, _PROJECTIONS, generator=generator, device="cpu", dtype=torch.float64)
-    square, projected = 0.0, torch.zeros(_PROJECTIONS, dtype=torch.float64, device="cpu")
-    for part in plain_parts(tensor):
-        dtype = torch.float64 if part.device.type in ("cpu", "cuda") else torch.float32
-        for piece in _flat_pieces(part):
-            wide = piece.to(dtype)
-            square += float(torch.dot(wide, wide))
-            whole = wide.numel() // _WIDTH * _WIDTH
-            columns = wide[:whole].view(-1, _WIDTH).sum(0)
-            columns[: wide.numel() - whole] += wide[whole:]
-            projected += columns.to("cpu", torch.float64) @ weights
-    return [square, *projected.tolist()]
-
-
-def _flat_pieces(part: Tensor) -> Iterator[Tensor]:
-    for (piece,) in pieces([part]):
-        yield piece.reshape(-1)
+    """The moments of this rank's part of a tensor: the sum of squares, and sums with weights."""
+    dtype = torch.float32 if tensor.device.type == "mps" else torch.float64
+    parts = [moments_of(part, dtype).to("cpu", torch.float64) for part in plain_parts(tensor)]
+    return torch.stack(parts).sum(dim=0).tolist() if parts else []
 
 
 def _difference(one: Described, two: Described) -> str:
@@ -175,8 +157,8 @@ def _difference(one: Described, two: Described) -> str:
         is_known = all(map(math.isfinite, mine))
         if is_known != all(map(math.isfinite, theirs)):
             return what
-        square = max(mine[0], theirs[0])
-        limits = [tolerance * square, *[tolerance * math.sqrt(square)] * _PROJECTIONS]
+        square = max([*mine[:1], *theirs[:1]], default=0.0)
+        limits = [tolerance * square, *[tolerance * math.sqrt(square)] * (len(mine) - 1)]
         if is_known and any(abs(a - b) > limit for a, b, limit in zip(mine, theirs, limits)):
             return what
     return ""

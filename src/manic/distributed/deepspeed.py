@@ -7,42 +7,43 @@ on parameters, and imports nothing of it.
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
-__all__ = ["clear_padding", "partitioned"]
+from manic.distributed.collectives import raise_together
+from manic.distributed.instances import instances_of
+
+__all__ = ["clear_padding"]
 
 
-def partitioned() -> list[Any]:
-    """The trainable parameters of this process that ZeRO-3 has partitioned, in the order of their modules.
+def clear_padding(groups: Sequence[Mapping[str, Any]], group: ProcessGroup | None, device: torch.device) -> None:
+    """Set the padding of this rank to 0, if ZeRO-3 has partitioned the model. Every rank must call it.
 
-    They are found among all objects: the optimizer has flat tensors in their place, and must not keep them alive.
+    With several flat tensors nothing is done: they are stepped one by one, which is refused.
+
+    Args:
+        groups: The optimizer's param groups.
+        group: The process group, or ``None`` for this process alone.
+        device: A device that the group's backend supports.
+
+    Raises:
+        ValueError: on every rank alike, if padding cannot be told from parameters.
     """
-    if "deepspeed" not in sys.modules:
-        return []
-    parameters = [each for each in gc.get_objects() if issubclass(type(each), torch.nn.Parameter)]
-    managed: list[Any] = [each for each in parameters if hasattr(each, "ds_tensor") and each.requires_grad]
-    return sorted(managed, key=lambda each: int(each.ds_id))
+    raise_together(ValueError, _clear(groups) if "deepspeed" in sys.modules else "", group, device)
 
 
 @torch.no_grad()
-def clear_padding(managed: Sequence[Any], groups: Sequence[Mapping[str, Any]]) -> str:
-    """Set the padding of this rank to 0.
-
-    Args:
-        managed: From :func:`partitioned`.
-        groups: The optimizer's param groups. With several flat tensors nothing is done: they are stepped one by one,
-            which is refused.
-
-    Returns:
-        Why it cannot be done, in words; empty if it is done, or there is none.
-    """
+def _clear(groups: Sequence[Mapping[str, Any]]) -> str:
+    """Why it cannot be done, in words; empty if it is done, or there is none."""
+    # No reference is kept to them: the optimizer has flat tensors in their place, and torch may swap them.
+    parameters: list[Any] = [each for each in instances_of(nn.Parameter) if hasattr(each, "ds_tensor")]
+    managed = sorted((each for each in parameters if each.requires_grad), key=lambda each: int(each.ds_id))
     held = [parameter for group in groups for parameter in group["params"]]
     sizes = [parameter.ds_tensor.ds_numel for parameter in managed]
     if len(held) != 1 or held[0].numel() != sum(sizes):

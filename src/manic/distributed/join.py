@@ -6,13 +6,14 @@ would pair up with one of these.
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+
+from manic.distributed.instances import instances_of
 
 __all__ = ["JoinGuard"]
 
@@ -32,7 +33,7 @@ class JoinGuard:
         mine = {id(parameter) for parameter in parameters}
         self._modules = [
             weakref.ref(module)
-            for module in _instances(DistributedDataParallel)
+            for module in instances_of(DistributedDataParallel)
             if not mine or any(id(parameter) in mine for parameter in module.parameters())
         ]
 
@@ -60,10 +61,3 @@ class JoinGuard:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_modules": []}  # a copy of the optimizer has parameters of its own
-
-
-def _instances(kind: type[Any]) -> list[Any]:
-    """All objects of a class and its subclasses. They refer to their class, so that this takes no loop in Python."""
-    # isinstance would ask proxies for their class, which may run anything.
-    found = [each for each in gc.get_referrers(kind) if type(each) is kind]
-    return found + [each for subclass in kind.__subclasses__() for each in _instances(subclass)]

@@ -12,7 +12,7 @@ from manic.distributed.layout import local_gradient, local_storage
 from manic.distributed.parts import plain_parts
 from manic.step.chunks import pieces
 
-__all__ = ["SIZE", "TOLERANCE", "VARIES", "Seen", "padded", "row_of"]
+__all__ = ["SIZE", "TOLERANCE", "VARIES", "Seen", "moments_of", "padded", "row_of"]
 
 # Columns of a row: see row_of.
 SIZE, VARIES, _VALUES, TOLERANCE, _GRADIENT, _GRADIENT_TOLERANCE, _PLACE = 0, 1, 2, 7, 8, 13, 14
@@ -104,21 +104,24 @@ def row_of(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     row = torch.zeros(_COLUMNS, dtype=dtype, device=local_storage(parameter).device)
     for x in plain_parts(parameter):
         row[SIZE] += x.numel()
-        row[_VALUES : _VALUES + _MOMENTS] += _moments(x, dtype)
+        row[_VALUES : _VALUES + _MOMENTS] += moments_of(x, dtype)
         row[TOLERANCE].clamp_(min=_CLOSE_VALUES.get(x.dtype, _CLOSEST_VALUES))
         if x.numel():
             varies = torch.stack([(piece != x.reshape(-1)[0]).any() for (piece,) in pieces([x])]).any()
             row[VARIES] = torch.maximum(row[VARIES], varies.to(dtype))
     if gradient is not None:
-        moments = _moments(gradient, dtype)
+        moments = moments_of(gradient, dtype)
         row[_GRADIENT : _GRADIENT + _MOMENTS] = torch.where(moments.isfinite().all(), moments, _UNKNOWN)
         row[_GRADIENT_TOLERANCE] = _CLOSE_GRADIENTS.get(gradient.dtype, _CLOSEST_GRADIENTS)
     row[_PLACE] = _place(parameter)
     return row
 
 
-def _moments(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum of squares, and sums with weights, which tell a permutation, and average out what all elements share."""
+def moments_of(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum of squares, and sums with weights, which tell a permutation, and average out what all elements share.
+
+    Shape [5], on the device of ``x``.
+    """
     moments, start = torch.zeros(_MOMENTS, dtype=dtype, device=x.device), 0
     for (piece,) in pieces([x]):
         wide = piece.reshape(-1).to(dtype)

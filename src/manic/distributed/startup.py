@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from manic.distributed.collectives import from_every_rank, gather, on_any_rank, raise_together
+from manic.distributed.collectives import from_every_rank, gather, is_simulated, on_any_rank, raise_together
 from manic.distributed.copies import Copies
 from manic.distributed.layout import Layout, check_gradient, is_expert_parallel, is_fsdp1
 
@@ -66,14 +66,19 @@ class Agreement:
         of_stage: str,
         device: torch.device,
         dtype: torch.dtype,
-    ) -> None:
-        """Compare again; see :func:`agree` for arguments and errors."""
+    ) -> bool:
+        """Compare again; see :func:`agree` for arguments and errors.
+
+        Returns:
+            Whether all was compared; otherwise only numbers of copies that no gradient had confirmed.
+        """
         identities = _identities(groups)
         is_new = self._identities != identities
         self._comparisons_left = (_COMPARISONS if is_new else self._comparisons_left) - 1
         unconfirmed = None if is_new else self._unconfirmed
         self._unconfirmed = agree(groups, settings, of_stage, self._layout, device, dtype, unconfirmed)
         self._identities = identities
+        return is_new
 
 
 def _identities(groups: Sequence[Mapping[str, Any]]) -> list[Any]:
@@ -112,9 +117,7 @@ def agree(
     """
     group = layout.group
     parameters = [parameter for each in groups for parameter in each["params"]]
-    # torch's "fake" backend simulates the other ranks and moves no data (torchtitan's dry runs use it).
-    simulated = group is not None and dist.get_backend(group) == "fake"
-    raise_together(TypeError, _unusable_gradient(parameters), None if simulated else group, device)
+    raise_together(TypeError, _unusable_gradient(parameters), group, device)
     if group is None:
         return None
     if dist.get_world_size(group) % layout.pipeline_stages:
@@ -122,7 +125,7 @@ def agree(
             f"pipeline_stages={layout.pipeline_stages} does not divide the process group's "
             f"{dist.get_world_size(group)} ranks"
         )
-    if simulated:
+    if is_simulated(group):
         return None
     common = f"{settings}, plain={layout.plain}, pipeline_stages={layout.pipeline_stages}"
     held = [

@@ -17,7 +17,7 @@ from manic.distributed.layout import local_storage
 from manic.optimizer.joint import parameter_states
 from manic.optimizer.names import STATE_KEYS, X_REF, describe
 
-__all__ = ["drop_misfits", "first_misfit", "misfit"]
+__all__ = ["drop_misfits", "first_misfit", "misfit", "remove_own"]
 
 _ADVICE = (
     "if it was exchanged on purpose, call rebase() before the step, which starts its displacement from where it is now"
@@ -60,12 +60,13 @@ def drop_misfits(optimizers: Sequence[Optimizer]) -> None:
     """Remove what of ours is no parameter's, so that it is made again."""
     for _, parameter, state in parameter_states(optimizers):
         if misfit(parameter, state):
-            _drop(state)
+            remove_own(state)
     for _, state in _strays(optimizers):
-        _drop(state)
+        remove_own(state)
 
 
-def _drop(state: dict[str, Any]) -> None:
+def remove_own(state: dict[str, Any]) -> None:
+    """Remove what is ours from a parameter's state."""
     for key in STATE_KEYS:
         state.pop(key, None)
 

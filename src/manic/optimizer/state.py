@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from manic.distributed.collectives import on_any_rank, raise_together
 from manic.distributed.drift import raise_if_drifted
 from manic.distributed.layout import Layout, local, local_storage
-from manic.optimizer.fit import drop_misfits, first_misfit, misfit
+from manic.optimizer.fit import drop_misfits, first_misfit, misfit, remove_own
 from manic.optimizer.joint import parameter_states
 from manic.optimizer.loaded import LoadedStarts
 from manic.optimizer.names import DELTA, STATE_KEYS, X_REF, describe
@@ -133,8 +133,7 @@ class MechanicState:
 
     def _remove_own(self) -> None:
         for _, _, state in parameter_states(self._optimizers):
-            for key in STATE_KEYS:
-                state.pop(key, None)
+            remove_own(state)
 
     @property
     def stands(self) -> str:

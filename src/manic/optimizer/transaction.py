@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from torch.optim import Optimizer
 
 from manic.distributed.layout import local
+from manic.optimizer.fit import remove_own
 from manic.optimizer.names import STATE_KEYS, X_REF
 
 __all__ = ["Transaction", "hidden", "transaction"]
@@ -60,8 +61,7 @@ def _forget(optimizers: Sequence[Optimizer], known: set[int], is_first: bool) ->
                 continue
             if X_REF in state:  # where the parameter was when the step made it
                 local(parameter).copy_(local(state[X_REF]))
-            for key in STATE_KEYS:
-                state.pop(key, None)
+            remove_own(state)
             if is_new:
                 del optimizer.state[parameter]
 

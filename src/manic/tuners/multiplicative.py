@@ -127,13 +127,9 @@ class Multiplicative(Tuner):
         return {"peak": state["s"] * state["largest_lr"]}
 
     def _first_scale(self, sums: Sums) -> Tensor:
-        """S such that the first update that has a length moves x by ``s_init`` of its own; 0 without one.
-
-        An update without a gradient is of weight decay alone, and has the length of that.
-        """
+        """S such that the first update that has a length moves x by ``s_init`` of its own; 0 without one."""
         length = torch.where(sums["x_square"] > 0, sums["x_square"].sqrt(), 1.0)
-        is_real = (sums["update_square"] > 0) & (sums["grad_square"] > 0)
-        scale = torch.where(is_real, self.s_init * length / sums["update_square"].sqrt(), 0.0)
+        scale = torch.where(sums["update_square"] > 0, self.s_init * length / sums["update_square"].sqrt(), 0.0)
         scale = torch.where(scale.isfinite(), scale, 0.0)
         return scale if self.s_max is None else scale.clamp(max=self.s_max)
 

@@ -50,10 +50,11 @@ class MultiplicativeReference:
         self.base.step()
         update = [p - before for p, before in zip(self.parameters, x)]
         self.learn(_dot(delta, g), _dot(g, g), _dot(delta, delta), lr)
-        if self.scale == 0.0 and _dot(update, update) * _dot(g, g) > 0.0:
+        real = [u * (gradient != 0) for u, gradient in zip(update, g)]  # elsewhere it is of weight decay alone
+        if self.scale == 0.0 and _dot(real, real) > 0.0:
             counted = [p for p, of in zip(x, self.parameters) if of.requires_grad or of.grad is not None]
             length = math.sqrt(_dot(counted, counted)) or 1.0
-            self.scale = self.s_init * length / math.sqrt(_dot(update, update))
+            self.scale = self.s_init * length / math.sqrt(_dot(real, real))
         for parameter, before, step in zip(self.parameters, x, update):
             parameter.copy_(before + self.scale * step)
         self.restart(lr)
