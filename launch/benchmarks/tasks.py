@@ -2,62 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import pydoc_data
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from benchmarks.training import FIXED_SEED, Bases, Batches, Problem, Task, digits, split_by_decay, train
 from gpt.data import Corpus
 from gpt.model import GPT
-from gpt.optimizers import Lion, is_norm, make_scheduler, muon_and_adamw
+from gpt.optimizers import Lion, muon_and_adamw
 
-WARM_UP = 0.05
-"""Duration of the warm-up as a share of the run, in tasks with a warm-up."""
 HELD_OUT = 256  # sequences
-_FIXED_SEED = 0  # for what all runs share: splits, and the pretrained weights for fine-tuning
-
-Batches = Iterator[tuple[Tensor, Tensor]]
-Bases = Callable[[nn.Module, float], list[Optimizer]]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """An initial model and its data."""
-
-    model: nn.Module
-    batches: Batches
-    """Inputs and targets of each step; infinite."""
-    held_out: list[tuple[Tensor, Tensor]]
-    """Inputs and targets of the final loss; the same for every seed."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """A training run with all settings except the learning rate and the seed."""
-
-    name: str
-    what: str
-    """Description for the table."""
-    problem: Callable[[int], Problem]
-    """Creates the problem of a seed."""
-    bases: Bases
-    """Creates the base optimizers of a model at a learning rate."""
-    base: str
-    steps: int
-    guess: float
-    """Center of the initial grid of learning rates, which is extended until its best is inside."""
-    schedule: str = "cosine"
-    has_warm_up: bool = True
-    clip: float | None = 1.0
-    """Gradient clipping norm."""
 
 
 def adamw(weight_decay: float = 0.1, **settings: Any) -> Bases:
@@ -69,12 +29,6 @@ def adamw(weight_decay: float = 0.1, **settings: Any) -> Bases:
         return [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), **settings)]
 
     return bases
-
-
-def split_by_decay(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Parameters with weight decay, and norms and biases, which have none."""
-    named = list(model.named_parameters())
-    return [p for name, p in named if not is_norm(name)], [p for name, p in named if is_norm(name)]
 
 
 def sgd(model: nn.Module, lr: float) -> list[Optimizer]:
@@ -112,7 +66,7 @@ def _text(
                 yield tokens[:, :-1], tokens[:, 1:]
                 step += 1
 
-        held_out = corpus.batch(_FIXED_SEED, 0, HELD_OUT, slice(None), held_out=True)
+        held_out = corpus.batch(FIXED_SEED, 0, HELD_OUT, slice(None), held_out=True)
         parts = [(part[:, :-1], part[:, 1:]) for part in held_out.split(32)]
         torch.manual_seed(seed)
         return Problem(make(), batches(), parts)
@@ -132,7 +86,7 @@ def _large_gpt() -> GPT:
 def _pretrained() -> dict[str, Tensor]:
     """Initial weights for fine-tuning: the small GPT after 400 steps of AdamW."""
     task = TASKS["gpt"]
-    problem = task.problem(_FIXED_SEED)
+    problem = task.problem(FIXED_SEED)
     train(task, problem, task.bases(problem.model, task.guess), task.schedule)
     return problem.model.state_dict()
 
@@ -143,19 +97,9 @@ def _fine_tuned() -> GPT:
     return model
 
 
-@cache
-def _digits() -> tuple[Tensor, Tensor]:
-    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels in a random order: inputs in [0, 1], and labels."""
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    order = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(_FIXED_SEED))
-    return torch.tensor(found.data / 16, dtype=torch.float32)[order], torch.tensor(found.target)[order]
-
-
 def _images(make: Callable[[], nn.Module], batch_size: int, noise: float = 0.3) -> Callable[[int], Problem]:
     def problem(seed: int) -> Problem:
-        (inputs, unseen), (labels, truth) = (part.split((1200, 597)) for part in _digits())
+        (inputs, unseen), (labels, truth) = (part.split((1200, 597)) for part in digits())
         generator = torch.Generator().manual_seed(seed)
 
         def batches() -> Batches:
@@ -164,7 +108,7 @@ def _images(make: Callable[[], nn.Module], batch_size: int, noise: float = 0.3) 
                     clean = inputs[part]  # new noise in each epoch, so that no input repeats
                     yield clean + noise * torch.randn(clean.shape, generator=generator), labels[part]
 
-        fixed = torch.Generator().manual_seed(_FIXED_SEED)
+        fixed = torch.Generator().manual_seed(FIXED_SEED)
         held_out = [(unseen + noise * torch.randn(unseen.shape, generator=fixed), truth) for _ in range(4)]
         torch.manual_seed(seed)
         return Problem(make(), batches(), held_out)
@@ -218,10 +162,6 @@ def _convex(batch_size: int) -> Callable[[int], Problem]:
     return problem
 
 
-def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
-
-
 _PROSE = Path(pydoc_data.__file__).parent / "topics.py"
 
 _ALL = [
@@ -251,52 +191,7 @@ _ALL = [
     Task("mlp-long", "the MLP, 4,000 steps", _images(_mlp, 32), adamw(), "adamw", 4000, 8e-3),
     Task("cnn-sgd-long", "the CNN, 3,000 steps", _images(_cnn, 32), sgd, "sgd", 3000, 0.05),
     Task("cnn-sgd-constant-long", "the same, constant lr", _images(_cnn, 32), sgd, "sgd", 3000, 0.025, "constant"),
-    Task("convex", "logistic regression, SGD, linear", _convex(32), plain_sgd, "sgd", 400, 1.0, "linear", False, None),
-    Task("convex-constant", "the same, constant lr", _convex(32), plain_sgd, "sgd", 400, 0.5, "constant", False, None),
+    Task("convex", "logistic regression, SGD, linear", _convex(32), plain_sgd, "sgd", 400, 1.0, "linear", 0.0, None),
+    Task("convex-constant", "the same, constant lr", _convex(32), plain_sgd, "sgd", 400, 0.5, "constant", 0.0, None),
 ]
 TASKS = {task.name: task for task in _ALL}
-
-
-def train(
-    task: Task,
-    problem: Problem,
-    optimizers: Sequence[Any],
-    schedule: str | None,
-    after_step: Callable[[int], None] = lambda step: None,
-) -> float:
-    """Train ``problem.model``, and return its held-out loss: infinite if the run diverged.
-
-    Args:
-        task: The settings of the run.
-        problem: A new problem of the task.
-        optimizers: Optimizers of the model's parameters.
-        schedule: Schedule of the learning rates after a warm-up; ``None``: constant, without a warm-up.
-        after_step: Called with the number of steps after each step.
-
-    Returns:
-        Mean loss over the held-out data.
-    """
-    warm_up = round(WARM_UP * task.steps) if task.has_warm_up else 0
-    scheduled = optimizers if schedule is not None else ()
-    schedulers = [make_scheduler(optimizer, str(schedule), warm_up, task.steps) for optimizer in scheduled]
-    for step in range(task.steps):
-        loss = loss_of(problem.model, *next(problem.batches))
-        loss.backward()
-        if task.clip is not None:
-            nn.utils.clip_grad_norm_(problem.model.parameters(), task.clip)
-        if not loss.isfinite():
-            return math.inf
-        for optimizer in optimizers:
-            optimizer.step()
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        for scheduler in schedulers:
-            scheduler.step()
-        after_step(step + 1)
-    for optimizer in optimizers:
-        if hasattr(optimizer, "eval"):  # Schedule-Free evaluates at another point than it trains
-            optimizer.eval()
-    with torch.no_grad():
-        loss = sum(loss_of(problem.model, *part) * part[1].numel() for part in problem.held_out)
-    loss = float(loss) / sum(part[1].numel() for part in problem.held_out)
-    return loss if math.isfinite(loss) else math.inf

@@ -18,7 +18,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from benchmarks.tasks import TASKS, WARM_UP, Task, train
+from benchmarks.digest import code_digest, package_version
+from benchmarks.generated import generated
+from benchmarks.tasks import TASKS
+from benchmarks.training import Task, train
 from manic import Mechanic, NonfiniteError
 
 SWEEP = "sweep"
@@ -46,6 +49,8 @@ class Result:
 
     loss: float
     """Final held-out loss; infinite if the run diverged."""
+    start: float
+    """Held-out loss before the first step."""
     scales: list[tuple[int, float]]
     """Steps, and S after them; empty for a method without S."""
     seconds: float
@@ -105,7 +110,7 @@ def _schedule_free(task: Task, model: nn.Module, lr: float) -> list[Any]:
 
     (base,) = task.bases(model, lr)
     cls = schedulefree.AdamWScheduleFree if task.base == "adamw" else schedulefree.SGDScheduleFree
-    optimizer = cls(_groups(base), lr=lr, warmup_steps=round(WARM_UP * task.steps) if task.has_warm_up else 0)
+    optimizer = cls(_groups(base), lr=lr, warmup_steps=round(task.warm_up * task.steps))
     optimizer.train()
     return [optimizer]
 
@@ -120,19 +125,47 @@ class Method:
     lrs: dict[str, float] | None = None
     """Its documented learning rate by base optimizer, if it is not 1."""
     keeps_schedule: bool = True
+    modules: tuple[str, ...] = ()
+    """The code that it consists of, beside the base optimizer."""
+    package: str | None = None
+    """The distribution that it comes from."""
+
+    @property
+    def digest(self) -> str:
+        """What stands for the method's code."""
+        code = code_digest(*self.modules) if self.modules else ""
+        return code + (package_version(self.package) if self.package else "")
 
 
+_BETTING = ("manic.tuners.mechanic",)
 METHODS: dict[str, Method] = {
     SWEEP: Method(lambda task, model, lr: task.bases(model, lr)),
-    TUNER: Method(_mechanic(TUNER)),
-    "optax": Method(_mechanic("optax")),
-    "optax, resets": Method(lambda task, model, lr: [_RebasingMechanic(task.bases(model, lr), variant="optax")]),
-    "pytorch": Method(_mechanic("pytorch")),
-    "mechanic-pytorch": Method(_mechanic_pytorch, ("adamw", "sgd", "lion")),
-    "Prodigy": Method(_prodigy, ("adamw",)),
-    "D-Adaptation": Method(_d_adaptation, ("adamw", "sgd", "lion")),
-    "Schedule-Free": Method(_schedule_free, ("adamw", "sgd"), {"adamw": 0.0025, "sgd": 1.0}, keeps_schedule=False),
+    TUNER: Method(_mechanic(TUNER), modules=("manic.tuners.multiplicative",)),
+    "optax": Method(_mechanic("optax"), modules=_BETTING),
+    "optax, resets": Method(
+        lambda task, model, lr: [_RebasingMechanic(task.bases(model, lr), variant="optax")], modules=_BETTING
+    ),
+    "pytorch": Method(_mechanic("pytorch"), modules=_BETTING),
+    "mechanic-pytorch": Method(_mechanic_pytorch, ("adamw", "sgd", "lion"), package="mechanic-pytorch"),
+    "Prodigy": Method(_prodigy, ("adamw",), package="prodigyopt"),
+    "D-Adaptation": Method(_d_adaptation, ("adamw", "sgd", "lion"), package="dadaptation"),
+    "Schedule-Free": Method(
+        _schedule_free, ("adamw", "sgd"), {"adamw": 0.0025, "sgd": 1.0}, keeps_schedule=False, package="schedulefree"
+    ),
 }
+_RUN = ("benchmarks.training", "gpt.data", "gpt.optimizers")
+_NAMED = ("benchmarks.tasks", "gpt.model", *_RUN)
+_GENERATED = ("benchmarks.generated", "benchmarks.problems", *_RUN)
+
+
+def task_of(name: str) -> Task:
+    """A named task, or the generated one of ``g`` and a seed."""
+    return TASKS[name] if name in TASKS else generated(int(name.removeprefix("g")))
+
+
+def digest(run: Run) -> str:
+    """What stands for the code of a run: only results with the same count."""
+    return f"{code_digest(*(_NAMED if run.task in TASKS else _GENERATED))}/{METHODS[run.method].digest}"
 
 
 def _groups(optimizer: Optimizer) -> list[dict[str, Any]]:
@@ -144,7 +177,7 @@ def _groups(optimizer: Optimizer) -> list[dict[str, Any]]:
 def execute(run: Run) -> Result:
     """Execute a run on one thread."""
     torch.set_num_threads(1)
-    task, method = TASKS[run.task], METHODS[run.method]
+    task, method = task_of(run.task), METHODS[run.method]
     problem = task.problem(run.seed)
     optimizers = method.build(task, problem.model, run.lr)
     scales: list[tuple[int, float]] = []
@@ -153,12 +186,12 @@ def execute(run: Run) -> Result:
         if isinstance(optimizers[0], Mechanic) and step % max(1, task.steps // _POINTS) == 0:
             scales.append((step, float(optimizers[0].scale)))
 
-    start = time.perf_counter()
+    first_loss, start = problem.mean_loss(), time.perf_counter()
     try:
         loss = train(task, problem, optimizers, task.schedule if method.keeps_schedule else None, record_scale)
     except NonfiniteError:
         loss = math.inf
-    return Result(loss, scales, time.perf_counter() - start)
+    return Result(loss, first_loss, scales, time.perf_counter() - start)
 
 
 def wanted(task: Task, methods: Iterable[str], seeds: Sequence[int], results: Results) -> Iterator[Run]:
@@ -175,20 +208,24 @@ def wanted(task: Task, methods: Iterable[str], seeds: Sequence[int], results: Re
 
 
 def grid(task: Task, seeds: Sequence[int], results: Results) -> list[float]:
-    """Learning rates in powers of 2, extended until two lie on either side of the best."""
-    powers = list(range(-2, 3))
+    """Learning rates whose losses are wanted, in ascending order; more results may extend it.
+
+    First by factors of 4 until the best is inside, then by 2 around it, until two lie on either side of it.
+    """
+    powers = [-4, -2, 0, 2, 4]
     while True:
         lrs = [task.guess * 2.0**power for power in powers]
         losses = [mean_loss(results, task.name, SWEEP, lr, seeds) for lr in lrs]
         if any(loss is None for loss in losses):
             return lrs
-        best = losses.index(min(loss for loss in losses if loss is not None))
-        if best < 2:
-            powers.insert(0, powers[0] - 1)
-        elif best > len(losses) - 3:
-            powers.append(powers[-1] + 1)
+        best = min(zip(losses, powers))[1]
+        if best in (powers[0], powers[-1]):
+            near = {best - 2, best + 2}
         else:
+            near = {best - 2, best - 1, best + 1, best + 2}
+        if near <= set(powers):
             return lrs
+        powers = sorted(near | set(powers))
 
 
 def mean_loss(results: Results, task: str, method: str, lr: float, seeds: Sequence[int]) -> float | None:
@@ -198,7 +235,7 @@ def mean_loss(results: Results, task: str, method: str, lr: float, seeds: Sequen
 
 
 def read(file: Path) -> Results:
-    """Read a results file: JSON lines; an incomplete last line is ignored."""
+    """Read a results file: JSON lines. An incomplete last line is ignored, and so are results of other code."""
     results: Results = {}
     for line in file.read_text().splitlines() if file.exists() else ():
         try:
@@ -206,13 +243,15 @@ def read(file: Path) -> Results:
         except json.JSONDecodeError:
             continue
         run = Run(*(record.pop(name) for name in ("task", "method", "lr", "seed")))
-        loss = math.inf if record["loss"] is None else record["loss"]
-        results[run] = Result(loss, [(step, scale) for step, scale in record["scales"]], record["seconds"])
+        if record["digest"] == digest(run):
+            loss = math.inf if record["loss"] is None else record["loss"]
+            scales = [(step, scale) for step, scale in record["scales"]]
+            results[run] = Result(loss, record["start"], scales, record["seconds"])
     return results
 
 
 def _line(run: Run, result: Result) -> str:
-    record = {**asdict(run), **asdict(result)}
+    record = {**asdict(run), **asdict(result), "digest": digest(run)}
     if not math.isfinite(result.loss):
         record["loss"] = None
     record["seconds"] = round(result.seconds, 2)
@@ -225,7 +264,7 @@ def measure(file: Path, tasks: Sequence[str], methods: Sequence[str], seeds: Seq
 
     Args:
         file: The results file; after an interruption, the next call continues from it.
-        tasks: Names in :data:`~benchmarks.tasks.TASKS`.
+        tasks: Names for :func:`task_of`.
         methods: Names in :data:`METHODS`.
         seeds: Seeds of models and data.
         processes: Concurrent runs; 1: in this process.
@@ -243,7 +282,7 @@ def measure(file: Path, tasks: Sequence[str], methods: Sequence[str], seeds: Seq
         if processes > 1:
             pool = stack.enter_context(ProcessPoolExecutor(processes, mp_context=get_context("spawn")))
         while True:
-            runs = [run for name in tasks for run in wanted(TASKS[name], methods, seeds, results)]
+            runs = [run for name in tasks for run in wanted(task_of(name), methods, seeds, results)]
             missing = [run for run in runs if run not in results]
             if not missing:
                 return results

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
 
-from benchmarks.tasks import TASKS, Task
+from benchmarks.tasks import TASKS
+from benchmarks.training import Task
 from benchmarks.tuning import BASE_LRS, METHODS, SWEEP, TUNER, Results, Run, grid, mean_loss
 
 
