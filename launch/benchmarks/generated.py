@@ -23,7 +23,7 @@ _BASES = {
     "muon": (2, 8e-3), "rmsprop": (1, 2e-3), "adagrad": (1, 3e-2), "nadam": (1, 4e-3), "adafactor": (1, 3e-2),
 }  # fmt: skip
 # Kinds that have no hidden matrices for Muon.
-_FLAT = ("linear", "logistic", "factorisation", "experts")
+_FLAT = ("linear", "logistic", "factorisation", "experts", "cnn")
 
 
 def _deal(cards: list[str], seed: int, salt: str) -> str:
