@@ -7,6 +7,9 @@ python launch/benchmark.py train --ranks 1 2
 python launch/benchmark.py scale --models 8B 405B
 python launch/benchmark.py checkpoint --params 25M --ranks 1 2
 python launch/benchmark.py tuning --results docs/tuning.jsonl --plot docs/images/tuning.png
+python launch/benchmark.py tuning --generated --results docs/tuning-generated.jsonl --profile docs/images/generated.png
+python launch/benchmark.py tuning --held-out --results docs/tuning-generated.jsonl --profile docs/images/held-out.png
+python launch/benchmark.py tuning --ladder --results docs/tuning-ladder.jsonl --plot docs/images/ladder.png
 """
 
 from __future__ import annotations
@@ -18,8 +21,24 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import checkpoint, host, scale, step, train, tuning, tuning_report
+from benchmarks import (
+    checkpoint,
+    host,
+    ladder,
+    ladder_report,
+    methods,
+    results,
+    scale,
+    step,
+    train,
+    tuning,
+    tuning_plots,
+    tuning_report,
+)
 from benchmarks.tasks import TASKS
+
+CHOOSING, HELD_OUT = (0, 48), (1000, 1032)
+"""Seeds of the generated tasks that a rule is chosen on, and of those that are run once, when it is frozen."""
 
 
 def run_step(options: argparse.Namespace) -> None:
@@ -88,16 +107,41 @@ def run_scale(options: argparse.Namespace) -> None:
     )
 
 
+def tuning_tasks(options: argparse.Namespace) -> tuple[list[str], tuple[str, ...]]:
+    """Names of the tasks, and the methods that they are for."""
+    if options.ladder:
+        return list(ladder.TASKS), methods.LADDER_METHODS
+    seeds = HELD_OUT if options.held_out else CHOOSING if options.generated else options.generated_seeds
+    if seeds is not None:
+        return [f"g{seed}" for seed in range(*seeds)], methods.GENERATED_METHODS
+    return options.tasks or list(TASKS), methods.NAMED_METHODS
+
+
 def run_tuning(options: argparse.Namespace) -> None:
     """The subcommand."""
     seeds = range(options.seeds)
-    results = tuning.measure(options.results, options.tasks, options.methods, seeds, options.processes)
-    found = tuning_report.rows(results, options.tasks, options.methods, seeds)
-    spent = sum(result.seconds for result in results.values()) / 60
-    print(f"{len(results)} runs, {spent:.0f} minutes of one core; {options.seeds} seeds; {tuning_report.versions()}")
-    print(tuning_report.table(found, options.methods))
+    tasks, chosen = tuning_tasks(options)
+    chosen = options.methods or chosen
+    base_lrs = options.base_lrs or ((1.0,) if options.ladder else methods.BASE_LRS)
+    if options.no_runs:
+        known = results.read(options.results)
+    else:
+        known = tuning.measure(options.results, tasks, chosen, seeds, options.processes, base_lrs)
+    found = tuning_report.rows(known, tasks, chosen, seeds)
+    own = [result.seconds for run, result in known.items() if run.task in tasks]
+    print(
+        f"{len(found)} of {len(tasks)} tasks, {len(own)} runs, {sum(own) / 60:.0f} minutes of one core; "
+        f"{options.seeds} seeds; {tuning_report.versions()}"
+    )
+    if not found:
+        return
+    print(tuning_report.table(found, chosen), tuning_report.summary_table(found, chosen), sep="\n\n")
+    if options.ladder:
+        print("", ladder_report.table(known, found, seeds), sep="\n")
     if options.plot:
-        tuning_report.plot(results, found, seeds, options.plot)
+        (ladder_report if options.ladder else tuning_plots).plot(known, found, seeds, options.plot)
+    if options.profile:
+        tuning_plots.profile(found, chosen, options.profile)
 
 
 def main() -> None:
@@ -145,12 +189,20 @@ def main() -> None:
     add.add_argument("--directory", help="where to write (default: the temporary directory)")
     add = commands.add_parser("tuning", help="one run against the best of a sweep, over tasks, methods and seeds")
     add.set_defaults(run=run_tuning)
-    add.add_argument("--tasks", choices=TASKS, nargs="+", default=list(TASKS))
-    add.add_argument("--methods", choices=tuning.METHODS, nargs="+", default=list(tuning.METHODS))
-    add.add_argument("--seeds", type=int, default=3)
+    of = add.add_mutually_exclusive_group()
+    of.add_argument("--tasks", choices=TASKS, nargs="+", help="named tasks (default: all of them)")
+    of.add_argument("--generated", action="store_true", help="the generated tasks of seeds 0 to 47, to choose a rule")
+    of.add_argument("--generated-seeds", type=int, nargs=2, metavar=("FIRST", "END"), help="other generated tasks")
+    of.add_argument("--held-out", action="store_true", help="those of seeds 1000 to 1031, for when the rule is frozen")
+    of.add_argument("--ladder", action="store_true", help="two models and three schedules, 300 to 30,000 steps")
+    add.add_argument("--methods", choices=methods.NAMED_METHODS, nargs="+", help="default: all that suit the tasks")
+    add.add_argument("--seeds", type=int, default=3, help="seeds of the first weights and the order of the data")
+    add.add_argument("--base-lrs", type=float, nargs="+", help="the tuner's (default: 1e-6 to 100; of the ladder 1)")
     add.add_argument("--processes", type=int, default=os.cpu_count(), help="concurrent runs, each on one thread")
     add.add_argument("--results", type=Path, required=True, metavar="FILE", help="read; missing runs are appended")
-    add.add_argument("--plot", type=Path, metavar="FILE", help="plot losses and scales to this file")
+    add.add_argument("--no-runs", action="store_true", help="only report what the file has")
+    add.add_argument("--plot", type=Path, metavar="FILE", help="plot losses and scales, by task or horizon")
+    add.add_argument("--profile", type=Path, metavar="FILE", help="plot how often each method comes how near")
     options = parser.parse_args()
     options.run(options)
 

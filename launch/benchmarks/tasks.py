@@ -53,7 +53,7 @@ def _corpus(path: Path | None, seq_len: int) -> Corpus:
     return Corpus(path, seq_len)
 
 
-def _text(
+def text(
     make: Callable[[], nn.Module], seq_len: int, batch_size: int, path: Path | None = None
 ) -> Callable[[int], Problem]:
     def problem(seed: int) -> Problem:
@@ -97,7 +97,7 @@ def _fine_tuned() -> GPT:
     return model
 
 
-def _images(make: Callable[[], nn.Module], batch_size: int, noise: float = 0.3) -> Callable[[int], Problem]:
+def images(make: Callable[[], nn.Module], batch_size: int, noise: float = 0.3) -> Callable[[int], Problem]:
     def problem(seed: int) -> Problem:
         (inputs, unseen), (labels, truth) = (part.split((1200, 597)) for part in digits())
         generator = torch.Generator().manual_seed(seed)
@@ -165,32 +165,32 @@ def _convex(batch_size: int) -> Callable[[int], Problem]:
 _PROSE = Path(pydoc_data.__file__).parent / "topics.py"
 
 _ALL = [
-    Task("gpt", "GPT of 0.15M, AdamW", _text(_small_gpt, 64, 16), adamw(), "adamw", 400, 4e-3),
-    Task("gpt-long", "the same for 1,600 steps", _text(_small_gpt, 64, 16), adamw(), "adamw", 1600, 4e-3),
-    Task("gpt-large", "GPT of 0.5M, AdamW", _text(_large_gpt, 64, 16), adamw(), "adamw", 400, 4e-3),
-    Task("gpt-sgd", "GPT, SGD with momentum", _text(_small_gpt, 64, 16), sgd, "sgd", 400, 0.5),
-    Task("gpt-lion", "GPT, Lion", _text(_small_gpt, 64, 16), lion, "lion", 400, 1e-3),
-    Task("gpt-muon", "GPT, Muon and AdamW", _text(_small_gpt, 64, 16), muon, "muon", 400, 8e-3),
-    Task("gpt-batch-4", "GPT, a batch of 4", _text(_small_gpt, 64, 4), adamw(), "adamw", 400, 4e-3),
-    Task("gpt-batch-64", "GPT, a batch of 64", _text(_small_gpt, 64, 64), adamw(), "adamw", 200, 8e-3),
-    Task("gpt-constant", "GPT, constant lr", _text(_small_gpt, 64, 16), adamw(), "adamw", 400, 2e-3, "constant"),
+    Task("gpt", "GPT of 0.15M, AdamW", text(_small_gpt, 64, 16), adamw(), "adamw", 400, 4e-3),
+    Task("gpt-long", "the same for 1,600 steps", text(_small_gpt, 64, 16), adamw(), "adamw", 1600, 4e-3),
+    Task("gpt-large", "GPT of 0.5M, AdamW", text(_large_gpt, 64, 16), adamw(), "adamw", 400, 4e-3),
+    Task("gpt-sgd", "GPT, SGD with momentum", text(_small_gpt, 64, 16), sgd, "sgd", 400, 0.5),
+    Task("gpt-lion", "GPT, Lion", text(_small_gpt, 64, 16), lion, "lion", 400, 1e-3),
+    Task("gpt-muon", "GPT, Muon and AdamW", text(_small_gpt, 64, 16), muon, "muon", 400, 8e-3),
+    Task("gpt-batch-4", "GPT, a batch of 4", text(_small_gpt, 64, 4), adamw(), "adamw", 400, 4e-3),
+    Task("gpt-batch-64", "GPT, a batch of 64", text(_small_gpt, 64, 64), adamw(), "adamw", 200, 8e-3),
+    Task("gpt-constant", "GPT, constant lr", text(_small_gpt, 64, 16), adamw(), "adamw", 400, 2e-3, "constant"),
     Task(
         "gpt-constant-long",
         "the same, 2,400 steps",
-        _text(_small_gpt, 64, 16),
+        text(_small_gpt, 64, 16),
         adamw(),
         "adamw",
         2400,
         2e-3,
         "constant",
     ),
-    Task("gpt-wsd", "GPT, WSD", _text(_small_gpt, 64, 16), adamw(), "adamw", 400, 4e-3, "wsd"),
-    Task("fine-tune", "GPT, fine-tuned on prose", _text(_fine_tuned, 64, 16, _PROSE), adamw(), "adamw", 200, 1e-3),
-    Task("mlp", "MLP on digits, AdamW", _images(_mlp, 32), adamw(), "adamw", 400, 8e-3),
-    Task("cnn-sgd", "CNN on digits, SGD with momentum", _images(_cnn, 32), sgd, "sgd", 400, 0.1),
-    Task("mlp-long", "the MLP, 4,000 steps", _images(_mlp, 32), adamw(), "adamw", 4000, 8e-3),
-    Task("cnn-sgd-long", "the CNN, 3,000 steps", _images(_cnn, 32), sgd, "sgd", 3000, 0.05),
-    Task("cnn-sgd-constant-long", "the same, constant lr", _images(_cnn, 32), sgd, "sgd", 3000, 0.025, "constant"),
+    Task("gpt-wsd", "GPT, WSD", text(_small_gpt, 64, 16), adamw(), "adamw", 400, 4e-3, "wsd"),
+    Task("fine-tune", "GPT, fine-tuned on prose", text(_fine_tuned, 64, 16, _PROSE), adamw(), "adamw", 200, 1e-3),
+    Task("mlp", "MLP on digits, AdamW", images(_mlp, 32), adamw(), "adamw", 400, 8e-3),
+    Task("cnn-sgd", "CNN on digits, SGD with momentum", images(_cnn, 32), sgd, "sgd", 400, 0.1),
+    Task("mlp-long", "the MLP, 4,000 steps", images(_mlp, 32), adamw(), "adamw", 4000, 8e-3),
+    Task("cnn-sgd-long", "the CNN, 3,000 steps", images(_cnn, 32), sgd, "sgd", 3000, 0.05),
+    Task("cnn-sgd-constant-long", "the same, constant lr", images(_cnn, 32), sgd, "sgd", 3000, 0.025, "constant"),
     Task("convex", "logistic regression, SGD, linear", _convex(32), plain_sgd, "sgd", 400, 1.0, "linear", 0.0, None),
     Task("convex-constant", "the same, constant lr", _convex(32), plain_sgd, "sgd", 400, 0.5, "constant", 0.0, None),
 ]
