@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import json
 import sys
 from pathlib import Path
@@ -13,7 +11,7 @@ import pytest
 import torch
 
 import benchmark
-from benchmarks import host, scale, step, tasks, train, tuning, tuning_report
+from benchmarks import host, scale, step, train
 from gpt.optimizers import Lion
 
 TINY = scale.Llama(layers=2, width=256, hidden=512, keys=64, vocabulary=1024)
@@ -97,79 +95,6 @@ def test_train_compares_two_runs(tmp_path: Path) -> None:
     assert set(found) == {"none", "mechanic"}
     assert "| none |" in train.table(found)
     assert all(torch.tensor(speed) > 0 for speed in found.values())
-
-
-def loss_by(lrs: dict[float, float], seed: int = 0, method: str = tuning.SWEEP) -> tuning.Results:
-    return {tuning.Run("gpt", method, lr, seed): tuning.Result(loss, [], 1.0) for lr, loss in lrs.items()}
-
-
-@pytest.mark.parametrize("best", [-6, -1, 0, 2, 5])
-def test_the_grid_grows_until_its_best_is_inside(best: int) -> None:
-    task = tasks.TASKS["gpt"]
-    losses = {task.guess * 2.0**power: 1.0 + abs(power - best) for power in range(-20, 21)}
-    results: tuning.Results = {}
-    while missing := [run for run in tuning.wanted(task, [tuning.SWEEP], [0], results) if run not in results]:
-        results |= loss_by({run.lr: losses[run.lr] for run in missing})
-    grid = sorted(run.lr for run in results)
-    assert all(b == 2 * a for a, b in itertools.pairwise(grid))
-    at = grid.index(task.guess * 2.0**best)
-    assert 2 <= at <= len(grid) - 3
-    assert len(grid) <= 5 + abs(best)
-
-
-def test_the_table_takes_the_mean_over_seeds_and_the_best_of_the_grid() -> None:
-    task = tasks.TASKS["gpt"]
-    lrs = [task.guess * 2.0**power for power in range(-2, 3)]
-    results = {
-        **loss_by(dict(zip(lrs, [5.0, 3.0, 2.0, 3.0, 5.0])), 0),
-        **loss_by(dict(zip(lrs, [5.0, 3.2, 4.0, 5.0, 5.0])), 1),
-        **loss_by({1.0: 3.0}, 0, "optax"), **loss_by({1.0: 3.6}, 1, "optax"),
-        **loss_by({1.0: 3.0}, 0, "Prodigy"), **loss_by({1.0: float("inf")}, 1, "Prodigy"),
-        **{run: result for lr in tuning.BASE_LRS for seed in (0, 1)
-           for run, result in loss_by({lr: 3.0 if lr < 1 else 3.3}, seed, tuning.TUNER).items()},
-    }  # fmt: skip
-    (row,) = tuning_report.rows(results, ["gpt", "gpt-sgd"], list(tuning.METHODS), [0, 1])
-    assert (row.best_lr, row.best_loss) == (task.guess, 3.0)
-    assert row.excess == pytest.approx({"optax": 0.1, "Prodigy": float("inf"), tuning.TUNER: 0.1})
-    assert row.spread == pytest.approx(0.1)
-    table = tuning_report.table([row], list(tuning.METHODS))
-    assert "| +10.0% | +10.0% | broke | 10.00% |" in table
-    assert "D-Adaptation" not in table
-
-
-# The extra "test" installs only mechanic-pytorch of the peers; the extra "bench" installs the others.
-PEERS = {"Prodigy": "prodigyopt", "D-Adaptation": "dadaptation", "Schedule-Free": "schedulefree"}
-
-
-@pytest.mark.parametrize("with_peers", [False, True])
-def test_every_method_trains_and_a_stopped_benchmark_continues(
-    with_peers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for package in PEERS.values() if with_peers else ():
-        pytest.importorskip(package)
-    methods = [method for method in tuning.METHODS if with_peers or method not in PEERS]
-    short = dataclasses.replace(tasks.TASKS["gpt"], steps=3)
-    monkeypatch.setitem(tasks.TASKS, "gpt", short)
-    monkeypatch.setattr(tasks, "HELD_OUT", 4)
-    results, image = tmp_path / "deep" / "results.jsonl", tmp_path / "plot.png"
-    command = ["benchmark.py", "tuning", "--tasks", "gpt", "--seeds", "1", "--processes", "1"]
-    command += ["--results", str(results), "--methods", *methods]
-    monkeypatch.setattr(sys, "argv", [*command, "--plot", str(image)])
-    benchmark.main()
-    whole = results.read_text().splitlines()
-    assert {json.loads(line)["method"] for line in whole} == set(methods)
-    assert all(4.5 < json.loads(line)["loss"] < 6.0 for line in whole)  # 256 equally likely bytes have 5.55
-    assert image.stat().st_size > 1000
-
-    ran: list[tuning.Run] = []
-    execute = tuning.execute
-    monkeypatch.setattr(tuning, "execute", lambda run: ran.append(run) or execute(run))
-    results.write_text("\n".join(whole[:-1]) + "\n" + whole[-1][:20])
-    benchmark.main()
-    assert [run.method for run in ran] == [json.loads(whole[-1])["method"]]
-    again = tuning.read(results)
-    assert [json.loads(line)["loss"] for line in whole] == [result.loss for result in again.values()]
-    assert "| **worst** |" in capsys.readouterr().out
 
 
 def test_lion_updates_by_signs() -> None:
