@@ -106,7 +106,7 @@ def plot(results: Results, found: Sequence[Row], seeds: Sequence[int], image: Pa
         bottom.set_yscale("log")
         bottom.set_xlabel("steps", fontsize=8)
         for axis in (top, bottom):
-            axis.tick_params(labelsize=7)
+            axis.tick_params(which="both", labelsize=7)
             axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("excess, %", fontsize=8)
     axes[1, 0].set_ylabel("learning rate", fontsize=8)

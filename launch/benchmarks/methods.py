@@ -134,6 +134,7 @@ METHODS: dict[str, Method] = {
         _schedule_free, (*_ADAMS, *_SGDS), {**_ADAMS, **_SGDS}, keeps_schedule=False, package="schedulefree"
     ),
 }
+# By set of tasks: what runs there if no methods are named.
 NAMED_METHODS = (*METHODS, FIXED)
 GENERATED_METHODS = (SWEEP, FIXED, TUNER, "optax", "pytorch", "Prodigy", "D-Adaptation", "Schedule-Free")
 LADDER_METHODS = (SWEEP, FIXED, TUNER)

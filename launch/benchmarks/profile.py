@@ -40,9 +40,13 @@ def share_within(excesses: Sequence[float], limit: float) -> float:
 
 
 def least_lead(excesses: Sequence[float], others: Sequence[float], start: float = 0.01, end: float = 1.0) -> float:
-    """How far the first profile lies above the second where it does least, from ``start`` to ``end``."""
+    """How far the first profile lies above the second where it does least, from ``start`` to ``end``.
+
+    Only where one of the two still lacks tasks; 0 if there is no such place.
+    """
     places = [start, *(value for value in (*excesses, *others) if start < value <= end)]
-    return min(share_within(excesses, place) - share_within(others, place) for place in places)
+    shares = [(share_within(excesses, place), share_within(others, place)) for place in places]
+    return min((own - other for own, other in shares if min(own, other) < 1.0), default=0.0)
 
 
 def percent(share: float | None, digits: int = 1) -> str:

@@ -49,8 +49,8 @@ def plot(results: Results, found: Sequence[Row], seeds: Sequence[int], image: Pa
             bottom.set_ylabel("S, and the best lr", fontsize=8)
         top.set_xlabel("lr", fontsize=7)
         bottom.set_xlabel("step", fontsize=7)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncols=len(labels), fontsize=9)
+    lines = {line.get_label(): line for axis in axes[::2].flat for line in axis.get_lines()}
+    figure.legend(lines.values(), lines.keys(), loc="upper center", ncols=len(lines), fontsize=9)
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.1 / blocks))
     figure.savefig(image, dpi=100)
     plots.close(figure)

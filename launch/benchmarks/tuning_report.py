@@ -91,7 +91,7 @@ def summary_table(found: Sequence[Row], methods: Sequence[str]) -> str:
     """A Markdown table by method: each number over its tasks, and in parentheses the tuner's over the same tasks."""
     heads = [f"within {limit:.0%}" for limit in WITHIN]
     lines = [
-        f"| method | tasks | median | mean | worst | {' | '.join(heads)} | {TUNER}'s least lead |",
+        f"| method | tasks | median | mean, capped | worst | {' | '.join(heads)} | {TUNER}'s least lead |",
         "| --- " * (len(heads) + 6) + "|",
     ]
     for method in shown(found, methods):

@@ -154,6 +154,7 @@ def test_numbers_of_a_profile() -> None:
     assert [profile.share_within(own, limit) for limit in (-0.02, 0.0, 0.01, 0.05)] == [0.0, 0.5, 0.5, 1.0]
     assert profile.least_lead(own, other) == 0.25
     assert profile.least_lead(other, own) == -0.5
+    assert profile.least_lead([0.0, 0.01], [0.0, 0.3]) == 0.5
     assert profile.least_lead(own, own) == 0.0
 
 
