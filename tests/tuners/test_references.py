@@ -118,9 +118,9 @@ def test_a_checkpoint_of_other_references_is_refused(tmp_path: Path) -> None:
     saved = one_step(Horizons())
     other = one_step(type("Horizons", (Horizons,), {"references": (0.0, 2.0, 4.0)})())
     Checkpointer(tmp_path, saved.model, saved.optimizer).save(1)
-    with pytest.raises(ValueError, match="the saved tuner is of variant .*, this one horizons"):
+    with pytest.raises(ValueError, match=r"the saved tuner is of variant .*, this one horizons"):
         Checkpointer(tmp_path, other.model, other.optimizer).load()
-    with pytest.raises(ValueError, match="the saved tuner is of variant .*, this one horizons"):
+    with pytest.raises(ValueError, match=r"the saved tuner is of variant .*, this one horizons"):
         other.optimizer.load_state_dict(saved.optimizer.state_dict())
 
 
