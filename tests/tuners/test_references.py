@@ -18,9 +18,10 @@ from manic.tuners.base import Tuner
 from manic.tuners.multiplicative import Multiplicative
 from manic.tuners.registry import make_tuner
 from support.horizons import FollowingStart, Horizons, HorizonsReference
-from support.layouts import Trained, batch, full, make_base, make_net, setup, train
+from support.layouts import Setup, Trained, batch, full, make_base, make_net, setup, train
 from support.problems import problem
 from support.runs import Run
+from support.snapshots import backward, differing, everything, take_steps
 
 STEPS = 20
 TUNERS: dict[str, type[Tuner]] = {"horizons": Horizons, "following start": FollowingStart}
@@ -104,6 +105,31 @@ def test_resumes_bit_for_bit_and_on_other_shards(source: tuple[str, int]) -> Non
             assert found == pytest.approx(scales, rel=1e-9), layout
             for name, value in parameters.items():
                 torch.testing.assert_close(gathered[name], value, rtol=1e-9, atol=1e-9, msg=f"{layout}: {name}")
+
+
+def resume_in_low_precision(layout: str, directory: str) -> list[str]:
+    def started() -> Setup:
+        return setup(layout, "adamw", torch.bfloat16, variant=Horizons())
+
+    run_, resumed = started(), started()
+    take_steps(run_, 0, BEFORE, torch.bfloat16)
+    Checkpointer(directory, run_.model, run_.optimizer).save(BEFORE)
+    if layout == "zero1":
+        backward(resumed, 0, torch.bfloat16)
+    Checkpointer(directory, resumed.model, resumed.optimizer).load()
+    different = differing(everything(run_), everything(resumed))
+    for each in (run_, resumed):
+        take_steps(each, BEFORE, 3, torch.bfloat16)
+    dtypes = {key: value.dtype for key, value in everything(resumed).items() if "mechanic_x_ref" in key}
+    assert {key.split()[0]: dtype for key, dtype in dtypes.items()} in (
+        {}, {"mechanic_x_ref": torch.bfloat16, "mechanic_x_ref_1": torch.float32, "mechanic_x_ref_2": torch.float32},
+    )  # fmt: skip
+    return different + differing(everything(run_), everything(resumed))
+
+
+@pytest.mark.parametrize(("layout", "world_size"), [("fsdp2", 3), ("fsdp1-flat", 2), ("zero1", 2)])
+def test_resumes_bit_for_bit_in_low_precision(layout: str, world_size: int, tmp_path: Path) -> None:
+    assert run(resume_in_low_precision, world_size, layout, str(tmp_path)) == [[]] * world_size
 
 
 def one_step(tuner: Tuner) -> Any:

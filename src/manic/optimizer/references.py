@@ -20,7 +20,8 @@ __all__ = ["References", "new_reference"]
 
 def new_reference(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     """Make a reference that is where ``parameter`` is now."""
-    return parameter.detach().to(dtype, copy=True)
+    x = parameter.detach()
+    return x.clone() if x.dtype == dtype else x.to(dtype)
 
 
 class References:

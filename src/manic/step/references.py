@@ -42,7 +42,7 @@ def follow(captures: Sequence[Capture], shares: Sequence[Tensor | None], *, is_f
                 known[key] = [None if share is None else share.to(*key) for share in shares]
             _follow(capture, known[key], scratch, is_finite)
     except BaseException:
-        for capture in moved:
+        for capture in moved if shares[0] is not None else ():
             _keep_place(capture)
         raise
 
