@@ -26,8 +26,7 @@ def follow(captures: Sequence[Capture], shares: Sequence[Tensor | None], *, is_f
     Args:
         captures: Of a step that is committed.
         shares: 0-dim, in [0, 1], of each reference; ``None``: it stays.
-        is_finite: Whether x is known to be finite. Otherwise nothing that a reference with a share of 0 sees of it
-            moves it.
+        is_finite: Whether x is known to be finite. If not, a reference with a share of 0 takes in no nan of x.
     """
     if all(share is None for share in shares):
         return
