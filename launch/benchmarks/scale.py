@@ -122,7 +122,7 @@ class Cost:
     base_bytes: int
     """Bytes of the base optimizer's state."""
     own_bytes: int
-    """Bytes of x_ref, Delta and the tuner."""
+    """Bytes of references, Delta and the tuner."""
     scratch: int
     """Peak bytes that a step allocates, without the base optimizer's step."""
     collectives: int

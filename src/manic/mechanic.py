@@ -31,6 +31,7 @@ from manic.step.base_step import base_step
 from manic.step.guard import Guard, Nonfinite, Reading, account_of_nonfinite
 from manic.step.monitor import Monitor
 from manic.step.plan import Plan, Planner
+from manic.step.references import follow
 from manic.step.sums import PendingSums, local_sums
 from manic.tuners.base import Proposal, Tuner
 from manic.tuners.registry import DEFAULT, make_tuner
@@ -248,9 +249,10 @@ class Mechanic(OptimizerWrapper):
             self._positions.raise_if_found(plan.captures, groups, group, device)
 
     def _finish(self, plan: Plan, proposal: Proposal, reading: Reading | None) -> None:
-        """Restart where the tuner proposes it, and inform the monitor."""
+        """Move references, restart where the tuner proposes it, and inform the monitor."""
         is_capturing = self._is_capturing
         self._state.count_update(is_counted=not is_capturing)
+        follow(plan.captures, proposal.shares, is_finite=reading is not None)
         # Without a reading, the device decides whether there is a restart, in each step that may have one.
         restarts = self._state.may_restart and (reading is None or reading.restarts)
         if proposal.restart is not None and restarts:
@@ -291,8 +293,8 @@ class Mechanic(OptimizerWrapper):
         """Verify that ranks which should hold the same do, bit for bit, and that parameters are where they were put.
 
         Compared over the process group are the tuner with its S, the param groups' settings, and of every parameter of
-        which there are copies the value, x_ref and Delta. Every rank must call it, between steps. It reads everything
-        once, and waits for the device.
+        which there are copies the value, references and Delta. Every rank must call it, between steps. It reads
+        everything once, and waits for the device.
 
         Raises:
             RuntimeError: on every rank alike, with the first rank and parameter that differ; or if something else has
@@ -309,7 +311,7 @@ class Mechanic(OptimizerWrapper):
 
     @torch.no_grad()
     def rebase(self) -> None:
-        """Go on from where the parameters are now: x_ref = x and Delta = 0, with the scale and the tuner kept.
+        """Go on from where the parameters are now: references = x and Delta = 0, with the scale and the tuner kept.
 
         To be called on every rank after parameters were changed by anything but this optimizer: weights clipped,
         averaged or exchanged, a model loaded without its optimizer. The step would undo such a change otherwise.

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from manic import Mechanic
 from manic.distributed.layout import local
+from support.horizons import Horizons
 
 
 def adamw(parameters: Any) -> Optimizer:
@@ -28,7 +29,11 @@ def multiplicative(parameters: Any) -> Optimizer:
     return Mechanic(torch.optim.AdamW(parameters, lr=1.0))
 
 
-MAKES = [adamw, optax, multiplicative]
+def horizons(parameters: Any) -> Optimizer:
+    return Mechanic(torch.optim.AdamW(parameters, lr=1.0), variant=Horizons())
+
+
+MAKES = [adamw, optax, multiplicative, horizons]
 Make = Callable[[Any], Optimizer]
 
 

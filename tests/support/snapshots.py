@@ -14,17 +14,17 @@ from support.layouts import BATCH, Setup, batch
 from support.tuners import state_of
 
 
-def backward(prepared: Setup, step: int) -> None:
-    x, y = batch(step, torch.float64)
+def backward(prepared: Setup, step: int, dtype: torch.dtype = torch.float64) -> None:
+    x, y = batch(step, dtype)
     share = BATCH // prepared.data_size
     part = slice(prepared.data_rank * share, (prepared.data_rank + 1) * share)
     prepared.optimizer.zero_grad()
     (prepared.model(x[part]) - y[part]).square().mean().backward()
 
 
-def take_steps(prepared: Setup, first: int, number: int) -> None:
+def take_steps(prepared: Setup, first: int, number: int, dtype: torch.dtype = torch.float64) -> None:
     for step in range(first, first + number):
-        backward(prepared, step)
+        backward(prepared, step, dtype)
         prepared.optimizer.step()
 
 

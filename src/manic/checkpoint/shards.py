@@ -16,13 +16,14 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from manic.distributed.collectives import from_every_rank, on_every_rank
-from manic.optimizer.names import X_REF
+from manic.optimizer.names import REFERENCES
+from manic.optimizer.references import new_reference
 
 __all__ = ["complete_shards"]
 
 
 def complete_shards(flat: dict[str, Any], parameters: Mapping[str, Tensor], group: ProcessGroup | None) -> None:
-    """Add to ``flat`` the shards that this rank lacks and others have: of x_ref the parameter's, of others zeros.
+    """Add to ``flat`` the shards that this rank lacks and others have: of references the parameter's, of others zeros.
 
     That is the state after gradients of zero. Of entries that are not sharded, such as Adam's number of steps, the
     other ranks' is saved.
@@ -65,7 +66,9 @@ def complete_shards(flat: dict[str, Any], parameters: Mapping[str, Tensor], grou
                         f"{state}, of shape {shape}, cannot be made for it. Give the parameter a gradient of zeros"
                     )
                 flat[f"state.{name}.{state}"] = (
-                    parameter.detach() if state == X_REF else torch.zeros_like(parameter, dtype=dtype).detach()
+                    new_reference(parameter, dtype)
+                    if state in REFERENCES
+                    else torch.zeros_like(parameter, dtype=dtype).detach()
                 )
 
     on_every_rank(complete, group)

@@ -1,4 +1,4 @@
-"""Which x_ref a loaded state has: a tuner goes on only where each parameter that was trained has one."""
+"""Which references a loaded state has: a tuner goes on only where each parameter that was trained has all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from manic.distributed.collectives import on_any_rank, raise_together
 from manic.distributed.layout import local_storage
 from manic.distributed.parts import plain_parts
 from manic.optimizer.joint import parameter_states
-from manic.optimizer.names import STATE_KEYS, X_REF, describe
+from manic.optimizer.names import STATE_KEYS, X_REF, describe, short_name
 
 __all__ = ["LoadedStarts"]
 
@@ -24,22 +24,31 @@ class LoadedStarts:
 
     Args:
         optimizers: The base optimizers.
+        references: Which a parameter that was trained has, x_ref first.
         updates: How many the loaded tuner has made.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer], updates: int) -> None:
+    def __init__(self, optimizers: Sequence[Optimizer], references: Sequence[str], updates: int) -> None:
         self._updates = updates
         states = [(parameter, state) for _, parameter, state in parameter_states(optimizers)]
         self._exist = any(X_REF in state for _, state in states)
-        lacking = [each for each in states if X_REF not in each[1] and local_storage(each[0]).numel()]
-        self._lacking: list[Tensor] = []
+        lacking = [
+            (parameter, state, missing[0])
+            for parameter, state in states
+            if (missing := [name for name in references if name not in state]) and local_storage(parameter).numel()
+        ]
+        self._lacking: list[tuple[Tensor, str]] = []
         if self._exist and lacking and updates > 0:
             # A base that has taken steps on its own counts those, too, of parameters without a gradient since.
             before = max(_steps(state) or 0 for _, state in states if X_REF in state) - updates
-            self._lacking = [parameter for parameter, state in lacking if _is_trained(state, max(before, 0))]
+            self._lacking = [
+                (parameter, short_name(missing))
+                for parameter, state, missing in lacking
+                if X_REF in state or _is_trained(state, max(before, 0))
+            ]
 
     def check(self, groups: Sequence[Mapping[str, Any]], group: ProcessGroup | None, device: torch.device) -> None:
-        """Refuse a tuner that was loaded without x_ref of all, or of some parameters that it was trained with.
+        """Refuse a tuner that was loaded without references of all, or of some parameters that it was trained with.
 
         Args:
             groups: The param groups, for the message.
@@ -58,10 +67,11 @@ class LoadedStarts:
             )
         problem = ""
         live = {id(parameter) for each in groups for parameter in each["params"] if parameter.requires_grad}
-        if lacking := [parameter for parameter in self._lacking if id(parameter) in live]:
+        if lacking := [each for each in self._lacking if id(each[0]) in live]:
+            parameter, name = lacking[0]
             problem = (
-                f"the loaded state has no x_ref of {len(lacking)} parameters that the base optimizer has trained, and "
-                f"has that of others; the first is {describe(lacking[0], groups)}. Load the whole state of one "
+                f"the loaded state has no {name} of {len(lacking)} parameters that the base optimizer has trained, and "
+                f"has that of others; the first is {describe(parameter, groups)}. Load the whole state of one "
                 "checkpoint, or call rebase() to go on with this tuner from where the parameters are"
             )
         raise_together(ValueError, problem, group, device)

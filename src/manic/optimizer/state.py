@@ -1,6 +1,6 @@
 """The state of Mechanic between steps: what exists from when on, what a load makes of it, what is a placeholder.
 
-It keeps x_ref and Delta under each parameter and the tuner in the param groups, and knows nothing of what a step does.
+It keeps references and Delta under each parameter, the tuner in the param groups, and does not know what a step does.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from manic.distributed.layout import Layout, local, local_storage
 from manic.optimizer.fit import drop_misfits, first_misfit, misfit, remove_own
 from manic.optimizer.joint import parameter_states
 from manic.optimizer.loaded import LoadedStarts
-from manic.optimizer.names import DELTA, STATE_KEYS, X_REF, describe
+from manic.optimizer.names import DELTA, STATE_KEYS, X_REF, describe, short_name
 from manic.optimizer.placeholders import Placeholders
+from manic.optimizer.references import References
 from manic.optimizer.transaction import hidden
 from manic.optimizer.wrapper import is_creating_state
 from manic.step.guard import Reading
@@ -36,7 +37,7 @@ _PLACEHOLDER = -1.0
 
 
 class MechanicState:
-    """x_ref and Delta under each parameter, the tuner in the param groups.
+    """References and Delta under each parameter, the tuner in the param groups.
 
     Args:
         optimizers: The base optimizers.
@@ -52,12 +53,12 @@ class MechanicState:
         self.rule = rule_for(tuner.scales, tuner.eps)
         self.store_delta = self.rule.stores_delta if store_delta is None else store_delta
         """``None``: only of parameters in low precision."""
-        self.tuner_state = TunerState(tuner)
+        self.tuner_state, self.references = TunerState(tuner), References(tuner.references)
         self.started = False
-        """Whether the run has begun, so that x_ref is where it started."""
+        """Whether the run has begun."""
         self.was_loaded = False
         """Whether a loaded state is yet to be compared with the parameters."""
-        self._loaded = LoadedStarts([], 0)
+        self._loaded = LoadedStarts([], self.references.names, 0)
         self.updates_made: int | None = 0
         """The tuner's count as the host knows it; ``None`` where replays of a CUDA graph were not counted."""
         self.has_scale = False
@@ -91,23 +92,22 @@ class MechanicState:
             return parameter.dtype != working_dtype(parameter)
         return self.store_delta
 
-    def found(self, optimizer: Optimizer, parameter: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """x_ref and Delta as they are stored; changes nothing."""
+    def found(self, optimizer: Optimizer, parameter: Tensor) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
+        """References and Delta as they are stored; changes nothing."""
         state = optimizer.state.get(parameter)
-        return (state.get(X_REF), state.get(DELTA)) if state else (None, None)
+        return self.references.found(state), state.get(DELTA) if state else None
 
     def complete(self, optimizer: Optimizer, parameter: Tensor, position: Position) -> None:
-        """Store x_ref, and Delta where it is kept: new ones, or what a load left of them."""
+        """Store references, and Delta where it is kept: new ones, or what a load left of them."""
         state = optimizer.state.setdefault(parameter, {})
         dtype, keeps_delta = working_dtype(parameter), self.keeps_delta(parameter)
         if found := misfit(parameter, state):
             raise ValueError(f"{describe(parameter, self._groups)}: {found}; call rebase() before the step")
         starts_here = X_REF not in state
         if starts_here:
-            state[X_REF] = parameter.detach().clone()
-        elif state[X_REF].dtype != parameter.dtype:
-            state[X_REF] = state[X_REF].to(parameter.dtype)
-        if not keeps_delta or starts_here:
+            remove_own(state)
+        self.references.complete(parameter, state)
+        if not keeps_delta:
             state.pop(DELTA, None)
         if keeps_delta and DELTA not in state:
             state[DELTA] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
@@ -177,11 +177,10 @@ class MechanicState:
         return interval > 0 and (self.updates_made is None or self.updates_made % interval == 0)
 
     def rebase(self) -> None:
-        """Let x_ref be x, and Delta 0."""
+        """Let every reference be x, and Delta 0."""
         drop_misfits(self._optimizers)
         for _, parameter, state in parameter_states(self._optimizers):
-            if X_REF in state:
-                local(state[X_REF]).copy_(local(parameter))
+            self.references.move_to(parameter, state)
             if DELTA in state:
                 local(state[DELTA]).zero_()
         self.tuner_state.rebase()
@@ -249,7 +248,7 @@ class MechanicState:
         """Refuse a loaded state that the parameters do not belong to: the step would move them to where it says.
 
         Raises:
-            ValueError: on every rank alike, if one was loaded and they are elsewhere, or it lacks x_ref.
+            ValueError: on every rank alike, if one was loaded and they are elsewhere, or it lacks references.
         """
         if self.was_loaded:
             group, device = self._layout.group, self._layout.communication_device(self.home_device)
@@ -269,12 +268,13 @@ class MechanicState:
             RuntimeError: with the first difference in words.
         """
         absent = torch.empty(0, device=self.home_device)
+        own = [*((short_name(reference), reference) for reference in self.references.names), ("Delta", DELTA)]
         held = [
             (parameter, name, optimizer.state.get(parameter, {}).get(key, absent) if key else parameter)
             for optimizer in self._optimizers
             for group in optimizer.param_groups
             for parameter in group["params"]
-            for name, key in (("the value", None), ("x_ref", X_REF), ("Delta", DELTA))
+            for name, key in (("the value", None), *own)
         ]
         device = self._layout.communication_device(self.home_device)
         raise_if_drifted(self.tensor, self.tuner_state.scale, self._groups, held, self._layout, device)
@@ -297,7 +297,7 @@ class MechanicState:
             for optimizer in self._optimizers
             for group in optimizer.param_groups
             for parameter in group["params"]
-            if parameter.requires_grad and (state := optimizer.state.get(parameter, {})).keys() >= set(STATE_KEYS)
+            if parameter.requires_grad and (state := optimizer.state.get(parameter, {})).keys() >= {X_REF, DELTA}
         ]
         places = [(local(parameter), local(state[X_REF]), local(state[DELTA])) for parameter, state in moved]
         found = displaced(places, self.position.factor, not self._tuner.moves_without_gradient)
@@ -334,7 +334,7 @@ class MechanicState:
         updates = float(self.tuner_state.updates)
         self.updates_made, self.has_scale = max(0, int(updates)), float(self.tuner_state.scale) > 0.0
         self.started = self.was_loaded = updates > 0
-        self._loaded = LoadedStarts(self._optimizers, int(updates))
+        self._loaded = LoadedStarts(self._optimizers, self.references.names, int(updates))
         self._placeholders.exist = False
         if updates == _PLACEHOLDER:
             self._placeholders.loaded()

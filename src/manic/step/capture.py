@@ -25,7 +25,7 @@ from torch import Tensor
 
 from manic.step.chunks import Scratch, pieces
 from manic.step.kernels import add_product, set_reference, working_dtype, write
-from manic.step.position import Position
+from manic.step.position import Position, displacement, place_of
 from manic.step.shards import Shard
 
 __all__ = [
@@ -34,7 +34,8 @@ __all__ = [
 ]  # fmt: skip
 
 Operands = dict[str, Tensor]
-"""Pieces of one shape by name: ``"delta"``, ``"x"``, ``"grad"``, ``"update"``; without those that there are not."""
+"""Pieces of one shape by name: ``"delta"``, ``"x"``, ``"grad"``, ``"update"``; without those that there are not. Of a
+further reference i by themselves: ``"delta_i"``, and ``"grad_i"``, the gradient of the same elements."""
 
 
 class Change(NamedTuple):
@@ -71,6 +72,9 @@ class Capture:
             "delta": [shard.delta for shard in self.shards],
             "gradient": [shard.gradient for shard in self.shards],
         }
+        further = [f"x_ref_{index}" for index in range(1, 1 + len(self.first.further))]
+        self._columns.update(zip(further, map(list, zip(*(shard.further for shard in self.shards)))))
+        self.references = ["x_ref", *further]
         # How many elements, from the first, hold a displacement for the base step, and how many hold x_{t+1}.
         self._entered = self._written = 0
         self._moved_ref: Change | None = None
@@ -80,15 +84,31 @@ class Capture:
         self._columns = {}
 
     def before(self, scratch: Scratch) -> Iterator[Operands]:
-        """Every piece of Delta_t, x_t and the gradient; nothing is changed. Without Delta_t where x is held."""
+        """Every piece of Delta_t, x_t and the gradient, and of each further reference; nothing is changed.
+
+        Without displacements where x is held.
+        """
         if self.first.is_held:
             for x, gradient in self.pieces("x", "gradient"):
                 yield {"x": x} if gradient is None else {"x": x, "grad": gradient}
             return
-        is_stored = self.first.delta is not None
-        for x, gradient, delta in self.pieces("x", "gradient", "delta" if is_stored else "x_ref"):
-            operands = {"delta": delta if is_stored else self.position.delta_from(x, delta, scratch), "x": x}
-            yield operands if gradient is None else {**operands, "grad": gradient}
+        is_stored, several = self.first.delta is not None, len(self.references) > 1
+        names = ["x", "gradient", *(self.references if several or not is_stored else ()), *(["delta"] * is_stored)]
+        for row in self.pieces(*names):
+            piece = dict(zip(names, row))
+            for index, reference in enumerate(self.references):
+                number = f"_{index}" if index else ""
+                operands = {f"delta{number}": self._displacement(piece, reference, scratch)}
+                if index == 0:
+                    operands["x"] = piece["x"]
+                if piece["gradient"] is not None:
+                    operands[f"grad{number}"] = piece["gradient"]
+                yield operands
+
+    def _displacement(self, piece: Operands, reference: str, scratch: Scratch) -> Tensor:
+        if reference != "x_ref":
+            return displacement(place_of(piece, scratch), piece[reference], scratch)
+        return piece["delta"] if "delta" in piece else self.position.delta_from(piece["x"], piece["x_ref"], scratch)
 
     def enter(self, scratch: Scratch) -> None:
         """Make x ready for the base step."""

@@ -59,7 +59,8 @@ class Reading:
     @property
     def position_is_finite(self) -> bool | None:
         """Whether x and Delta are, by the sums without the gradient; ``None`` if these are not known."""
-        known = {name: self.sums[name] for name in ("delta_x", "delta_square", "x_square") if name in self.sums}
+        of_position = "delta_x", "delta_square", "x_square"
+        known = {name: value for name, value in self.sums.items() if name.startswith(of_position)}
         if "x_square" not in known or len(known) == 1:
             return None
         return all(math.isfinite(value) for value in known.values())

@@ -25,7 +25,7 @@ __all__ = ["Displacements", "Plan", "Planner"]
 
 
 class Displacements(Protocol):
-    """What gives a parameter its x_ref and Delta; see :class:`manic.optimizer.state.MechanicState`."""
+    """What gives a parameter its references and Delta; see :class:`manic.optimizer.state.MechanicState`."""
 
     @property
     def position(self) -> Position:
@@ -42,11 +42,11 @@ class Displacements(Protocol):
     def keeps_delta(self, parameter: Tensor) -> bool:
         """Whether Delta of ``parameter`` is stored."""
 
-    def found(self, optimizer: Optimizer, parameter: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """x_ref and Delta as they are stored; changes nothing."""
+    def found(self, optimizer: Optimizer, parameter: Tensor) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
+        """References, x_ref first, and Delta as they are stored; changes nothing."""
 
     def complete(self, optimizer: Optimizer, parameter: Tensor, position: Position) -> None:
-        """Store x_ref, and Delta where it is kept: new ones, or what a load left of them."""
+        """Store references, and Delta where it is kept: new ones, or what a load left of them."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Planner:
         tuner: Declares which parameters are in the plan, and whether x is read as the base optimizer leaves it.
         rule: Chooses captures.
         layout: Tells how many ranks hold an element.
-        displacements: Gives x_ref and Delta.
+        displacements: Gives references and Delta.
         update: The user's choice, see :func:`manic.optimizer.kinds.resolve_update`.
         knows_scale: Whether the host knows S before the base optimizers step.
 
@@ -137,10 +137,10 @@ class Planner:
                 key += (id(group), group.get("decoupled_weight_decay"), group.get("maximize"), keeps_place(group))
                 for parameter in group["params"]:
                     x = local_storage(parameter)
-                    x_ref, delta = self._displacements.found(optimizer, parameter)
+                    references, delta = self._displacements.found(optimizer, parameter)
                     key += (
                         id(parameter), parameter.requires_grad, parameter.grad is None, x.shape, x.dtype, x.device,
-                        None if x_ref is None else x_ref.dtype, None if delta is None else delta.dtype,
+                        *(None if each is None else each.dtype for each in (*references, delta)),
                     )  # fmt: skip
         return key
 
@@ -177,7 +177,7 @@ class Planner:
     ) -> Shard | None:
         """The local shard of ``parameter``, or ``None`` if the step leaves it alone."""
         gradient = parameter.grad
-        before, _ = self._displacements.found(optimizer, parameter)
+        (before, *_), _ = self._displacements.found(optimizer, parameter)
         is_frozen = gradient is None and not parameter.requires_grad
         if is_frozen and before is None:
             return None

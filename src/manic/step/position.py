@@ -5,7 +5,7 @@ It knows the factor f as it is given, S or 1, and no tuner.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from manic.step.chunks import Scratch, pieces
 from manic.step.kernels import working_dtype
 
-__all__ = ["Position", "displaced"]
+__all__ = ["Position", "displaced", "displacement", "place_of"]
 
 
 class Position:
@@ -38,17 +38,33 @@ class Position:
 
     def delta_from(self, x: Tensor, x_ref: Tensor, scratch: Scratch) -> Tensor:
         """Recompute Delta_t from pieces of x_t and x_ref: in ``scratch``, of their shape, in the working dtype."""
-        delta = scratch.like(x, working_dtype(x))
-        if x.dtype == delta.dtype:
-            torch.sub(x, x_ref, out=delta)
-        else:
-            delta.copy_(x).sub_(x_ref)
-        return delta.div_(self.divisor_for(x))
+        return displacement(x, x_ref, scratch).div_(self.divisor_for(x))
 
     def _on(self, device: torch.device) -> Tensor:
         if device not in self._factors:
             self._factors[device] = self.factor.to(device)
         return self._factors[device]
+
+
+def displacement(x: Tensor, reference: Tensor, scratch: Scratch) -> Tensor:
+    """``x - reference`` of two pieces: in ``scratch``, where ``x`` may be, in the working dtype."""
+    difference = scratch.like(x, working_dtype(x))
+    if x.dtype == difference.dtype:
+        return torch.sub(x, reference, out=difference)
+    return difference.copy_(x).sub_(reference)
+
+
+def place_of(piece: Mapping[str, Tensor], scratch: Scratch) -> Tensor:
+    """Where x is at a factor of 1, in the working dtype: with ``"delta"`` what x lost to rounding is in it.
+
+    Args:
+        piece: ``"x"``; or, where Delta is stored, ``"x_ref"`` and ``"delta"``.
+        scratch: Where the sum of these is made.
+    """
+    if "delta" not in piece:
+        return piece["x"].to(working_dtype(piece["x"]))
+    delta = piece["delta"]
+    return torch.add(piece["x_ref"], delta, out=scratch.like(delta, delta.dtype))
 
 
 def displaced(places: Sequence[tuple[Tensor, Tensor, Tensor]], factor: Tensor, any_factor: bool) -> list[int]:

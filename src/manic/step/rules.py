@@ -89,7 +89,7 @@ class Rule(ABC):
         """
 
     def restart(self, captures: Sequence[Capture], whether: Tensor, kept: Tensor) -> None:
-        """Move x_ref to x, where ``whether`` is 1; see :class:`manic.tuners.base.Restart`."""
+        """Move every reference to x, where ``whether`` is 1; see :class:`manic.tuners.base.Restart`."""
         raise AssertionError(f"{type(self).__name__} has no restart")
 
 
@@ -154,11 +154,11 @@ class ScaleUpdates(Rule):
         return [Frozen if shard.is_frozen else capture if shard.has_state else NoUpdate for shard in group]
 
     def restart(self, captures: Sequence[Capture], whether: Tensor, kept: Tensor) -> None:
-        """Shrink x - x_ref to ``kept`` of itself, then move x_ref to x; Delta keeps what x lost to rounding.
+        """Shrink x - x_ref to ``kept`` of itself, then move references to x; Delta keeps what x lost to rounding.
 
-        A parameter that is frozen, or whose learning rate is 0, keeps its place, and x_ref moves to it.
+        A parameter that is frozen, or whose learning rate is 0, keeps its place, and its references move to it.
         Nothing changes where ``whether`` is 0; the host need not know which it is. If this is interrupted, x stays
-        where it is then, and x_ref moves to it.
+        where it is then, and references move to it.
         """
         moved = [capture for capture in captures if capture.first.has_state]
         try:
@@ -176,24 +176,31 @@ def rule_for(scales: Literal["displacement", "updates"], eps: float) -> Rule:
 
 
 def _restart(capture: Capture, whether: Tensor, kept: Tensor) -> None:
-    for x, x_ref, delta in capture.pieces("x", "x_ref", "delta", written=(0, 1, 2)):
+    names = "x", "delta", *capture.references
+    for x, delta, *references in capture.pieces(*names, written=range(len(names))):
         dtype = working_dtype(x)
         weight, share = whether.to(x.device, dtype), kept.to(x.device, dtype)
         share = torch.ones_like(share) if capture.first.keeps_place else share
         goes_back = (weight > 0) & (share < 1)
-        start = x_ref.to(dtype)
+        start = references[0].to(dtype)
         displacement = x - start if delta is None else delta
         place = torch.where(goes_back, start + share * displacement, x)
         whole = place if delta is None else torch.where(goes_back, place, start + displacement)
         x.copy_(place)
         if delta is not None:
             delta.lerp_(whole - x, weight)
-        x_ref.lerp_(x, weight.to(x.dtype))
+        _move_to(x, references, weight)
 
 
 def _restart_where_it_is(capture: Capture, whether: Tensor) -> None:
-    for x, x_ref, delta in capture.pieces("x", "x_ref", "delta", written=(1, 2)):
+    names = "x", "delta", *capture.references
+    for x, delta, *references in capture.pieces(*names, written=range(1, len(names))):
         weight = whether.to(x.device, working_dtype(x))
         if delta is not None:
             delta.lerp_(torch.zeros_like(delta), weight)
-        x_ref.lerp_(x, weight.to(x.dtype))
+        _move_to(x, references, weight)
+
+
+def _move_to(x: Tensor, references: Sequence[Tensor], weight: Tensor) -> None:
+    for reference in references:
+        reference.lerp_(x.to(reference.dtype), weight.to(reference.dtype))

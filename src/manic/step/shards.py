@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ class Shard:
     has_state: bool
     """It has had a gradient. Before that it counts in |x|^2, and there is nothing to step on or to write."""
     is_new: bool
-    """x_ref was made of x in this step, and equals it."""
+    """References were made of x in this step, and equal it."""
     is_frozen: bool = False
     """Neither a gradient nor ``requires_grad``, but it was trained before: it stays where it is, and in no sum."""
     is_held: bool = False
@@ -40,7 +40,9 @@ class Shard:
     x: Tensor | None = None
     """The parameter's storage, of its dtype."""
     x_ref: Tensor | None = None
-    """Where the displacement is measured from, of the parameter's dtype."""
+    """Where the displacement is measured from; x where nothing is stored yet."""
+    further: Sequence[Tensor] = ()
+    """Further references; none where nothing is stored yet."""
     delta: Tensor | None = None
     """Delta, at least float32; ``None`` where it is recomputed from x and x_ref."""
     whole_delta: Tensor | None = None
@@ -52,21 +54,24 @@ class Shard:
         """Whether x stays where it is in this step."""
         return self.is_frozen or self.is_held
 
-    def take(self, x_ref: Tensor | None, delta: Tensor | None) -> None:
+    def take(self, references: Sequence[Tensor | None], delta: Tensor | None) -> None:
         """Hold the tensors of a step.
 
         Args:
-            x_ref: As the state holds it; ``None``: it is x.
+            references: As the state holds them; ``None``: it is x.
             delta: As the state holds it.
         """
         self.x = local_storage(self.parameter)
+        x_ref, *further = references
         self.x_ref = self.x if x_ref is None else local_storage(x_ref)
+        self.further = [local_storage(reference) for reference in further if reference is not None]
         self.delta, self.whole_delta = None if delta is None else local_storage(delta), delta
         self.gradient = local_gradient(self.parameter)
 
     def release(self) -> None:
         """Hold none, so that whoever exchanges or offloads them frees their memory."""
         self.x = self.x_ref = self.delta = self.whole_delta = self.gradient = None
+        self.further = ()
         self.is_new = False
 
 

@@ -18,7 +18,7 @@ from manic.step.kernels import inner_products
 
 __all__ = ["PendingSums", "local_sums"]
 
-# Which operands of a capture a sum multiplies.
+# Which operands of a capture a sum multiplies; of a further reference, operands and sum have its number.
 _OPERANDS = {
     "delta_grad": ("delta", "grad"),
     "grad_square": ("grad", "grad"),
@@ -28,6 +28,14 @@ _OPERANDS = {
     "update_square": ("update", "update"),
 }
 _LR = "lr"
+
+
+def _operands_of(name: str) -> tuple[str, str]:
+    stem, _, number = name.rpartition("_")
+    if not number.isdigit():
+        return _OPERANDS[name]
+    one, other = _OPERANDS[stem]
+    return f"{one}_{number}", f"{other}_{number}"
 
 
 def local_sums(
@@ -44,7 +52,7 @@ def local_sums(
 
     Args:
         captures: Of the plan.
-        names: Of :data:`manic.tuners.base.EARLY_SUMS`, or of ``LATE_SUMS``.
+        names: Of :func:`manic.tuners.base.early_sums`, or of ``LATE_SUMS``.
         like: Has the dtype and the device of the sums.
         lr: This rank's largest learning rate; ``None``: it has none.
         place: This rank and the number of ranks, where ranks may have different learning rates; ``None``: they have
@@ -57,6 +65,7 @@ def local_sums(
         is of, shape [len(names) + 1]; or, with a ``place``, in an element of its own for each rank.
     """
     wanted = [name for name in names if name != _LR]
+    pairs = {name: _operands_of(name) for name in wanted}
     places = 2 if place is None else place[1]
     total = like.new_zeros(len(wanted) + places * (_LR in names))
     # By what is summed, the number of replicas, the dtype and the device: all products, to be added at the end.
@@ -67,12 +76,12 @@ def local_sums(
             continue
         ascends = capture.first.group.get("maximize", False)
         for operands in capture.after(scratch) if late else capture.before(scratch):
-            here = tuple(name for name in wanted if all(operand in operands for operand in _OPERANDS[name]))
+            here = tuple(name for name in wanted if operands.keys() >= set(pairs[name]))
             if not here:
                 continue
-            products = inner_products([_OPERANDS[name] for name in here], operands, exact=exact)
-            if ascends and "delta_grad" in here:
-                products[here.index("delta_grad")] = -products[here.index("delta_grad")]
+            products = inner_products([pairs[name] for name in here], operands, exact=exact)
+            if ascends:
+                products = [-value if name.startswith("delta_grad") else value for name, value in zip(here, products)]
             key = here, capture.first.replicas, products[0].dtype, products[0].device
             found.setdefault(key, []).extend(products)
     for (here, replicas, _, _), products in found.items():

@@ -16,14 +16,30 @@ from torch import Tensor
 
 from manic.tuners.state import HEADER, tag_of
 
-__all__ = ["EARLY_SUMS", "LATE_SUMS", "Learned", "Proposal", "Restart", "Sums", "Tuner"]
+__all__ = [
+    "EARLY_SUMS", "LATE_SUMS", "MOST_REFERENCES", "Learned", "Proposal", "Restart", "Sums", "Tuner", "early_sums",
+]  # fmt: skip
 
 Sums = Mapping[str, Tensor]
 """Inner products by name, each over every element of the model once: 0-dim, of the tuner's dtype, on its device."""
 
 EARLY_SUMS = ("delta_grad", "grad_square", "delta_x", "delta_square", "x_square", "lr")
 """What a tuner may ask for before the base step: <Delta_t, g_t>, |g_t|^2, <Delta_t, x_t>, |Delta_t|^2, |x_t|^2, and the
-largest learning rate of all param groups of all ranks."""
+largest learning rate of all param groups of all ranks. Delta_t is x_t - x_ref where S multiplies updates."""
+
+MOST_REFERENCES = 8
+"""How many references a tuner may have: each is a copy of the parameters."""
+
+
+def early_sums(references: int) -> tuple[str, ...]:
+    """What a tuner with so many references may ask for before the base step.
+
+    That is :data:`EARLY_SUMS`, and of each further reference i ``delta_grad_i``, <x_t - ref_i, g_t>, and
+    ``delta_square_i``, |x_t - ref_i|^2.
+    """
+    further = (f"{name}_{index}" for index in range(1, references) for name in ("delta_grad", "delta_square"))
+    return (*EARLY_SUMS, *further)
+
 
 LATE_SUMS = ("delta_x", "x_square", "update_square")
 """What it may ask for after the base step: <Delta_t, y> and |y|^2, where y is x as that step left it; |u_t|^2 over the
@@ -31,7 +47,7 @@ elements whose gradient is not 0: elsewhere an update is of weight decay alone."
 
 
 class Restart(NamedTuple):
-    """Whether x_ref moves to x after the step, and how far x goes back first. Both are 0-dim tensors."""
+    """Whether every reference moves to x after the step, and how far x goes back first. Both are 0-dim tensors."""
 
     whether: Tensor
     """1 if it does, 0 if not."""
@@ -60,6 +76,8 @@ class Proposal:
     signal: Tensor
     sums: Sums
     restart: Restart | None
+    shares: tuple[Tensor | None, ...]
+    """How far each reference moves towards x after the step, in [0, 1]: 0-dim; ``None``: it stays."""
 
 
 class Tuner(ABC):
@@ -77,7 +95,10 @@ class Tuner(ABC):
     scales: ClassVar[Literal["displacement", "updates"]]
     """What S multiplies: Delta, the sum of bare updates (x = x_ref + S Delta), or each update (x += S u)."""
     sums: ClassVar[tuple[str, ...]]
-    """The sums that it learns from, of :data:`EARLY_SUMS`."""
+    """The sums that it learns from, of :func:`early_sums`."""
+    references: ClassVar[tuple[float, ...]] = (0.0,)
+    """Where displacements are measured from, x_ref first: how fast each follows x. After update n a reference moves by
+    the share min(1, k / n) towards x, so that it is an average over about the last 1/k of the run; 0: it stays."""
     late_sums: ClassVar[tuple[str, ...]] = ()
     """Those it needs after the base step, of :data:`LATE_SUMS`."""
     late_until_scale: ClassVar[bool] = False
@@ -133,13 +154,21 @@ class Tuner(ABC):
         return bool(state["s"].sum() > 0)
 
     def rebased(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The fields that change where x_ref is set to x."""
+        """The fields that change where every reference is set to x."""
         return {}
 
     def check(self) -> None:
         """Raise ValueError where declarations do not fit together; they are documented with the attributes."""
+        references = self.references
+        are_rates = all(rate >= 0.0 and math.isfinite(rate) for rate in references)
+        known = early_sums(len(references))
         problems = [
-            (not set(self.sums) <= set(EARLY_SUMS), f"sums must be among {EARLY_SUMS}, got {self.sums}"),
+            (
+                not (0 < len(references) <= MOST_REFERENCES and are_rates),
+                f"references must be 1 to {MOST_REFERENCES} finite numbers that are not negative, got {references}",
+            ),
+            (self.scales != "updates" and references != (0.0,), f"references {references} need scales='updates'"),
+            (not set(self.sums) <= set(known), f"sums must be among {known}, got {self.sums}"),
             ("grad_square" not in self.sums, "sums must have grad_square, by which gradients are known to be finite"),
             (not set(self.late_sums) <= set(LATE_SUMS), f"late_sums must be among {LATE_SUMS}, got {self.late_sums}"),
             (self.scales not in ("displacement", "updates"), f"scales is {self.scales!r}"),
@@ -180,7 +209,10 @@ class Tuner(ABC):
         finite = new.isfinite().all() & torch.stack(list(sums.values())).isfinite().all()
         state = torch.where(finite, new, unchanged)
         restart = learned.restart and learned.restart._replace(whether=learned.restart.whether * finite)
-        return Proposal(state, self.scale(self.rows(state)), learned.signal, sums, restart)
+        shares = tuple(
+            (rate / counted["updates"][0]).clamp(max=1.0) * finite if rate else None for rate in self.references
+        )
+        return Proposal(state, self.scale(self.rows(state)), learned.signal, sums, restart, shares)
 
     def refine(self, state: Tensor, proposal: Proposal, late: Sums) -> Proposal:
         """Propose again, with the sums that are known only after the base step."""
@@ -191,8 +223,8 @@ class Tuner(ABC):
 
     @property
     def tag(self) -> int:
-        """What stands for the name in a saved state."""
-        return tag_of(self.name, self.fields)
+        """What stands for the name, the fields and the references in a saved state."""
+        return tag_of(self.name, self.fields, self.references)
 
 
 def checked(name: str, value: float, smallest: float, *, strictly: bool = True) -> float:

@@ -46,5 +46,5 @@ def make_tuner(variant: str | Tuner, **options: Any) -> Tuner:
 
 def name_of(tag: int) -> str:
     """The variant that ``tag`` stands for in a saved state."""
-    known = {tag_of(name, tuner.fields): name for name, tuner in TUNERS.items()}
+    known = {tag_of(name, tuner.fields, tuner.references): name for name, tuner in TUNERS.items()}
     return known.get(tag, f"unknown to this version (tag {tag})")

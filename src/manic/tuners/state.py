@@ -27,9 +27,14 @@ HEADER = ("schema", "tuner", "updates", "nonfinite")
 out, or not learned from, because their sums were not finite."""
 
 
-def tag_of(name: str, fields: Sequence[str]) -> int:
-    """The number that stands for a tuner's name and the order of its fields: below 2**24, so that float32 holds it."""
-    return zlib.crc32(",".join((name, *fields)).encode()) & 0xFFFFFF
+def tag_of(name: str, fields: Sequence[str], references: Sequence[float]) -> int:
+    """The number that stands for a tuner's name, the order of its fields and its references.
+
+    It is below 2**24, so that float32 holds it. A single reference that stays is not in it.
+    """
+    rates = [float(rate) for rate in references]
+    words = (name, *fields) if rates == [0.0] else (name, *fields, f"references {rates}")
+    return zlib.crc32(",".join(words).encode()) & 0xFFFFFF
 
 
 class TunerState:
@@ -71,7 +76,7 @@ class TunerState:
         self.tuner.rows(self.tensor)["nonfinite"].add_(1)
 
     def rebase(self) -> None:
-        """Follow x_ref, which was set to x."""
+        """Follow the references, which were set to x."""
         rows = self.tuner.rows(self.tensor)
         for name, value in self.tuner.rebased(rows).items():
             rows[name].copy_(value)
