@@ -12,34 +12,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manic.tuners.base import Learned, Restart, Sums, Tuner, checked, checked_betas
+from manic.tuners.base import Learned, Sums, Tuner, checked, checked_betas
 
 __all__ = ["Multiplicative"]
 
+# Of which parts of the run the references are averages: the last 1/_FAR, and the last 1/_NEAR.
+_FAR, _NEAR = 2.0, 8.0
+# The displacement ends at x with this weight, else at the near reference, in which the noise is averaged out.
+_PRESENT = 0.5
+# How far x usually is from the near reference, relative to |x|; and how much z changes where it is e times as far.
+_USUAL, _PULL = 0.09, 0.17
 # The largest change of log S in a step when gradients do not agree from step to step.
 _RATE = 0.1
 # How much more it may be when they do, and how long agreement is remembered.
 _AGREED, _MEMORY = 2.0, 0.9
 # The age from which on S slows down.
 _SETTLED = 100
-# The age from which on a learning rate that has not come down is taken for one that will not.
-_CONSTANT = 40
 # By how much, as a share, learning rates differ that differ by more than rounding.
 _DIFFERS = 1e-9
-# By how much a new largest learning rate may enlarge an update: a warm-up may start near 0.
-_SURGE = 4.0
-# How far S may fall below its largest before a restart.
-_FALL = 4.0
-# A restart takes x back as well if the learning rate has come down, to no less than this share of its largest, up to
-# this step.
-_BEGUN, _EARLY = 0.97, 1000
 
 
 class Multiplicative(Tuner):
     """S is moved by factors, and the base learning rate cancels.
 
     Args:
-        betas: The decay factor of the mean squares: one number in (0, 1).
+        betas: The decay factor of the mean square: one number in (0, 1).
         s_init: The length of the first step over that of the parameters; positive.
         s_max: The largest scale, positive. Default: no bound.
 
@@ -49,17 +46,15 @@ class Multiplicative(Tuner):
 
     name = "multiplicative"
     scales = "updates"
-    sums = ("delta_grad", "grad_square", "delta_square", "x_square", "lr")
+    references = (_FAR, _NEAR)
+    sums = (
+        "delta_grad", "delta_square", "delta_grad_1", "delta_square_1", "grad_square", "x_square", "lr",
+    )  # fmt: skip
     late_sums = ("update_square",)
     late_until_scale = True
-    restart_interval = 10
-    # agreement: the mean z. mean_square: that of h, whose weights add up to weight; mean_square_sized: that of h times
-    # |g|. peak: the largest S times learning rate since x_ref. age: the number of steps since the learning rate was
-    # last larger than ever, 1 in that step. came_down: whether it has come down since.
-    fields = (
-        "agreement", "weight", "mean_square", "s", "betas",
-        "largest_lr", "peak", "age", "came_down", "mean_square_sized",
-    )  # fmt: skip
+    # agreement: the mean z. mean_square: that of h, whose weights add up to weight. age: the number of steps since the
+    # learning rate was last larger than ever, 1 in that step.
+    fields = ("agreement", "weight", "mean_square", "s", "betas", "largest_lr", "age")
     fixed = ("betas",)
 
     def __init__(self, betas: Sequence[float] = (0.99,), s_init: float = 1e-4, s_max: float | None = None) -> None:
@@ -79,52 +74,52 @@ class Multiplicative(Tuner):
         return {"betas": self.betas}
 
     def learn(self, state: Mapping[str, Tensor], sums: Sums) -> Learned:
-        """Move S by the angle between the gradient and the displacement so far.
+        """Move S by the slope of the loss along the displacement, and towards a usual length of the displacement.
 
-        ``h`` is the cosine of the displacement x - x_ref and the gradient. Below 0 it says that a larger displacement
-        would have been better. ``z`` is h over its root mean square, which says how sure that is; where z agrees from
-        step to step, as it does while S is far too small, S moves faster. All of it is weighed by the learning rate
-        over its largest so far: where a schedule lets training settle, S settles too. And the longer ago that largest
-        was, the slower S moves: log S by no more in the second half of a run than in its first.
+        ``h`` is that slope. Below 0 it says that a larger displacement would have been better. ``z`` is h over its root
+        mean square, which says how sure that is; where z agrees from step to step, as it does while S is far too small,
+        S moves faster. All of it is weighed by the learning rate over its largest so far: where a schedule lets
+        training settle, S settles too. And the longer ago that largest was, the slower S moves: log S by no more in
+        the second half of a run than in its first.
 
-        The cosine weighs small and large gradients alike. That is right while a learning rate that comes down will
-        average the noise out. Where the learning rate has stayed at its largest, the noise remains, and gradients are
-        weighed by their size instead.
+        The displacement leads from where x was, in the mean, in the last half of the run, so that an early mistake is
+        forgotten, to halfway between x and where it was in the last eighth: noise that a falling learning rate will
+        average out counts half.
         """
         beta, weight = state["betas"], state["weight"]
-        schedule = self._follow(state, sums["lr"])
-        is_constant = (schedule["age"] > _CONSTANT) & (schedule["came_down"] == 0)
+        largest = torch.maximum(state["largest_lr"], sums["lr"])
+        is_new = sums["lr"] > (1.0 + _DIFFERS) * state["largest_lr"]
+        age = torch.where(is_new, 0.0, state["age"]) + 1.0
 
-        length, grad_norm = sums["delta_square"].sqrt(), sums["grad_square"].sqrt()
-        is_known = length * grad_norm > 0
-        sized = torch.where(is_known, sums["delta_grad"] / length, 0.0)
-        h = torch.where(is_known, sized / grad_norm, 0.0).clamp(-1.0, 1.0)
+        length = sums["delta_square"].sqrt()
+        is_known = length * sums["grad_square"].sqrt() > 0
+        h = torch.where(is_known, (sums["delta_grad"] - (1.0 - _PRESENT) * sums["delta_grad_1"]) / length, 0.0)
         weight = torch.where(is_known, beta * weight + (1.0 - beta), weight)
-        square, square_sized = (
-            torch.where(is_known, beta * mean + (1.0 - beta) * value * value, mean)
-            for mean, value in ((state["mean_square"], h), (state["mean_square_sized"], sized))
-        )
-        z = _over_root(h, square / weight).clamp(-1.0, 1.0)
-        # No single gradient sways what is remembered of agreement.
+        square = torch.where(is_known, beta * state["mean_square"] + (1.0 - beta) * h * h, state["mean_square"])
+        z = torch.where(square > 0, h / (square / weight).sqrt(), 0.0).clamp(-1.0, 1.0)
+        z = torch.where(is_known, (z + self._pull(sums)).clamp(-1.0, 1.0), 0.0)
         agreed = torch.where(is_known, _MEMORY * state["agreement"] + (1.0 - _MEMORY) * z, state["agreement"])
-        z = torch.where(is_constant, _over_root(sized, square_sized / weight).clamp(-1.0, 1.0), z)
 
-        share = torch.where(sums["lr"] > 0, sums["lr"] / schedule["largest_lr"], 0.0)
-        rate = _RATE * (_SETTLED / schedule["age"]).clamp(max=1.0) * share * (1.0 + _AGREED * agreed * agreed)
-        s = self._bounded(state["s"] * self._surge(state["largest_lr"], sums["lr"]) * torch.exp(-rate * z))
-        peak = torch.maximum(state["peak"], s * sums["lr"])
+        share = torch.where(sums["lr"] > 0, sums["lr"] / largest, 0.0)
+        rate = _RATE * (_SETTLED / age).clamp(max=1.0) * share * (1.0 + _AGREED * agreed * agreed)
+        # S times the learning rate is what moves x: where the schedule raises the one, the other falls.
+        rise = torch.where(is_new & (state["largest_lr"] > 0), state["largest_lr"] / sums["lr"], 1.0)
+        s = self._bounded(state["s"] * rise * torch.exp(-rate * z))
         if "update_square" in sums:
             s = torch.where(s > 0, s, self._first_scale(sums))
-        restart, peak = self._restart(s, peak, schedule, sums["lr"], state["updates"] + 1)
         rows = {
-            "agreement": agreed, "weight": weight, "mean_square": square, "mean_square_sized": square_sized,
-            "s": s, "peak": peak, **schedule,
+            "agreement": agreed, "weight": weight, "mean_square": square, "s": s, "largest_lr": largest, "age": age,
         }  # fmt: skip
-        return Learned(rows, h, restart)
+        return Learned(rows, h)
 
-    def rebased(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """S is compared with what it is now."""
-        return {"peak": state["s"] * state["largest_lr"]}
+    def _pull(self, sums: Sums) -> Tensor:
+        """What is added to z: above 0 where x is farther from the near reference than usual; 0 where that is unknown.
+
+        It decides where the slope is mostly noise, and it keeps S from running away, up or down.
+        """
+        ratio = (sums["delta_square_1"] / sums["x_square"]).sqrt() / _USUAL
+        is_known = (sums["delta_square_1"] > 0) & (sums["x_square"] > 0)
+        return torch.where(is_known, _PULL * torch.where(is_known, ratio, 1.0).log(), 0.0)
 
     def _first_scale(self, sums: Sums) -> Tensor:
         """S such that the first update that has a length moves x by ``s_init`` of its own; 0 without one."""
@@ -132,39 +127,3 @@ class Multiplicative(Tuner):
         scale = torch.where(sums["update_square"] > 0, self.s_init * length / sums["update_square"].sqrt(), 0.0)
         scale = torch.where(scale.isfinite(), scale, 0.0)
         return scale if self.s_max is None else scale.clamp(max=self.s_max)
-
-    def _restart(
-        self, s: Tensor, peak: Tensor, schedule: Mapping[str, Tensor], lr: Tensor, updates: Tensor
-    ) -> tuple[Restart, Tensor]:
-        """A restart where S has fallen far; and the peak, which is forgotten then.
-
-        A scale that was too large displaces x too far, and the small scale that is learned from that cannot bring it
-        back. S times the largest learning rate is compared with the largest S times learning rate since x_ref: in a
-        warm-up S falls as the learning rate grows. Where the learning rate has just started to come down, early in the
-        run, x goes back as far as the present S would have moved it. Later, too much would be lost.
-        """
-        within_reach = s * schedule["largest_lr"]
-        has_fallen = (_FALL * within_reach < peak) & (updates % self.restart_interval == 0)
-        is_early = (schedule["came_down"] > 0) & (lr > _BEGUN * schedule["largest_lr"]) & (updates <= _EARLY)
-        kept = torch.where(has_fallen & is_early, within_reach / peak, 1.0)
-        return Restart(has_fallen[0].to(s.dtype), kept[0]), torch.where(has_fallen, within_reach, peak)
-
-    def _follow(self, state: Mapping[str, Tensor], lr: Tensor) -> dict[str, Tensor]:
-        """The rows that tell where in its schedule the learning rate is."""
-        largest = state["largest_lr"]
-        is_new = lr > (1.0 + _DIFFERS) * largest
-        came_down = torch.where(lr < (1.0 - _DIFFERS) * largest, 1.0, state["came_down"])
-        return {
-            "largest_lr": torch.maximum(largest, lr),
-            "age": torch.where(is_new, 0.0, state["age"]) + 1.0,
-            "came_down": torch.where(is_new, 0.0, came_down),
-        }
-
-    def _surge(self, largest_lr: Tensor, lr: Tensor) -> Tensor:
-        """What S is multiplied by where the learning rate is far above all before it; 1 elsewhere."""
-        bound = _SURGE * largest_lr
-        return torch.where((bound > 0) & (lr > bound), bound / lr, 1.0)
-
-
-def _over_root(value: Tensor, mean_square: Tensor) -> Tensor:
-    return torch.where(mean_square > 0, value / mean_square.sqrt(), 0.0)

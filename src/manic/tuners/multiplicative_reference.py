@@ -26,11 +26,11 @@ class MultiplicativeReference:
 
     def __init__(self, parameters: list[Tensor], base: Optimizer, s_init: float = 1e-4, beta: float = 0.99) -> None:
         self.parameters, self.base, self.s_init, self.beta = parameters, base, s_init, beta
-        self.x_ref = [p.detach().clone() for p in parameters]
-        self.scale = self.agreement = self.weight = self.mean_square = self.mean_square_sized = 0.0
-        self.largest_lr = self.peak = 0.0
+        self.far = [p.detach().clone() for p in parameters]
+        self.near = [p.detach().clone() for p in parameters]
+        self.scale = self.agreement = self.weight = self.mean_square = self.largest_lr = 0.0
         self.age = self.updates = 0
-        self.came_down = self.has_begun = False
+        self.has_begun = False
 
     @torch.no_grad()
     def step(self) -> None:
@@ -43,61 +43,51 @@ class MultiplicativeReference:
         still = {id(p) for group in self.base.param_groups if group["lr"] == 0 for p in group["params"]}
         self.held = [id(p) in still or (p.grad is None and not p.requires_grad) for p in self.parameters]
         x = [p.clone() for p in self.parameters]
-        delta = [0.0 * p if held else p - x_ref for p, x_ref, held in zip(x, self.x_ref, self.held)]
+        from_far, from_near = (
+            [0.0 * p if held else p - ref for p, ref, held in zip(x, refs, self.held)] for refs in (self.far, self.near)
+        )
         signs = [-1.0 if group.get("maximize") else 1.0 for group in self.base.param_groups for _ in group["params"]]
         g = [0.0 * p if p.grad is None else sign * p.grad for p, sign in zip(self.parameters, signs)]
         lr = max(float(group["lr"]) for group in self.base.param_groups)
         self.base.step()
         update = [p - before for p, before in zip(self.parameters, x)]
-        self.learn(_dot(delta, g), _dot(g, g), _dot(delta, delta), lr)
+        counted = [p for p, of in zip(x, self.parameters) if of.requires_grad or of.grad is not None]
+        length = math.sqrt(_dot(counted, counted))
+        slope = _dot(from_far, g) - 0.5 * _dot(from_near, g)
+        lengths = [math.sqrt(_dot(delta, delta)) for delta in (from_far, from_near)]
+        self.learn(slope, _dot(g, g), *lengths, length, lr)
         real = [u * (gradient != 0) for u, gradient in zip(update, g)]  # elsewhere it is of weight decay alone
         if self.scale == 0.0 and _dot(real, real) > 0.0:
-            counted = [p for p, of in zip(x, self.parameters) if of.requires_grad or of.grad is not None]
-            length = math.sqrt(_dot(counted, counted)) or 1.0
-            self.scale = self.s_init * length / math.sqrt(_dot(real, real))
+            self.scale = self.s_init * (length or 1.0) / math.sqrt(_dot(real, real))
         for parameter, before, step in zip(self.parameters, x, update):
             parameter.copy_(before + self.scale * step)
-        self.restart(lr)
+        for references, k in ((self.far, 2.0), (self.near, 8.0)):
+            for parameter, reference, held in zip(self.parameters, references, self.held):
+                if not held:
+                    reference.add_(parameter - reference, alpha=min(1.0, k / self.updates))
 
-    def learn(self, delta_grad: float, grad_square: float, delta_square: float, lr: float = 1.0) -> None:
-        """Move S."""
+    def learn(self, slope: float, grad_square: float, far: float, near: float, length: float, lr: float = 1.0) -> None:
+        """Move S; ``far`` and ``near`` are the distances of x from its references, ``length`` is that of x."""
         self.updates += 1
-        if 0.0 < 4.0 * self.largest_lr < lr:
-            self.scale *= 4.0 * self.largest_lr / lr
-        if lr > (1.0 + 1e-9) * self.largest_lr:
-            self.age, self.came_down = 0, False
-        self.age += 1
-        self.came_down = self.came_down or lr < (1.0 - 1e-9) * self.largest_lr
-        is_constant = self.age > 40 and not self.came_down
+        is_new = lr > (1.0 + 1e-9) * self.largest_lr
+        rise = self.largest_lr / lr if is_new and self.largest_lr > 0.0 else 1.0
         self.largest_lr = max(self.largest_lr, lr)
-        if math.sqrt(delta_square) * math.sqrt(grad_square) > 0.0:
-            sized = delta_grad / math.sqrt(delta_square)
-            cosine = min(max(sized / math.sqrt(grad_square), -1.0), 1.0)
+        self.age = 1 if is_new else self.age + 1
+        if far * math.sqrt(grad_square) > 0.0:
+            h = slope / far
             self.weight = self.beta * self.weight + 1.0 - self.beta
-            self.mean_square = self.beta * self.mean_square + (1.0 - self.beta) * cosine**2
-            self.mean_square_sized = self.beta * self.mean_square_sized + (1.0 - self.beta) * sized**2
-            z = self._over_root(cosine, self.mean_square)
+            self.mean_square = self.beta * self.mean_square + (1.0 - self.beta) * h**2
+            z = _clipped(h / math.sqrt(self.mean_square / self.weight)) if self.mean_square else 0.0
+            if near * length > 0.0:
+                z = _clipped(z + 0.17 * math.log(near / length / 0.09))
             self.agreement = 0.9 * self.agreement + 0.1 * z
-            if is_constant:
-                z = self._over_root(sized, self.mean_square_sized)
             rate = 0.1 * (lr / self.largest_lr) * min(1.0, 100 / self.age) if self.largest_lr else 0.0
             self.scale *= math.exp(-rate * z * (1.0 + 2.0 * self.agreement**2))
-        self.peak = max(self.peak, self.scale * lr)
+        self.scale *= rise
 
-    def restart(self, lr: float) -> None:
-        """Every tenth step, where S has fallen to a quarter: x_ref moves to x, and early in a schedule x goes back."""
-        within_reach = self.scale * self.largest_lr
-        if self.updates % 10 or 4.0 * within_reach >= self.peak:
-            return
-        is_early = self.came_down and lr > 0.97 * self.largest_lr and self.updates <= 1000
-        for parameter, x_ref, held in zip(self.parameters, self.x_ref, self.held):
-            if is_early and not held:
-                parameter.copy_(x_ref + within_reach / self.peak * (parameter - x_ref))
-            x_ref.copy_(parameter)
-        self.peak = within_reach
 
-    def _over_root(self, value: float, mean_square: float) -> float:
-        return 0.0 if mean_square == 0.0 else min(max(value / math.sqrt(mean_square / self.weight), -1.0), 1.0)
+def _clipped(z: float) -> float:
+    return min(max(z, -1.0), 1.0)
 
 
 def _dot(a: list[Tensor], b: list[Tensor]) -> float:
