@@ -61,6 +61,7 @@ class Multiplicative(Tuner):
         "largest_lr", "peak", "age", "came_down", "mean_square_sized",
     )  # fmt: skip
     fixed = ("betas",)
+    per_group = True
 
     def __init__(self, betas: Sequence[float] = (0.99,), s_init: float = 1e-4, s_max: float | None = None) -> None:
         self.betas = checked_betas(betas)
@@ -147,7 +148,7 @@ class Multiplicative(Tuner):
         has_fallen = (_FALL * within_reach < peak) & (updates % self.restart_interval == 0)
         is_early = (schedule["came_down"] > 0) & (lr > _BEGUN * schedule["largest_lr"]) & (updates <= _EARLY)
         kept = torch.where(has_fallen & is_early, within_reach / peak, 1.0)
-        return Restart(has_fallen[0].to(s.dtype), kept[0]), torch.where(has_fallen, within_reach, peak)
+        return Restart(has_fallen.to(s.dtype), kept), torch.where(has_fallen, within_reach, peak)
 
     def _follow(self, state: Mapping[str, Tensor], lr: Tensor) -> dict[str, Tensor]:
         """The rows that tell where in its schedule the learning rate is."""
