@@ -44,7 +44,7 @@ def local_sums(
     like: Tensor,
     *,
     scales: int = 1,
-    lrs: Sequence[float | Tensor] = (),
+    lrs: Sequence[float | Tensor | None] = (),
     place: tuple[int, int] | None = None,
     late: bool = False,
     exact: bool = False,
@@ -56,7 +56,7 @@ def local_sums(
         names: Of :func:`manic.tuners.base.early_sums`, or of ``LATE_SUMS``.
         like: Has the dtype and the device of the sums.
         scales: How many there are: a column for the sums over the shards of each.
-        lrs: This rank's largest learning rate of each; none: it has no param group.
+        lrs: This rank's largest learning rate of each; ``None``: it has none.
         place: This rank and the number of ranks, where ranks may have different learning rates; ``None``: they have
             the same.
         late: Whether the base step was taken, so that captures show what it left.
@@ -91,12 +91,13 @@ def local_sums(
         sums = torch.stack(products).to(like).view(-1, len(here)).sum(dim=0) / replicas
         for name, value in zip(here, sums.unbind()):
             total[wanted.index(name), column] += value
-    if _LR in names and lrs:
+    if _LR in names:
         row = len(wanted) + (0 if place is None else place[0])
         for column, lr in enumerate(lrs):
-            total[row, column] += lr
-        if place is None:
-            total[-1] += 1
+            if lr is not None:
+                total[row, column] += lr
+                if place is None:
+                    total[-1, column] += 1
     return total
 
 

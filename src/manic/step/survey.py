@@ -43,10 +43,13 @@ class Survey:
         captures, place = plan.captures, state.layout.place_among_stages
         if late:
             captures = [each for each in captures if state.tuner.late(state.has_scale[each.first.column])]
-        lrs = [largest_lr([group]) for group in state.groups] if shape else [largest_lr(state.groups)]
+        if shape:  # the learning rate of an empty group is another rank's matter
+            lrs = [largest_lr([group]) if group["params"] else None for group in state.groups]
+        else:
+            lrs = [largest_lr(state.groups)]
         sums = local_sums(
             captures, names, state.tuner_state.parts[0], scales=len(state.tuner_state.parts),
-            lrs=[lr for lr in lrs if lr is not None], place=place, late=late, exact=exact,
+            lrs=lrs, place=place, late=late, exact=exact,
         )  # fmt: skip
         device = state.communication_device
         return PendingSums(sums, names, shape, state.layout.group, device, lr_by_rank=place is not None)

@@ -10,7 +10,7 @@ from manic.tuners.mechanic import MechanicOptax, MechanicPyTorch
 from manic.tuners.multiplicative import Multiplicative
 from manic.tuners.state import tag_of
 
-__all__ = ["DEFAULT", "SCALES", "TUNERS", "check_scale", "make_tuner", "name_of", "with_scales"]
+__all__ = ["DEFAULT", "SCALES", "TUNERS", "check_scale", "identify", "make_tuner", "name_of", "with_scales"]
 
 TUNERS: dict[str, type[Tuner]] = {cls.name: cls for cls in (Multiplicative, MechanicOptax, MechanicPyTorch)}
 """The variants, the recommended one first."""
@@ -66,8 +66,8 @@ def check_scale(scale: str, tuner: Tuner) -> None:
         )
 
 
-def name_of(tag: int, *others: Tuner) -> str:
-    """The variant that ``tag`` stands for in a saved state, and how many scales it has.
+def identify(tag: int, *others: Tuner) -> tuple[Tuner | type[Tuner], int | None] | None:
+    """The tuner that ``tag`` stands for in a saved state, and how many groups have a scale; ``None``: not known.
 
     Args:
         tag: See :func:`manic.tuners.state.tag_of`.
@@ -77,8 +77,14 @@ def name_of(tag: int, *others: Tuner) -> str:
     for tuner in tuners:
         for groups in (None, *range(1, _MOST_GROUPS if tuner.per_group else 1)):
             if tag == tag_of(tuner.name, tuner.fields, tuner.references, groups):
-                return with_scales(tuner.name, groups)
-    return f"unknown to this version (tag {tag})"
+                return tuner, groups
+    return None
+
+
+def name_of(tag: int, *others: Tuner) -> str:
+    """What :func:`identify` finds, in words."""
+    found = identify(tag, *others)
+    return f"unknown to this version (tag {tag})" if found is None else with_scales(found[0].name, found[1])
 
 
 def with_scales(name: str, groups: int | None = None) -> str:
