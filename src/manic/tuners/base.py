@@ -250,7 +250,7 @@ class Tuner(ABC):
 
     @property
     def tag(self) -> int:
-        """What stands for the name, the fields and the references in a saved state."""
+        """What stands for the name, the fields and the references in a saved state with one scale."""
         return tag_of(self.name, self.fields, self.references)
 
 

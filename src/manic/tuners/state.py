@@ -249,6 +249,8 @@ class TunerState:
         except BaseException:
             self.parts = before
             raise
+        were_absent = dict(zip(map(id, before), self.was_absent))
+        self.was_absent = [were_absent.get(id(part), False) for part in self.parts]
         header = (foreign or before)[0][2 : len(HEADER)].clone()
         for part, mine, value in zip(self.parts, taken, found):
             if mine is None:
