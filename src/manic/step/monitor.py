@@ -62,8 +62,8 @@ class Monitor:
             "param_norm": sums.get("x_square", unknown).to(scale).sum().sqrt(),
             "nonfinite_steps": self._tuner.nonfinite.clone(),
         }
-        for index, (group, each) in enumerate(zip(param_groups, scale.expand(len(param_groups)))):
-            metrics[f"effective_lr/{index}"] = each * learning_rate(group)
+        for index, group in enumerate(param_groups):
+            metrics[f"effective_lr/{index}"] = (scale[index] if scale.dim() else scale) * learning_rate(group)
         return metrics
 
     def step_taken(
