@@ -29,7 +29,7 @@ from gpt.optimizers import BASES, SCHEDULES, make_optimizer, make_scheduler, mec
 from gpt.parallel import MODES, TIMEOUT, Parallel, clip_gradients, parallelize
 from gpt.report import Report
 from manic.checkpoint import Checkpointer, on_first_rank
-from manic.tuners.registry import DEFAULT, TUNERS
+from manic.tuners.registry import DEFAULT, SCALES, TUNERS
 
 EVAL_BATCHES = 16
 
@@ -55,6 +55,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--base-optimizer", choices=BASES, default="adamw")
     add("--tuner", choices=("mechanic", "none"), default="mechanic")
     add("--variant", choices=tuple(TUNERS), default=DEFAULT)
+    add("--scale", choices=SCALES, default=SCALES[0], help="one scale for all param groups, or one for each")
     add("--nonfinite", choices=("raise", "skip", "ignore"), default="raise", help="reaction to nonfinite gradients")
     add("--check-every", type=int, default=0, help="steps between checks that ranks have not drifted apart; 0: never")
     add("--parallel", choices=MODES, default="fsdp2")
@@ -226,7 +227,7 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
         raise ValueError(f"--batch-size {options.batch_size} is not a multiple of {parallel.data_size} ranks")
     optimizer = make_optimizer(
         parallel.model, options.base_optimizer, options.lr, options.weight_decay, options.tuner, options.parallel,
-        variant=options.variant, nonfinite=options.nonfinite, check_every=options.check_every,
+        variant=options.variant, scale=options.scale, nonfinite=options.nonfinite, check_every=options.check_every,
     )  # fmt: skip
     optimizers = optimizer if isinstance(optimizer, list) else [optimizer]
     schedulers = [make_scheduler(each, options.schedule, options.warmup, options.steps) for each in optimizers]
@@ -291,9 +292,10 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
             metrics = {name: value.item() for name, value in mechanic.metrics().items()} if mechanic else {}
             now = time.perf_counter()
             if report is not None:
-                scale = metrics.pop("scale", 1.0)
+                scale = metrics.pop("scale", None if options.scale == "per group" and mechanic else 1.0)
+                of_all = {} if scale is None else {"scale": scale, "lr": scale * lr}
                 speed = (progress.step - since_step) * options.batch_size * options.seq_len / (now - since)
-                record = {"step": progress.step, "loss": last_loss, "scale": scale, "lr": scale * lr, "base_lr": lr}
+                record = {"step": progress.step, "loss": last_loss, **of_all, "base_lr": lr}
                 report.record({**record, "tokens_per_s": speed, **metrics})
             since, since_step = now, progress.step
         if options.eval_every and progress.step % options.eval_every == 0 and not last:

@@ -110,8 +110,12 @@ def plot(metrics: Path, image: Path) -> None:
     top.set_ylabel("nats per token")
     top.legend()
     top.grid(alpha=0.3)
-    bottom.plot([r["step"] for r in training], [r["scale"] for r in training], linewidth=1, label="scale S")
-    bottom.plot([r["step"] for r in training], [r["lr"] for r in training], linewidth=1, label="S x scheduled lr")
+    lines = {"scale": "scale S", "lr": "S x scheduled lr"}
+    if training and "scale" not in training[-1]:  # a scale for each param group
+        names = [name for name in training[-1] if name.startswith("scale/")]
+        lines = {name: f"scale S of group {name.removeprefix('scale/')}" for name in names}
+    for name, label in lines.items():
+        bottom.plot([r["step"] for r in training], [r[name] for r in training], linewidth=1, label=label)
     bottom.set_yscale("log")
     bottom.set_xlabel("step")
     bottom.legend()

@@ -20,7 +20,7 @@ from manic.distributed.deepspeed import clear_padding
 from manic.distributed.join import JoinGuard
 from manic.distributed.layout import EXPERT_PARALLEL, Layout, Plain
 from manic.distributed.startup import Agreement
-from manic.optimizer.kinds import largest_lr
+from manic.optimizer.consistency import compare_exchanged, compare_loaded, raise_if_drifted
 from manic.optimizer.names import GROUP_KEY, STATE_KEYS
 from manic.optimizer.positions import PositionCheck
 from manic.optimizer.state import MechanicState
@@ -28,13 +28,13 @@ from manic.optimizer.supported import check_bases
 from manic.optimizer.transaction import hidden, transaction
 from manic.optimizer.wrapper import OptimizerWrapper
 from manic.step.base_step import base_step
-from manic.step.guard import Guard, Nonfinite, Reading, account_of_nonfinite
+from manic.step.guard import Guard, Nonfinite, Reading
 from manic.step.monitor import Monitor
 from manic.step.plan import Plan, Planner
 from manic.step.references import follow
-from manic.step.sums import PendingSums, local_sums
+from manic.step.survey import Survey
 from manic.tuners.base import Proposal, Tuner
-from manic.tuners.registry import DEFAULT, make_tuner
+from manic.tuners.registry import DEFAULT, check_scale, make_tuner
 
 __all__ = ["Mechanic"]
 
@@ -46,8 +46,8 @@ class Mechanic(OptimizerWrapper):
     DTensors on any mesh, FSDP1's, or plain. The scale is the one that a single process would compute.
 
     Args:
-        optimizer: The base optimizer, or several over disjoint parameters, which then share one scale. A param group
-            with ``"expert_parallel": True`` declares that its parameters may differ between ranks outside of their own
+        optimizer: The base optimizer, or several over disjoint parameters. A param group with
+            ``"expert_parallel": True`` declares that its parameters may differ between ranks outside of their own
             meshes; how many ranks hold each is counted at the first step, by values and gradients, and again in the
             next 31 steps while no gradient confirms it.
         betas: Decay factors of the tuner's averages, each in (0, 1). Default: the variant's, 0.99 or the paper's six.
@@ -57,6 +57,9 @@ class Mechanic(OptimizerWrapper):
         eps: Added to denominators, by default 1e-8; ``"multiplicative"`` does not have it.
         variant: ``"multiplicative"``, manic's own tuner; ``"optax"``, what the paper's experiments ran; ``"pytorch"``,
             mechanic-pytorch 0.0.1; or a :class:`manic.tuners.base.Tuner`.
+        scale: ``"global"``: all param groups share one scale. ``"per group"``: each has its own, learned from its
+            parameters alone; the published variants do not have that. All ranks must have equally many groups, of
+            which some may be empty: those at the same place share their scale.
         store_delta: Keep Delta, one copy of the parameters in at least float32. Otherwise it is recomputed as
             ``(x - x_ref) / (S + eps)``, as both published implementations do: inexact in the first steps, and in
             low precision. Default: with ``"multiplicative"`` only of parameters in low precision, else yes.
@@ -93,6 +96,7 @@ class Mechanic(OptimizerWrapper):
         s_decay: float | None = None,
         eps: float | None = None,
         variant: str | Tuner = DEFAULT,
+        scale: str = "global",
         store_delta: bool | None = None,
         process_group: ProcessGroup | None = None,
         plain: Plain = "replicated",
@@ -109,8 +113,11 @@ class Mechanic(OptimizerWrapper):
         self._check_every, self._calls = check_every, 0
         self._guard = Guard(nonfinite)
         self._tuner = make_tuner(variant, betas=betas, s_init=s_init, s_decay=s_decay, eps=eps, s_max=s_max)
+        check_scale(scale, self._tuner)
         self._layout = Layout(process_group, plain, pipeline_stages)
-        self._state = MechanicState(optimizers, self._tuner, self._layout, store_delta)
+        per_group = scale == "per group"
+        self._state = MechanicState(optimizers, self._tuner, self._layout, store_delta, per_group=per_group)
+        self._survey = Survey(self._state, self._guard)
         self._planner = Planner(
             optimizers, self._tuner, self._state.rule, self._layout, self._state,
             update=update, knows_scale=self._guard.waits,
@@ -145,64 +152,30 @@ class Mechanic(OptimizerWrapper):
         loss = None if closure is None else torch.enable_grad()(closure)()
         if self._creates_state():
             return loss
-        is_first, state, tuner = self._begin(), self._state, self._tuner
+        state, survey = self._state, self._survey
+        is_first = state.begin()
         with transaction(self.optimizers, is_first, state.restorer()) as taken, self._planner.plan() as plan:
-            state.compare_loaded()
-            pending, proposal, reading = self._all_reduce(plan, tuner.sums), None, None
+            compare_loaded(state)
+            pending, proposal, reading = survey.start(plan, self._tuner.sums), None, None
             if self._guard.waits:
-                proposal, reading = self._survey(plan, pending)
-                if proposal is None:
-                    return loss  # skipped
-            with base_step(plan.captures, None if reading is None else reading.scale, taken.is_committed):
+                if (decided := survey.decide(plan, pending)) is None:
+                    state.tuner_state.skip()
+                    self._monitor.step_skipped(self._layout.is_first_rank)
+                    return loss
+                proposal, reading = decided
+            with base_step(plan.captures, [] if reading is None else reading.scales, taken.is_committed):
                 with hidden(self.optimizers):
                     for base in self.optimizers:
                         base.step()
                 self._refuse_positions(plan)
                 if proposal is None:  # the all_reduce was hidden behind the base optimizers' step
-                    proposal = tuner.propose(state.tensor, pending.wait())
-                if late := tuner.late(state.has_scale):
-                    sums = self._all_reduce(plan, late, late=True, exact=tuner.late_until_scale).wait()
-                    proposal = tuner.refine(state.tensor, proposal, sums)
+                    proposal = self._tuner.propose(state.tensor, pending.wait())
+                proposal, known = survey.refine(plan, proposal, reading)
                 state.rule.write(plan.captures, proposal.scale)
-                state.commit(proposal, reading)
+                state.commit(proposal, known)
                 taken.commit()
             self._finish(plan, proposal, reading)
         return loss
-
-    def _all_reduce(self, plan: Plan, names: Sequence[str], *, late: bool = False, exact: bool = False) -> PendingSums:
-        """Start the sums over the local shards and the all_reduce over the ranks."""
-        lr, place, layout = largest_lr(self.param_groups), self._layout.place_among_stages, self._layout
-        sums = local_sums(plan.captures, names, self._state.tensor, lr=lr, place=place, late=late, exact=exact)
-        return PendingSums(sums, names, layout.group, self._communication_device, lr_by_rank=place is not None)
-
-    def _survey(self, plan: Plan, pending: PendingSums) -> tuple[Proposal, Reading] | tuple[None, None]:
-        """The tuner's proposal, and its numbers on the host: the step's one host sync. ``None``: leave the step out."""
-        proposal = self._tuner.propose(self._state.tensor, pending.wait())
-        reading = Reading.of(proposal)
-        if not reading.fits_float32:
-            sums = self._all_reduce(plan, self._tuner.sums, exact=True).wait()
-            proposal = self._tuner.propose(self._state.tensor, sums)
-            reading = Reading.of(proposal)
-        if reading.is_finite or not self._is_skipped(plan, reading):
-            return proposal, reading
-        self._state.tuner_state.skip()
-        self._monitor.step_skipped(self._layout.is_first_rank)
-        return None, None
-
-    def _is_skipped(self, plan: Plan, reading: Reading) -> bool:
-        """Whether a step whose sums are not finite is left out; otherwise it is an error."""
-
-        def position_is_finite() -> bool:
-            if reading.position_is_finite is not None:
-                return reading.position_is_finite
-            sums = self._all_reduce(plan, ("delta_square", "x_square"), exact=True).wait()
-            return bool(torch.stack(list(sums.values())).isfinite().all())
-
-        def account() -> str:
-            return account_of_nonfinite(plan.shards, self.param_groups, self._layout.group)
-
-        number = int(self._state.tuner_state.updates) + 1
-        return self._guard.skips(reading.sums.get("lr", 0.0), number, position_is_finite, account)
 
     def _creates_state(self) -> bool:
         """Create what a checkpoint is to have, and return True, where this call is no step of the run.
@@ -221,13 +194,6 @@ class Mechanic(OptimizerWrapper):
             self._planner.drop()
         return True
 
-    def _begin(self) -> bool:
-        """Begin the run if this is its first step; whether it is."""
-        if self._state.started:
-            return False
-        self._state.begin()
-        return True
-
     def _check(self) -> None:
         """Do the checks that come before a step, on all ranks."""
         self._join.refuse(parameter for group in self.param_groups for parameter in group["params"])
@@ -238,14 +204,15 @@ class Mechanic(OptimizerWrapper):
         self._agree()
         if self._is_capturing:
             self._guard.refuse_capture()
-        if self._state.tensor.device != self._state.home_device:  # the model was moved after the optimizer was built
-            self._state.tuner_state.to(self._state.home_device)
+        home = self._state.home_device
+        if self._state.tuner_state.device != home:  # the model was moved after the optimizer was built
+            self._state.tuner_state.to(home)
             self._put_global_state()
 
     def _refuse_positions(self, plan: Plan) -> None:
         """Raise TypeError on all ranks if a base optimizer has stepped from a position of its own."""
         if self._positions.are_due and not self._is_capturing:
-            groups, group, device = self.param_groups, self._layout.group, self._communication_device
+            groups, group, device = self.param_groups, self._layout.group, self._state.communication_device
             self._positions.raise_if_found(plan.captures, groups, group, device)
 
     def _finish(self, plan: Plan, proposal: Proposal, reading: Reading | None) -> None:
@@ -258,8 +225,8 @@ class Mechanic(OptimizerWrapper):
         if proposal.restart is not None and restarts:
             self._state.rule.restart(plan.captures, *proposal.restart)
         if not is_capturing:
-            scale, lr = (None, None) if reading is None else (reading.scale, reading.sums.get("lr"))
-            self._monitor.step_taken(proposal, scale, self.param_groups, self._layout.is_first_rank, lr)
+            scales, lrs = (None, None) if reading is None else (reading.scales, reading.sums.get("lr"))
+            self._monitor.step_taken(proposal, scales, self.param_groups, self._layout.is_first_rank, lrs)
 
     def _agree(self) -> None:
         """Compare with the other ranks, at the first step, after a load, and when parameters were added."""
@@ -267,6 +234,7 @@ class Mechanic(OptimizerWrapper):
             return
         if self._state.was_loaded:
             self._agreement.forget()
+            self._state.complete_loaded()
         check_bases(self.optimizers, may_be_empty=True)
         if self._layout.group is not None:
             parameters = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -275,14 +243,14 @@ class Mechanic(OptimizerWrapper):
         settings = f"a run that {self._state.stands}, {self._settings(of_stage=False)}"
         bases = [type(optimizer).__name__ for optimizer in self.optimizers]
         of_stage = f"base optimizers {bases}, update={self._planner.updates}"
-        device, dtype = self._communication_device, self._state.tensor.dtype
+        device, dtype = self._state.communication_device, self._state.tuner_state.parts[0].dtype
         self._planner.drop()
         if not self._agreement.renew(self.param_groups, settings, of_stage, device, dtype):
             return
         try:
             if self._layout.plain == "sharded":
                 clear_padding(self.param_groups, self._layout.group, device)
-            self._state.compare_exchanged()
+            compare_exchanged(self._state)
         except BaseException:
             self._agreement.forget()
             raise
@@ -301,11 +269,14 @@ class Mechanic(OptimizerWrapper):
                 changed a parameter since the last step (not seen where Delta is not stored).
         """
         self._share_global_state()
-        self._state.raise_if_drifted()
+        raise_if_drifted(self._state)
 
     @property
     def scale(self) -> Tensor:
-        """S, the factor learned for the learning rate: a new 0-dim tensor on the parameters' device, no sync."""
+        """S, the factor learned for the learning rate: a new tensor on the parameters' device, no sync.
+
+        It is 0-dim, or, with a scale per group, of shape [groups], in the order of ``param_groups``.
+        """
         self._share_global_state()  # ZeroRedundancyOptimizer loads by writing into the groups
         return self._state.tuner_state.scale
 
@@ -324,23 +295,22 @@ class Mechanic(OptimizerWrapper):
 
         Returns:
             ``scale``; ``h``, ``grad_norm`` and ``param_norm`` of the last step, over the whole model (nan before
-            the first); ``nonfinite_steps``, how many steps were left out, or under ``"ignore"`` not learned from;
-            ``effective_lr/<i>``, S * lr of param group i of this rank, which other stages of a pipeline may not have.
+            the first); with a scale per group ``scale/<i>`` and ``h/<i>`` of each; ``nonfinite_steps``, how many steps
+            were left out, or under ``"ignore"`` not learned from; ``effective_lr/<i>``, S * lr of param group i of this
+            rank, which other stages of a pipeline may not have.
         """
         self._share_global_state()
         return self._monitor.metrics(self.param_groups)
 
     @property
-    def _communication_device(self) -> torch.device:
-        return self._layout.communication_device(self._state.home_device)
-
-    @property
     def _is_capturing(self) -> bool:
-        return self._state.tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+        return self._state.tuner_state.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _settings(self, *, of_stage: bool = True) -> str:
         """In words; without what only the ranks of a pipeline stage have alike, if not ``of_stage``."""
+        shape = self._state.tuner_state.shape
         mine = {
+            "scale": f"for each of {shape[0]} param groups" if shape else "global",
             **self._tuner.settings, "store_delta": self._state.store_delta, "nonfinite": self._guard.nonfinite,
             "check_every": self._check_every, "update": self._planner.updates,
         }  # fmt: skip

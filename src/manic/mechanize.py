@@ -17,7 +17,8 @@ logger = logging.getLogger(__name__)
 
 
 def _log_scale(data: dict[str, Any]) -> None:
-    logger.info("(iter=%d), s_sum (global scaling): %g", data["iter_count"], data["s"])
+    scales = data["s"] if isinstance(data["s"], list) else [data["s"]]
+    logger.info("(iter=%d), s_sum (global scaling): %s", data["iter_count"], " ".join(f"{s:g}" for s in scales))
 
 
 def mechanize(
@@ -31,7 +32,8 @@ def mechanize(
 
     Args:
         optimizer_class: An optimizer class, or a function that creates an optimizer.
-        log_func: Called with ``{"iter_count": int, "s": float}``; default: ``logging`` at level info.
+        log_func: Called with ``{"iter_count": int, "s": float}``, or a list of floats with a scale per group; default:
+            ``logging`` at level info.
         log_every: Number of steps between calls; 0, the default: never. Each call is a host sync.
         **options: Options of :class:`~manic.Mechanic`. Inside ``ZeroRedundancyOptimizer``: ``plain="sharded"``.
 
@@ -83,7 +85,7 @@ def mechanize(
                 before, last = last, self._state.updates_made
                 # A step that only created state for checkpointing, or was skipped, is not an update.
                 if last and last != before and last % log_every == 0:
-                    log({"iter_count": last, "s": self.scale.item()})
+                    log({"iter_count": last, "s": self.scale.tolist()})
 
             self.register_step_post_hook(hook)
             self.register_load_state_dict_post_hook(loaded)

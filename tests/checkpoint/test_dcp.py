@@ -43,7 +43,7 @@ from manic import Mechanic
 from manic.testing import run
 from support.layouts import BATCH, batch, full, make_net, setup
 
-Result = tuple[float | None, list[Tensor]]
+Result = tuple[Any, list[Tensor]]
 Wrap = Callable[[nn.Module], nn.Module]
 
 
@@ -63,6 +63,13 @@ def of_two_bases(model: nn.Module) -> Optimizer:
     first = [parameter for name, parameter in model.named_parameters() if "up." in name]
     others = [parameter for name, parameter in model.named_parameters() if "up." not in name]
     return Mechanic([SGD(first, lr=1.0), AdamW(others, lr=1.0)], s_init=1e-3, variant="optax")
+
+
+def a_scale_per_group(model: nn.Module) -> Optimizer:
+    names = ("up.", "down."), ("norm.", "head.", "frozen.")
+    parts = [[p for name, p in model.named_parameters() if any(each in name for each in part)] for part in names]
+    last = [p for p in model.parameters() if not any(p is each for part in parts for each in part)]  # FSDP1's flat one
+    return Mechanic([SGD(parts[0], lr=1.0), AdamW([{"params": parts[1] + last}], lr=1.0)], scale="per group")
 
 
 class Run:
@@ -88,9 +95,9 @@ class Run:
             self.scheduler.step()
 
     def result(self) -> Result:
-        """S, or ``None`` for a plain optimizer, and every parameter."""
+        """S or each group's, or ``None`` for a plain optimizer, and every parameter."""
         optimizer = getattr(self.optimizer, "optim", self.optimizer)  # inside ZeRO
-        scale = optimizer.scale.item() if isinstance(optimizer, Mechanic) else None
+        scale = optimizer.scale.tolist() if isinstance(optimizer, Mechanic) else None
         return scale, list(self.gather().values())
 
     def save(self, mechanism: str, directory: str) -> Any:
@@ -316,7 +323,7 @@ def test_resumes_bit_for_bit(mechanism: str, layout: str, world_size: int, tmp_p
     run(stop_and_resume, world_size, layout, mechanism, str(tmp_path), uninterrupted(layout, world_size))
 
 
-@pytest.mark.parametrize("make", [from_named_parameters, of_two_bases])
+@pytest.mark.parametrize("make", [from_named_parameters, of_two_bases, a_scale_per_group])
 @pytest.mark.parametrize(("mechanism", "layout"), [
     ("gathered on one rank", "fsdp2"), ("flat files", "fsdp2"), ("flat files", "ddp"), ("nested", "fsdp1-orig"),
 ])  # fmt: skip

@@ -67,6 +67,18 @@ def test_every_mode_trains_equally_and_resumes_bit_for_bit(
     assert records(tmp_path / "resumed.jsonl") == {step: whole[step] for step in range(5, 9)}
 
 
+def test_a_scale_per_group(tmp_path: Path) -> None:
+    arguments = ["--parallel", "fsdp2", "--variant", "multiplicative", "--lr", "1", "--scale"]
+    saving = ["--checkpoint-dir", str(tmp_path / "run"), "--metrics", str(tmp_path / "m.jsonl"), "--resume", "auto"]
+    for steps in ("3", "6"):
+        run(job, 2, *arguments, "per group", *saving, "--steps", steps)
+    found = [record for record in read_records(tmp_path / "m.jsonl") if "loss" in record]
+    assert [record["step"] for record in found] == list(range(1, 7))
+    assert all(record["scale/0"] > 0 and record["scale/1"] > 0 and "scale" not in record for record in found)
+    with pytest.raises(RankError, match="a scale for each of 2 param group"):
+        run(job, 2, *arguments, "global", *saving, "--steps", "8")
+
+
 def test_resumes_on_another_number_of_ranks(tmp_path: Path) -> None:
     arguments = ["--steps", "8", "--checkpoint-dir", str(tmp_path / "run"), "--checkpoint-every", "4"]
     run(job, 4, *arguments, "--keep-latest", "9", "--metrics", str(tmp_path / "four.jsonl"))

@@ -131,7 +131,7 @@ class TestPlanner:
         parameters, loss = problem()
         base, tuner, layout = make(parameters), make_tuner(variant), Layout(None, "replicated", 1)
         state = MechanicState([base], tuner, layout, None)
-        state.has_scale = True
+        state.has_scale = (True,)
         planner = Planner([base], tuner, state.rule, layout, state, update="auto", knows_scale=True)
         loss(0).backward()
         base.step()

@@ -51,7 +51,18 @@ def batch(step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return x.to(dtype), y.to(dtype)
 
 
+def members(model: nn.Module, base: str, owned: Any = None) -> Any:
+    """The parameters for a base; for one named "... by group" those of the first layer apart from all others."""
+    owned = list(model.parameters()) if owned is None else owned
+    if not base.endswith(" by group"):
+        return owned
+    known = {id(parameter) for parameter in owned}
+    named = [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in known]
+    return [{"params": [p for name, p in named if ("up." in name) == is_first]} for is_first in (True, False)]
+
+
 def make_base(name: str, parameters: Any) -> torch.optim.Optimizer:
+    name = name.removesuffix(" by group")
     if name == "adamw":
         return torch.optim.AdamW(parameters, lr=1.0, weight_decay=0.1)
     if name == "adamw-fused":
@@ -79,7 +90,8 @@ class CollectiveLog(TorchDispatchMode):
 
 @dataclass
 class Trained:
-    scale: float
+    scale: Any
+    """A number, or a list of one for each param group."""
     metrics: dict[str, float]
     parameters: dict[str, Tensor]
     collectives: list[list[tuple[str, int]]] = field(default_factory=list)
@@ -147,7 +159,7 @@ def setup(layout: str, base: str, dtype: torch.dtype, **options: Any) -> Setup:
     elif layout == "zero1":
         model = DistributedDataParallel(model)
         zero = ZeroRedundancyOptimizer(
-            model.parameters(),
+            members(model, base),
             optimizer_class=mechanize(
                 lambda params, **kw: make_base(base, params), plain="sharded", **{"variant": "optax", **options}
             ),
@@ -183,7 +195,7 @@ def setup(layout: str, base: str, dtype: torch.dtype, **options: Any) -> Setup:
     else:
         assert layout == "single", layout
 
-    optimizer = Mechanic(make_base(base, model.parameters()), **{"variant": "optax", **options})
+    optimizer = Mechanic(make_base(base, members(model, base)), **{"variant": "optax", **options})
     return Setup(model, optimizer, optimizer, *data, gather)
 
 
@@ -211,7 +223,9 @@ def _setup_pipeline(base: str, dtype: torch.dtype, rank: int, world: int, option
     stages = [[model.up], [model.down, model.norm, model.head, model.frozen]]
     owned = [p for child in stages[stage] for p in child.parameters()]
     names = {id(p): name for name, p in model.named_parameters()}
-    optimizer = Mechanic(make_base(base, owned), pipeline_stages=2, **{"variant": "optax", **options})
+    optimizer = Mechanic(
+        make_base(base, members(model, base, owned)), pipeline_stages=2, **{"variant": "optax", **options}
+    )
 
     def send_to_other_stages(*_: Any) -> None:
         with torch.no_grad():
@@ -245,4 +259,4 @@ def train(
             optimizer.step()
         collectives.append(log.calls)
     metrics = {name: value.item() for name, value in setup_.mechanic.metrics().items()}
-    return Trained(setup_.mechanic.scale.item(), metrics, setup_.gather(), collectives)
+    return Trained(setup_.mechanic.scale.tolist(), metrics, setup_.gather(), collectives)

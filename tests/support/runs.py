@@ -36,7 +36,7 @@ class Run:
         objects = {"counter": self.counter, "scheduler": self.scheduler}
         self.checkpointer = Checkpointer(directory, self.setup.model, self.setup.optimizer, objects=objects, **options)
 
-    def train(self, steps: int) -> list[float]:
+    def train(self, steps: int) -> list[Any]:
         """Take steps, and return the scale after each."""
         scales = []
         for _ in range(steps):
@@ -44,7 +44,7 @@ class Run:
             self.setup.optimizer.step()
             self.scheduler.step()
             self.counter.step += 1
-            scales.append(self.setup.mechanic.scale.item())
+            scales.append(self.setup.mechanic.scale.tolist())
         return scales
 
     def backward(self) -> None:
@@ -56,8 +56,8 @@ class Run:
         noise = 0.01 * torch.rand(()) if self.noise else 0.0
         (self.setup.model(x[part]) - y[part] - noise).square().mean().backward()
 
-    def result(self) -> tuple[float, dict[str, torch.Tensor]]:
-        return self.setup.mechanic.scale.item(), self.setup.gather()
+    def result(self) -> tuple[Any, dict[str, torch.Tensor]]:
+        return self.setup.mechanic.scale.tolist(), self.setup.gather()
 
 
 def assert_identical(first: Any, second: Any) -> None:

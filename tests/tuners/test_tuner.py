@@ -88,12 +88,12 @@ def test_multiplicative_equals_its_reference(steps: list[tuple[float, ...]], bet
 def test_the_first_step_has_length_s_init(x_square: float) -> None:
     tuner = driven("multiplicative", s_init=1e-3)
     assert tuner.learn(update_square=0.0, x_square=x_square, delta_square=0.0) == 0.0
-    assert not tuner.state.has_left_start
+    assert tuner.state.has_left_start == [False]
     for size in (1e-8, 1.0, 1e8):
         tuner = driven("multiplicative", s_init=1e-3)
         scale = tuner.learn(update_square=size**2, x_square=x_square, delta_square=0.0)
         assert (scale * size).item() == pytest.approx(1e-3 * (x_square**0.5 or 1.0))
-        assert tuner.state.has_left_start
+        assert tuner.state.has_left_start == [True]
     bounded = driven("multiplicative", s_init=1e-3, s_max=1e-9)
     assert bounded.learn(update_square=5.0, x_square=5.0, delta_square=0.0) == 1e-9
 

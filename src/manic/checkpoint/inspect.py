@@ -26,7 +26,7 @@ from manic.checkpoint.files import Files
 from manic.checkpoint.flat_state import split
 from manic.checkpoint.manifest import MANIFEST, DamagedCheckpointError, Manifest, Verify
 from manic.checkpoint.safe_pickle import SafePlanner
-from manic.tuners.registry import TUNERS, name_of
+from manic.tuners.registry import identify, name_of
 from manic.tuners.state import HEADER, SCHEMA
 
 __all__ = ["inspect", "main"]
@@ -50,7 +50,7 @@ def inspect(path: str | os.PathLike[str], verify: Verify = "full") -> dict[str, 
         Data that JSON can hold: ``path``; ``integrity``, with ``verified`` (``"full"``, ``"size"``, ``"off"`` or
         ``"no manifest"``) and ``problems``, a list of texts; ``manifest`` without its files, or ``None``; ``files``,
         their number; and ``bytes``. Without problems also ``tensors``, by purpose: number, elements, bytes and dtypes;
-        ``tuners``, with ``scale``, ``updates``, ``nonfinite_steps``, ``variant`` and the tuner's ``fields`` by name;
+        ``tuners``, one for each S, with ``scale``, ``updates``, ``nonfinite_steps``, ``variant`` and ``fields``;
         ``groups``, one for each distinct set of settings: ``number`` of parameters or groups that share it, ``lr``,
         ``effective_lr`` and so on.
 
@@ -166,15 +166,15 @@ def _tuner(state: torch.Tensor) -> dict[str, Any]:
     if rows[0][0] != SCHEMA:
         return {"scale": math.nan, "updates": 0, "nonfinite_steps": 0, "variant": "of another version", "fields": {}}
     header = {name: row[0] for name, row in zip(HEADER, rows)}
-    variant = name_of(int(header["tuner"]))
-    known = TUNERS[variant].fields if variant in TUNERS else ()
+    tuner = identify(int(header["tuner"]))
+    known = () if tuner is None else tuner[0].fields
     names = [*known, *(f"row {index}" for index in range(len(HEADER) + len(known), len(rows)))]
     fields = dict(zip(names, rows[len(HEADER) :]))
     return {
         "scale": sum(fields["s"]) if "s" in fields else math.nan,
         "updates": max(0, int(header["updates"])),
         "nonfinite_steps": int(header["nonfinite"]),
-        "variant": variant,
+        "variant": name_of(int(header["tuner"])),
         "fields": fields,
     }
 

@@ -73,7 +73,7 @@ def _difference(
     row = torch.tensor([digest(str(tuner.tolist())), digest(settings)], device=device)
     rows = torch.stack(gather(row, group))
     if found := _odd_one(rows[:, 0].tolist(), len(rows)):
-        scales = from_every_rank(float(scale), group)
+        scales = from_every_rank(scale.tolist(), group)
         rank, other = found
         return f"the tuner of rank {rank} differs from rank {other}: S is {scales[rank]!r} and {scales[other]!r}"
     if found := _odd_one(rows[:, 1].tolist(), len(rows) // layout.pipeline_stages):

@@ -49,7 +49,7 @@ def first_misfit(optimizers: Sequence[Optimizer]) -> str:
     if gone:
         return (
             f"{len(gone)} parameters that earlier steps have moved are in no param group any more, the first of shape "
-            f"{tuple(gone[0].shape)}. One scale is learned for all parameters together, so they cannot be stepped part "
+            f"{tuple(gone[0].shape)}. A step learns from all parameters together, so they cannot be stepped part "
             "by part (DeepSpeed's ZeRO does that with several param groups or sub-groups: use one). If they were "
             "taken out on purpose, call rebase() before the step, or delete their entries of optimizer.state"
         )

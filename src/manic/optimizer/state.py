@@ -12,20 +12,19 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from manic.distributed.collectives import on_any_rank, raise_together
-from manic.distributed.drift import raise_if_drifted
+from manic.distributed.collectives import from_every_rank, is_simulated, on_any_rank
 from manic.distributed.layout import Layout, local, local_storage
-from manic.optimizer.fit import drop_misfits, first_misfit, misfit, remove_own
+from manic.optimizer.fit import drop_misfits, misfit, remove_own
 from manic.optimizer.joint import parameter_states
 from manic.optimizer.loaded import LoadedStarts
-from manic.optimizer.names import DELTA, STATE_KEYS, X_REF, describe, short_name
+from manic.optimizer.names import DELTA, STATE_KEYS, X_REF, describe
 from manic.optimizer.placeholders import Placeholders
 from manic.optimizer.references import References
 from manic.optimizer.transaction import hidden
 from manic.optimizer.wrapper import is_creating_state
 from manic.step.guard import Reading
 from manic.step.kernels import working_dtype
-from manic.step.position import Position, displaced
+from manic.step.position import Position
 from manic.step.rules import rule_for
 from manic.tuners.base import Proposal, Tuner
 from manic.tuners.state import TunerState
@@ -44,25 +43,35 @@ class MechanicState:
         tuner: Whose state is kept, on the parameters' device.
         layout: Tells the device of a rank without parameters, and whom to compare with.
         store_delta: Whether Delta is kept, in at least float32, or recomputed from x, x_ref and S. Default: the rule's.
+        per_group: Whether each param group has a scale of its own.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer], tuner: Tuner, layout: Layout, store_delta: bool | None) -> None:
-        self._optimizers, self._tuner, self._layout = optimizers, tuner, layout
+    def __init__(
+        self,
+        optimizers: Sequence[Optimizer],
+        tuner: Tuner,
+        layout: Layout,
+        store_delta: bool | None,
+        *,
+        per_group: bool = False,
+    ) -> None:
+        self.optimizers, self.tuner, self.layout = optimizers, tuner, layout
         if store_delta not in (None, True, False):
             raise ValueError(f"store_delta must be True, False or None, got {store_delta!r}")
         self.rule = rule_for(tuner.scales, tuner.eps)
         self.store_delta = self.rule.stores_delta if store_delta is None else store_delta
         """``None``: only of parameters in low precision."""
-        self.tuner_state, self.references = TunerState(tuner), References(tuner.references)
+        self.tuner_state = TunerState(tuner, len(self.groups) if per_group else None)
+        self.references = References(tuner.references)
         self.started = False
         """Whether the run has begun."""
         self.was_loaded = False
         """Whether a loaded state is yet to be compared with the parameters."""
-        self._loaded = LoadedStarts([], self.references.names, 0)
+        self.loaded = LoadedStarts([], self.references.names, 0)
         self.updates_made: int | None = 0
         """The tuner's count as the host knows it; ``None`` where replays of a CUDA graph were not counted."""
-        self.has_scale = False
-        """Whether the host knows that S is not 0."""
+        self.has_scale = self._no_scale
+        """Of the one S, or of that of each param group: whether the host knows that it is not 0."""
         self._placeholders = Placeholders(optimizers, STATE_KEYS)
         if self.home_device.type != "meta":  # otherwise the model is still to be materialised
             self.tuner_state.to(self.home_device)
@@ -70,14 +79,20 @@ class MechanicState:
     @property
     def home_device(self) -> torch.device:
         """The device of the first parameter; of the process group's backend where this rank has none."""
-        for group in self._groups:
+        for group in self.groups:
             for parameter in group["params"]:
                 return local_storage(parameter).device
-        return self._layout.communication_device(torch.device("cpu"))
+        return self.layout.communication_device(torch.device("cpu"))
 
     @property
-    def _groups(self) -> list[dict[str, Any]]:
-        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
+    def communication_device(self) -> torch.device:
+        """A device that the process group's backend supports."""
+        return self.layout.communication_device(self.home_device)
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The base optimizers' param groups."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     @property
     def position(self) -> Position:
@@ -85,6 +100,11 @@ class MechanicState:
         return self.rule.position(self.tuner_state.scale)
 
     # What a plan asks for: see manic.step.plan.Displacements.
+
+    @property
+    def is_per_group(self) -> bool:
+        """Whether each param group has an S of its own."""
+        return self.tuner_state.is_per_group
 
     def keeps_delta(self, parameter: Tensor) -> bool:
         """Whether Delta of ``parameter`` is stored."""
@@ -102,7 +122,7 @@ class MechanicState:
         state = optimizer.state.setdefault(parameter, {})
         dtype, keeps_delta = working_dtype(parameter), self.keeps_delta(parameter)
         if found := misfit(parameter, state):
-            raise ValueError(f"{describe(parameter, self._groups)}: {found}; call rebase() before the step")
+            raise ValueError(f"{describe(parameter, self.groups)}: {found}; call rebase() before the step")
         starts_here = X_REF not in state
         if starts_here:
             remove_own(state)
@@ -114,7 +134,7 @@ class MechanicState:
             if not starts_here:  # saved with store_delta=False
                 x = local(parameter)
                 divisor = position.divisor_for(x)  # as it was recomputed by then
-                if self._tuner.moves_without_gradient:  # x must be x_ref + f * Delta to the last digits
+                if self.tuner.moves_without_gradient:  # x must be x_ref + f * Delta to the last digits
                     factor = position.factor_for(x)
                     divisor = torch.where(factor > 0, factor, divisor)
                 local(state[DELTA]).copy_((x.to(dtype) - local(state[X_REF])) / divisor)
@@ -123,16 +143,31 @@ class MechanicState:
 
     # What a step asks for.
 
-    def begin(self) -> None:
-        """A run starts from where its parameters are now; what was only made to be looked at is forgotten."""
+    def begin(self) -> bool:
+        """Let the run start from where its parameters are now, if it has not; what was a placeholder is forgotten.
+
+        Returns:
+            Whether it starts.
+        """
+        if self.started:
+            return False
         if self._placeholders.exist:
             self.tuner_state.reset()
         self._placeholders.clear()
         self._remove_own()
-        self.updates_made, self.has_scale = 0, False
+        self.updates_made, self.has_scale = 0, self._no_scale
+        return True
+
+    @property
+    def _no_scale(self) -> tuple[bool, ...]:
+        return tuple(False for _ in self.tuner_state.parts)
+
+    def _known_scales(self, scale: Tensor) -> tuple[bool, ...]:
+        """Which are not 0. The host waits for the device."""
+        return tuple(each > 0.0 for each in scale.reshape(-1).tolist())
 
     def _remove_own(self) -> None:
-        for _, _, state in parameter_states(self._optimizers):
+        for _, _, state in parameter_states(self.optimizers):
             remove_own(state)
 
     @property
@@ -140,7 +175,7 @@ class MechanicState:
         """Where the run is, in words. The host waits for the device."""
         if not self.started:
             return "begins"
-        return f"goes on after {int(self.tuner_state.updates)} steps with S={float(self.tuner_state.scale)!r}"
+        return f"goes on after {int(self.tuner_state.updates)} steps with S={self.tuner_state.scale.tolist()!r}"
 
     def commit(self, proposal: Proposal, reading: Reading | None) -> None:
         """Take over the tuner's proposal.
@@ -150,9 +185,11 @@ class MechanicState:
             reading: Its numbers, if the host has read them. Otherwise the host asks for S, as long as late sums depend
                 on whether there is one.
         """
-        if not self.has_scale:
-            asks = self._tuner.late_until_scale
-            self.has_scale = bool(proposal.scale > 0) if asks else reading is not None and reading.scale > 0
+        if not all(self.has_scale):
+            if reading is not None:
+                self.has_scale = tuple(each > 0.0 for each in reading.scales)
+            elif self.tuner.late_until_scale:
+                self.has_scale = self._known_scales(proposal.scale)
         self.tuner_state.commit(proposal)
         self.started = True
 
@@ -161,7 +198,7 @@ class MechanicState:
         tensor, has_scale, started = self.tensor.clone(), self.has_scale, self.started
 
         def restore() -> None:
-            self.tensor.copy_(tensor)
+            self.tuner_state.write(tensor)
             self.has_scale, self.started = has_scale, started
 
         return restore
@@ -173,13 +210,13 @@ class MechanicState:
     @property
     def may_restart(self) -> bool:
         """Whether the number of updates, as far as the host knows it, is one after which the tuner may restart."""
-        interval = self._tuner.restart_interval
+        interval = self.tuner.restart_interval
         return interval > 0 and (self.updates_made is None or self.updates_made % interval == 0)
 
     def rebase(self) -> None:
         """Let every reference be x, and Delta 0."""
-        drop_misfits(self._optimizers)
-        for _, parameter, state in parameter_states(self._optimizers):
+        drop_misfits(self.optimizers)
+        for _, parameter, state in parameter_states(self.optimizers):
             self.references.move_to(parameter, state)
             if DELTA in state:
                 local(state[DELTA]).zero_()
@@ -195,11 +232,11 @@ class MechanicState:
 
         Every rank must call it. The host waits for the device.
         """
-        gradients = [p.grad for group in self._groups for p in group["params"] if p.grad is not None]
+        gradients = [p.grad for group in self.groups for p in group["params"] if p.grad is not None]
         # Of a Partial gradient, this rank's part: no collective in a loop that ranks leave at different places.
         # Of one on the meta device, nothing is known.
         found = any(each.is_meta or bool((each != 0).any()) for each in map(local_storage, gradients))
-        return not on_any_rank(found, self._layout.group, self._layout.communication_device(self.home_device))
+        return not on_any_rank(found, self.layout.group, self.communication_device)
 
     def create(self) -> None:
         """Let base optimizers without a state create it, and change nothing else.
@@ -208,13 +245,13 @@ class MechanicState:
         """
         starts = [
             (local(parameter), local(optimizer.state[parameter][X_REF]))
-            for optimizer in self._optimizers
+            for optimizer in self.optimizers
             for group in optimizer.param_groups
             for parameter in group["params"]
             if X_REF in optimizer.state.get(parameter, {})
         ]
         try:
-            self._placeholders.create(hidden(self._optimizers))
+            self._placeholders.create(hidden(self.optimizers))
         except BaseException:
             self._placeholders.clear()
             self._remove_own()
@@ -223,98 +260,28 @@ class MechanicState:
             for x, x_ref in starts:
                 x.copy_(x_ref)
         if self._placeholders.exist:
-            self.tuner_state.updates.fill_(_PLACEHOLDER)
-
-    def compare_exchanged(self) -> None:
-        """Refuse parameters, in the middle of a run, whose state is another's or does not tell where they are.
-
-        Raises:
-            ValueError: on every rank alike.
-        """
-        if not self.started:
-            return
-        group, device = self._layout.group, self._layout.communication_device(self.home_device)
-        raise_together(ValueError, first_misfit(self._optimizers), group, device)
-        if not self.was_loaded:
-            self.raise_if_displaced(
-                ValueError,
-                "parameters were exchanged or added since the last step, and these are not where their state says. If "
-                "that is on purpose, call rebase() before the step",
-            )
+            self.tuner_state.set_updates(_PLACEHOLDER)
 
     # Loading.
 
-    def compare_loaded(self) -> None:
-        """Refuse a loaded state that the parameters do not belong to: the step would move them to where it says.
-
-        Raises:
-            ValueError: on every rank alike, if one was loaded and they are elsewhere, or it lacks references.
-        """
-        if self.was_loaded:
-            group, device = self._layout.group, self._layout.communication_device(self.home_device)
-            self._loaded.check(self._groups, group, device)
-            self.raise_if_displaced(
-                ValueError,
-                "they are not where the loaded optimizer state says. Load the model from the same checkpoint; read a "
-                "checkpoint of the base optimizer alone before the first step, or by load_state_dict; if the "
-                "parameters were changed on purpose, call rebase() before the step",
-            )
-            self.was_loaded = False
-
-    def raise_if_drifted(self) -> None:
-        """Raise on every rank if ranks that should hold the same do not, or parameters are displaced.
-
-        Raises:
-            RuntimeError: with the first difference in words.
-        """
-        absent = torch.empty(0, device=self.home_device)
-        own = [*((short_name(reference), reference) for reference in self.references.names), ("Delta", DELTA)]
-        held = [
-            (parameter, name, optimizer.state.get(parameter, {}).get(key, absent) if key else parameter)
-            for optimizer in self._optimizers
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-            for name, key in (("the value", None), *own)
-        ]
-        device = self._layout.communication_device(self.home_device)
-        raise_if_drifted(self.tensor, self.tuner_state.scale, self._groups, held, self._layout, device)
-        if self.started:
-            self.raise_if_displaced(
-                RuntimeError,
-                "since the last step something else has changed them, which the next step will undo; if it was on "
-                "purpose, call rebase() after such a change",
-            )
-
-    def raise_if_displaced(self, kind: type[Exception], advice: str) -> None:
-        """Raise on every rank if parameters are not at x_ref + f * Delta (not seen where Delta is not stored).
-
-        Args:
-            kind: What to raise.
-            advice: What it may mean, and what to do.
-        """
-        moved = [
-            (parameter, state)
-            for optimizer in self._optimizers
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-            if parameter.requires_grad and (state := optimizer.state.get(parameter, {})).keys() >= {X_REF, DELTA}
-        ]
-        places = [(local(parameter), local(state[X_REF]), local(state[DELTA])) for parameter, state in moved]
-        found = displaced(places, self.position.factor, not self._tuner.moves_without_gradient)
-        complaint = ""
-        if found:
-            complaint = (
-                f"{len(found)} of {len(places)} parameters are not {self.rule.place}, the first being "
-                f"{describe(moved[found[0]][0], self._groups)}: {advice}"
-            )
-        raise_together(kind, complaint, self._layout.group, self._layout.communication_device(self.home_device))
+    def complete_loaded(self) -> None:
+        """Take the columns of groups that have no parameter on this rank from other ranks. Every rank must call it."""
+        group = self.layout.group
+        if self.is_per_group and group is not None and not is_simulated(group):
+            self.tuner_state.complete(from_every_rank(self.tuner_state.loaded, group))
+            self.has_scale = self._known_scales(self.tuner_state.scale)
 
     # What the wrapper asks for: see manic.optimizer.wrapper.OwnState.
 
     @property
     def tensor(self) -> Tensor:
-        """The tuner's state, which is kept in every param group."""
+        """The tuner's state, shape [rows, columns]."""
         return self.tuner_state.tensor
+
+    @property
+    def parts(self) -> Sequence[Tensor]:
+        """What of it each param group keeps: all, or the group's column."""
+        return self.tuner_state.parts if self.is_per_group else [self.tensor] * len(self.groups)
 
     @property
     def exists(self) -> bool:
@@ -325,16 +292,24 @@ class MechanicState:
         """Raise ValueError unless ``saved`` can be loaded."""
         self.tuner_state.check(saved)
 
-    def load(self, saved: Tensor | None) -> None:
-        """Copy a loaded one into it; ``None``: the checkpoint is of the base optimizers alone."""
-        if saved is None:
-            self.tuner_state.reset()
-        else:
-            self.tuner_state.load(saved)
+    def load(self, found: Sequence[Tensor | None]) -> None:
+        """Copy what each group held into it; if none held anything, the checkpoint is of the base optimizers alone."""
+        self.tuner_state.load(*found)
+        self._resume()
+
+    def take(self, found: Sequence[Tensor | None]) -> None:
+        """Load what a base optimizer has loaded into its groups, and follow groups that come and go."""
+        before = self.tuner_state.parts
+        if self.tuner_state.take(found):
+            self._resume()
+        elif self.tuner_state.parts is not before:
+            self.has_scale = self._known_scales(self.tuner_state.scale)
+
+    def _resume(self) -> None:
         updates = float(self.tuner_state.updates)
-        self.updates_made, self.has_scale = max(0, int(updates)), float(self.tuner_state.scale) > 0.0
+        self.updates_made, self.has_scale = max(0, int(updates)), self._known_scales(self.tuner_state.scale)
         self.started = self.was_loaded = updates > 0
-        self._loaded = LoadedStarts(self._optimizers, self.references.names, int(updates))
+        self.loaded = LoadedStarts(self.optimizers, self.references.names, int(updates))
         self._placeholders.exist = False
         if updates == _PLACEHOLDER:
             self._placeholders.loaded()

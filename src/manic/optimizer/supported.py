@@ -22,7 +22,7 @@ def check_bases(optimizers: Sequence[Optimizer], may_be_empty: bool) -> None:
     """Raise if Mechanic cannot wrap ``optimizers``.
 
     Args:
-        optimizers: The base optimizers, over disjoint parameters; they share one scale.
+        optimizers: The base optimizers, over disjoint parameters.
         may_be_empty: Whether they may have no trainable parameter, as on a rank of ZeRO.
 
     Raises:

@@ -19,11 +19,15 @@ __all__ = ["OptimizerWrapper", "OwnState", "is_creating_state"]
 
 
 class OwnState(Protocol):
-    """A wrapper's own state for the whole model: one tensor, stored in every param group."""
+    """A wrapper's own state for the whole model, in tensors that param groups store: all the same one, or parts."""
 
     @property
-    def tensor(self) -> Tensor:
-        """The tensor."""
+    def parts(self) -> Sequence[Tensor]:
+        """The tensor that each param group stores."""
+
+    @property
+    def is_per_group(self) -> bool:
+        """Whether each stores another one."""
 
     @property
     def exists(self) -> bool:
@@ -32,8 +36,11 @@ class OwnState(Protocol):
     def check(self, saved: Tensor) -> None:
         """Raise ValueError if ``saved`` cannot be loaded."""
 
-    def load(self, saved: Tensor | None) -> None:
-        """Copy ``saved`` into the tensor; ``None``: the checkpoint is of the base optimizers alone."""
+    def load(self, found: Sequence[Tensor | None]) -> None:
+        """Copy saved tensors, one for each group, into the parts; all ``None``: the checkpoint has none of them."""
+
+    def take(self, found: Sequence[Tensor | None]) -> None:
+        """Follow what the groups store now: their parts, in another order, loaded tensors, ``None`` in new groups."""
 
 
 def is_creating_state() -> bool:
@@ -56,12 +63,12 @@ class OptimizerWrapper(Optimizer):
     """A ``torch.optim.Optimizer`` that wraps one or several others.
 
     Param groups are always the base optimizers' own dicts, so a scheduler may hold the wrapper or a base.
-    A subclass stores per-parameter tensors in ``state`` under :attr:`STATE_KEYS`, and one tensor for the whole model in
-    every param group under :attr:`GROUP_KEY`, where checkpointing finds it on every rank.
+    A subclass stores per-parameter tensors in ``state`` under :attr:`STATE_KEYS`, and tensors for the whole model in
+    the param groups under :attr:`GROUP_KEY`, where checkpointing finds them on every rank.
 
     Args:
         optimizers: The base optimizers, over disjoint parameters.
-        own: The tensor for the whole model.
+        own: The tensors for the whole model.
     """
 
     STATE_KEYS: tuple[str, ...] = ()
@@ -92,6 +99,7 @@ class OptimizerWrapper(Optimizer):
 
     def _assign_groups(self, groups: list[dict[str, Any]]) -> None:
         assign_groups(self.optimizers, groups)
+        self._follow_groups()
         self._put_global_state()
 
     @property  # type: ignore[override]
@@ -130,6 +138,7 @@ class OptimizerWrapper(Optimizer):
         Raises:
             ValueError: if the wrapper's settings in them do not fit.
         """
+        self._follow_groups()
         checked = set[int]()
         for group in groups:
             saved = group.get(self.GROUP_KEY)
@@ -160,21 +169,25 @@ class OptimizerWrapper(Optimizer):
         self._share_global_state()
 
     def _share_global_state(self) -> None:
-        """Store the wrapper's tensor in groups that lack it; adopt one that was loaded into a base optimizer."""
-        live = self._own.tensor
-        if self._shared and self.param_groups and not any(self.GROUP_KEY in group for group in self.param_groups):
-            self._own.load(None)  # a base optimizer loaded a plain state dict
-        for group in self.param_groups:
-            found = group.get(self.GROUP_KEY)
-            if found is not live and isinstance(found, Tensor):
-                self._own.load(found)
-                break
+        """Store the wrapper's tensors in groups that lack them; adopt those that a base optimizer has loaded."""
+        found = self._stored()
+        if self._shared and found and all(each is None for each in found):
+            self._own.load(found)  # a base optimizer loaded a plain state dict
+        else:
+            self._own.take(found)
         self._put_global_state()
 
+    def _follow_groups(self) -> None:
+        if self._own.is_per_group:
+            self._own.take(self._stored())
+
+    def _stored(self) -> list[Tensor | None]:
+        found = (group.get(self.GROUP_KEY) for group in self.param_groups)
+        return [each if isinstance(each, Tensor) else None for each in found]
+
     def _put_global_state(self) -> None:
-        live = self._own.tensor
-        for group in self.param_groups:
-            group[self.GROUP_KEY] = live
+        for group, part in zip(self.param_groups, self._own.parts):
+            group[self.GROUP_KEY] = part
             self._shared = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -189,8 +202,8 @@ class OptimizerWrapper(Optimizer):
         state_dict: dict[str, Any] = dict(self.optimizers[0].state_dict())
         states, groups = dict(state_dict["state"]), [dict(group) for group in state_dict["param_groups"]]
         held = dict(self.state)
-        for group, live in zip(groups, self.param_groups):
-            group[self.GROUP_KEY] = self._own.tensor
+        for group, live, part in zip(groups, self.param_groups, self._own.parts):
+            group[self.GROUP_KEY] = part
             for key, parameter in zip(group["params"], live["params"]):
                 # The base may keep its state elsewhere, and know nothing of ours.
                 mine = held.get(parameter, {})
@@ -259,7 +272,7 @@ class OptimizerWrapper(Optimizer):
         for parameter, tensors in own.items():
             self.state[parameter].update(tensors)
 
-        self._own.load(next((tensor for tensor in saved if tensor is not None), None))
+        self._own.load(saved)
         self._put_global_state()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

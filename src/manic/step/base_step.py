@@ -22,7 +22,7 @@ __all__ = ["base_step"]
 
 
 @contextmanager
-def base_step(captures: Sequence[Capture], scale: float | None, is_taken: Callable[[], bool]) -> Iterator[None]:
+def base_step(captures: Sequence[Capture], scales: Sequence[float], is_taken: Callable[[], bool]) -> Iterator[None]:
     """Let the base optimizers step inside, and x be written from what they did.
 
     Whatever is raised before the step is taken, afterwards parameters hold x_ref + f_t * Delta, and gradients and
@@ -31,7 +31,7 @@ def base_step(captures: Sequence[Capture], scale: float | None, is_taken: Callab
 
     Args:
         captures: Of every shard that the base optimizers may move, after their ``begin``.
-        scale: S, for learning rates that take it in; ``None`` where the host does not know it.
+        scales: Each S, for learning rates that take it in; none where the host does not know them.
         is_taken: Whether the step is committed, so that nothing is to be undone.
     """
     stand_ins = _StandIns(captures)
@@ -41,7 +41,7 @@ def base_step(captures: Sequence[Capture], scale: float | None, is_taken: Callab
             for capture in captures:
                 capture.enter(scratch)
             del scratch
-            with stand_ins, _scaled_learning_rates(captures, scale):
+            with stand_ins, _scaled_learning_rates(captures, scales):
                 yield
     except BaseException:
         stand_ins.leave()  # once more: an interrupt may have come between its lines
@@ -65,18 +65,19 @@ def _restored(restore: Callable[[], None]) -> Iterator[None]:
 
 
 @contextmanager
-def _scaled_learning_rates(captures: Sequence[Capture], scale: float | None) -> Iterator[None]:
-    scaled = _groups(capture for capture in captures if isinstance(capture, ScaledLearningRate))
-    lrs = [(group, group["lr"]) for group in scaled]
+def _scaled_learning_rates(captures: Sequence[Capture], scales: Sequence[float]) -> Iterator[None]:
+    scaled = [capture.first for capture in captures if isinstance(capture, ScaledLearningRate)]
+    groups = {id(shard.group): (shard.group, shard.column) for shard in scaled}
+    lrs = [(group, group["lr"], column) for group, column in groups.values()]
 
     def restore() -> None:
-        for group, lr in lrs:
+        for group, lr, _ in lrs:
             group["lr"] = lr
 
     with _restored(restore):
-        for group, lr in lrs:
-            assert scale is not None, "a capture that needs S was chosen, but the host does not know it"
-            group["lr"] = lr * scale
+        for group, lr, column in lrs:
+            assert scales, "a capture that needs S was chosen, but the host does not know it"
+            group["lr"] = lr * scales[column]
         yield
 
 

@@ -39,22 +39,24 @@ class NonfiniteError(RuntimeError):
 class Reading:
     """A proposal's numbers on the host."""
 
-    sums: dict[str, float]
-    scale: float
+    sums: dict[str, list[float]]
+    """Of each scale."""
+    scales: list[float]
     restarts: bool
 
     @staticmethod
     def of(proposal: Proposal) -> Reading:
         """Read them at once. The host waits for the device."""
         restart = [] if proposal.restart is None else [proposal.restart.whether]
-        numbers = torch.stack([*proposal.sums.values(), proposal.scale, *restart]).tolist()
+        values = torch.stack([*proposal.sums.values(), proposal.scale, *restart])
+        numbers = values.reshape(len(values), -1).tolist()
         sums = dict(zip(proposal.sums, numbers))
-        return Reading(sums, numbers[len(sums)], bool(restart) and numbers[-1] > 0)
+        return Reading(sums, numbers[len(sums)], bool(restart) and max(numbers[-1]) > 0)
 
     @property
     def is_finite(self) -> bool:
         """Whether all sums are."""
-        return all(math.isfinite(value) for value in self.sums.values())
+        return _are_finite(self.sums.values())
 
     @property
     def position_is_finite(self) -> bool | None:
@@ -63,13 +65,23 @@ class Reading:
         known = {name: value for name, value in self.sums.items() if name.startswith(of_position)}
         if "x_square" not in known or len(known) == 1:
             return None
-        return all(math.isfinite(value) for value in known.values())
+        return _are_finite(known.values())
 
     @property
     def fits_float32(self) -> bool:
-        """Whether float32 has room for what was multiplied: nothing has too large a square, or too small a one."""
-        squares = [self.sums[name] for name in _MUST_NOT_BE_SMALL if name in self.sums]
-        return self.is_finite and all(square >= _SMALLEST_SQUARE for square in squares)
+        """Whether float32 has room for what was multiplied: nothing has too large a square, or too small a one.
+
+        A square of 0 among others is that of a param group without gradients, or of zeros.
+        """
+        columns = [self.sums[name] for name in _MUST_NOT_BE_SMALL if name in self.sums]
+        return self.is_finite and all(
+            max(squares) > 0.0 and all(square == 0.0 or square >= _SMALLEST_SQUARE for square in squares)
+            for squares in columns
+        )
+
+    def moves(self, column: int) -> bool:
+        """Whether there can be an update at this S, as :meth:`manic.tuners.base.Tuner.moves` knows it."""
+        return all(self.sums[name][column] != 0.0 for name in ("grad_square", "lr") if name in self.sums)
 
 
 class Guard:
@@ -100,11 +112,13 @@ class Guard:
                 'sums. Pass nonfinite="ignore"'
             )
 
-    def skips(self, lr: float, number: int, position_is_finite: Callable[[], bool], account: Callable[[], str]) -> bool:
+    def skips(
+        self, lrs: Iterable[float], number: int, position_is_finite: Callable[[], bool], account: Callable[[], str]
+    ) -> bool:
         """Decide on a step whose sums are not finite; alike on every rank, since the sums are.
 
         Args:
-            lr: The learning rate, if it is among them.
+            lrs: Learning rates, if they are among them.
             number: The step's.
             position_is_finite: Finds out, on all ranks, whether parameters and Delta are.
             account: Says, on all ranks, where numbers are that are not finite.
@@ -115,8 +129,9 @@ class Guard:
         Raises:
             NonfiniteError: if it is not to be left out, or cannot be.
         """
-        if not math.isfinite(lr):
-            raise NonfiniteError(f"step {number} was not taken: a learning rate is {lr}")
+        for lr in lrs:
+            if not math.isfinite(lr):
+                raise NonfiniteError(f"step {number} was not taken: a learning rate is {lr}")
         if self.nonfinite == "skip" and position_is_finite():
             return True
         raise NonfiniteError(
@@ -124,6 +139,10 @@ class Guard:
             'optimizer and tuner are as before it. nonfinite="skip" leaves out steps with such gradients; parameters '
             "that are not finite are no step's to mend: go back to a checkpoint"
         )
+
+
+def _are_finite(columns: Iterable[Iterable[float]]) -> bool:
+    return all(math.isfinite(value) for column in columns for value in column)
 
 
 def account_of_nonfinite(

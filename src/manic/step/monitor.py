@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manic.optimizer.kinds import learning_rate
+from manic.optimizer.kinds import keeps_place, learning_rate
 from manic.tuners.base import Proposal
 from manic.tuners.state import TunerState
 
@@ -50,49 +50,56 @@ class Monitor:
 
     def metrics(self, param_groups: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Of the last step, see :meth:`manic.Mechanic.metrics`."""
-        tuner, scale = self._tuner.tensor, self._tuner.scale
-        unknown = torch.full((), math.nan, dtype=tuner.dtype, device=tuner.device)
+        scale = self._tuner.scale
+        h = unknown = torch.full_like(scale, math.nan)
         sums = {} if self._last is None else self._last.sums
+        if self._last is not None and self._last.scale.shape == scale.shape:  # no group was added since
+            h = self._last.signal.to(scale, copy=True).reshape(scale.shape)
         metrics = {
-            "scale": scale,
-            "h": unknown.clone() if self._last is None else self._last.signal.to(tuner, copy=True).reshape(()),
-            "grad_norm": sums.get("grad_square", unknown).to(tuner).sqrt(),
-            "param_norm": sums.get("x_square", unknown).to(tuner).sqrt(),
+            **_by_group("scale", scale),
+            **_by_group("h", h),
+            "grad_norm": sums.get("grad_square", unknown).to(scale).sum().sqrt(),
+            "param_norm": sums.get("x_square", unknown).to(scale).sum().sqrt(),
             "nonfinite_steps": self._tuner.nonfinite.clone(),
         }
         for index, group in enumerate(param_groups):
-            metrics[f"effective_lr/{index}"] = scale * learning_rate(group)
+            metrics[f"effective_lr/{index}"] = (scale[index] if scale.dim() else scale) * learning_rate(group)
         return metrics
 
     def step_taken(
         self,
         proposal: Proposal,
-        scale: float | None,
+        scales: Sequence[float] | None,
         param_groups: Sequence[Mapping[str, Any]],
         logs: bool,
-        lr: float | None = None,
+        lrs: Sequence[float] | None = None,
     ) -> None:
         """Watch a step that was taken.
 
         Args:
             proposal: Its outcome.
-            scale: S, where the host knows it.
+            scales: S, or that of each group, where the host knows it.
             param_groups: With their learning rates.
             logs: Whether this rank logs what is the same on all.
-            lr: The largest learning rate of all ranks, where the host knows it; ``None``: that of ``param_groups``.
+            lrs: The largest learning rate of all ranks for each scale, where the host knows it; ``None``: that of
+                ``param_groups``.
         """
         self._last = proposal
         self._calls += 1
         self._in_a_row = 0
-        if scale is None and (self._calls == PATIENCE or self._calls % INTERVAL == 0):
-            scale = float(proposal.scale)
-        messages = []
-        if scale is not None:
-            lrs = [learning_rate(group) for group in param_groups]
-            largest = max((float(each) for each in lrs if not isinstance(each, Tensor) or each.is_cpu), default=0.0)
-            messages.append(self._running(scale, largest if lr is None else lr))
-        if self._calls == PATIENCE and scale is not None and not self._tuner.has_left_start:
-            messages.append(self._stuck(scale))
+        if scales is None and (self._calls == PATIENCE or self._calls % INTERVAL == 0):
+            scales = proposal.scale.reshape(-1).tolist()
+        if scales is None:
+            return
+        is_per_group, messages = self._tuner.is_per_group, []
+        groups = [[group] for group in param_groups] if is_per_group else [param_groups]
+        for index, (scale, mine) in enumerate(zip(scales, groups)):
+            of = f" of param group {index}" if is_per_group else ""
+            messages.append(self._running(scale, _largest_known_lr(mine) if lrs is None else lrs[index], of))
+        if self._calls == PATIENCE:
+            for index, has_left in enumerate(self._tuner.has_left_start):
+                if not has_left and (not is_per_group or _trains(param_groups[index])):
+                    messages.append(self._stuck(scales[index], f" of param group {index}" if is_per_group else ""))
         self._warn(messages, logs)
 
     def step_without_gradient(self, logs: bool) -> None:
@@ -116,30 +123,30 @@ class Monitor:
             )
             self._warn([("skipping", text)], logs)
 
-    def _stuck(self, scale: float) -> tuple[str, str]:
+    def _stuck(self, scale: float, of: str) -> tuple[str, str]:
         updates = int(self._tuner.updates)
         if scale == 0.0:
-            return "stuck", (
-                f"Mechanic has no scale after {updates} steps, for the base optimizer has not moved anything: look at "
-                "the learning rate, and at grad_norm in metrics()"
+            return f"stuck{of}", (
+                f"Mechanic has no scale{of} after {updates} steps, for the base optimizer has not moved anything: look "
+                "at the learning rate, and at grad_norm in metrics()"
             )
-        return "stuck", (
-            f"Mechanic's scale is {scale:.3g} after {updates} steps: it has not left its start, "
+        return f"stuck{of}", (
+            f"Mechanic's scale{of} is {scale:.3g} after {updates} steps: it has not left its start, "
             f"s_init={self._settings.get('s_init', math.nan):.3g}. If the loss falls nonetheless, the base lr may be "
             "so large that this scale is enough; pass a smaller one. Otherwise look at metrics(): where grad_norm or "
             "the lr is 0 there is nothing to learn from, and where h stays below eps, a larger lr or s_init helps"
         )
 
-    def _running(self, scale: float, largest_lr: float) -> tuple[str, str] | None:
+    def _running(self, scale: float, largest_lr: float, of: str) -> tuple[str, str] | None:
         s_max = self._settings.get("s_max")
         if s_max is not None and scale >= s_max * (1.0 - 1e-12):
-            return "bounded", (
-                f"Mechanic's scale has reached s_max={s_max:.3g} and is held there. If the loss falls, a larger s_max "
-                "may be better; if it rises, go back to a checkpoint, and look at these steps' data and gradients"
+            return f"bounded{of}", (
+                f"Mechanic's scale{of} has reached s_max={s_max:.3g} and is held there. If the loss falls, a larger "
+                "s_max may be better; if it rises, go back to a checkpoint, and look at these steps' data and gradients"
             )
         if s_max is None and scale * largest_lr > LARGEST_LEARNING_RATE:
-            return "runaway", (
-                f"Mechanic's scale is {scale:.3g}, an effective learning rate of {scale * largest_lr:.3g}. It has "
+            return f"runaway{of}", (
+                f"Mechanic's scale{of} is {scale:.3g}, an effective learning rate of {scale * largest_lr:.3g}. It has "
                 "probably run away: go back to a checkpoint, clip gradients, or pass s_max to bound the scale"
             )
         return None
@@ -150,3 +157,20 @@ class Monitor:
                 self._warned.add(message[0])
                 if logs:
                     logger.warning(message[1])
+
+
+def _by_group(name: str, value: Tensor) -> dict[str, Tensor]:
+    """A metric, or one for each param group."""
+    if value.dim() == 0:
+        return {name: value}
+    return {f"{name}/{index}": each.clone() for index, each in enumerate(value)}
+
+
+def _largest_known_lr(param_groups: Sequence[Mapping[str, Any]]) -> float:
+    lrs = [learning_rate(group) for group in param_groups]
+    return max((float(each) for each in lrs if not isinstance(each, Tensor) or each.is_cpu), default=0.0)
+
+
+def _trains(group: Mapping[str, Any]) -> bool:
+    """Whether a param group is not frozen."""
+    return not keeps_place(group) and any(parameter.requires_grad for parameter in group["params"])

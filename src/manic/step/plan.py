@@ -32,8 +32,12 @@ class Displacements(Protocol):
         """Where parameters are, at S_t."""
 
     @property
-    def has_scale(self) -> bool:
-        """Whether the host knows that S is not 0."""
+    def has_scale(self) -> tuple[bool, ...]:
+        """Of the one S, or of that of each param group: whether the host knows that it is not 0."""
+
+    @property
+    def is_per_group(self) -> bool:
+        """Whether each param group has an S of its own."""
 
     @property
     def started(self) -> bool:
@@ -128,7 +132,7 @@ class Planner:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plan": None}  # a copy of the optimizer has parameters of its own
 
-    def _key(self, has_scale: bool) -> list[Any]:
+    def _key(self, has_scale: tuple[bool, ...]) -> list[Any]:
         """What the plan depends on. It holds the groups and parameters that it names, so no others have their ids."""
         key: list[Any] = [has_scale, self._displacements.started, self._layout.world_size]
         for optimizer in self._optimizers:
@@ -144,36 +148,50 @@ class Planner:
                     )  # fmt: skip
         return key
 
-    def _make(self, position: Position, has_scale: bool) -> Plan:
+    def _make(self, position: Position, has_scale: tuple[bool, ...]) -> Plan:
         shards: list[Shard] = []
         kinds: dict[int, type[Capture]] = {}
-        for optimizer, update in zip(self._optimizers, self.updates):
-            means = Means(
-                # Whether another optimizer holds positions of its own is seen only where x is real in its first step.
-                depends_on_x=update == "snapshot" or not (self._displacements.started or is_known(optimizer)),
-                steps_on_any_tensor=self._is_auto,
-                rests_at_zero=is_proportional(optimizer),
-                takes_scale=(
-                    self._is_auto
-                    and self._knows_scale
-                    and has_scale
-                    and update != "snapshot"
-                    and not self._tuner.late(has_scale)
-                    and is_proportional(optimizer)
-                ),
-            )
-            for group in optimizer.param_groups:
-                found = [self._shard(optimizer, group, parameter, update, position) for parameter in group["params"]]
-                mine = [shard for shard in found if shard is not None]
-                keeps_delta = [self._displacements.keeps_delta(p) for p in group["params"] if p.requires_grad]
-                for shard, capture in zip(mine, self._rule.captures(mine, means, keeps_delta)):
-                    kinds[id(shard)] = capture
-                shards += mine
+        members = [
+            (optimizer, update, group)
+            for optimizer, update in zip(self._optimizers, self.updates)
+            for group in optimizer.param_groups
+        ]
+        for index, (optimizer, update, group) in enumerate(members):
+            column = index if self._displacements.is_per_group else 0
+            means = self._means(optimizer, update, has_scale[column])
+            found = [self._shard(optimizer, group, column, each, update, position) for each in group["params"]]
+            mine = [shard for shard in found if shard is not None]
+            keeps_delta = [self._displacements.keeps_delta(p) for p in group["params"] if p.requires_grad]
+            for shard, capture in zip(mine, self._rule.captures(mine, means, keeps_delta)):
+                kinds[id(shard)] = capture
+            shards += mine
         batches = in_batches(shards, kinds)
         return Plan(shards, [kinds[id(batch[0])](batch) for batch in batches], self._key(has_scale))
 
+    def _means(self, optimizer: Optimizer, update: str, has_scale: bool) -> Means:
+        return Means(
+            # Whether another optimizer holds positions of its own is seen only where x is real in its first step.
+            depends_on_x=update == "snapshot" or not (self._displacements.started or is_known(optimizer)),
+            steps_on_any_tensor=self._is_auto,
+            rests_at_zero=is_proportional(optimizer),
+            takes_scale=(
+                self._is_auto
+                and self._knows_scale
+                and has_scale
+                and update != "snapshot"
+                and not self._tuner.late(has_scale)
+                and is_proportional(optimizer)
+            ),
+        )
+
     def _shard(
-        self, optimizer: Optimizer, group: dict[str, Any], parameter: Tensor, update: str, position: Position
+        self,
+        optimizer: Optimizer,
+        group: dict[str, Any],
+        column: int,
+        parameter: Tensor,
+        update: str,
+        position: Position,
     ) -> Shard | None:
         """The local shard of ``parameter``, or ``None`` if the step leaves it alone."""
         gradient = parameter.grad
@@ -194,6 +212,7 @@ class Planner:
             optimizer=optimizer,
             group=group,
             parameter=parameter,
+            column=column,
             replicas=self._layout.replicas(parameter, is_declared=is_expert_parallel(group)),
             decay_is_decoupled=decay_is_decoupled(update, group),
             has_state=has_state,

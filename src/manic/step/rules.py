@@ -70,10 +70,10 @@ class Rule(ABC):
         """What is done with the update, at S_{t+1}."""
 
     def write(self, captures: Sequence[Capture], scale: Tensor) -> None:
-        """Write x_{t+1}, and Delta_{t+1} where it is stored, at S_{t+1}."""
-        change, scratch = self.change(scale), Scratch()
+        """Write x_{t+1}, and Delta_{t+1} where it is stored, at the S_{t+1} of each."""
+        changes, scratch = [self.change(each) for each in scale.reshape(-1).unbind()], Scratch()
         for capture in captures:
-            capture.write(change, scratch)
+            capture.write(changes[capture.first.column], scratch)
 
     @abstractmethod
     def captures(self, group: Sequence[Shard], means: Means, keeps_delta: Sequence[bool]) -> list[type[Capture]]:
@@ -89,7 +89,7 @@ class Rule(ABC):
         """
 
     def restart(self, captures: Sequence[Capture], whether: Tensor, kept: Tensor) -> None:
-        """Move every reference to x, where ``whether`` is 1; see :class:`manic.tuners.base.Restart`."""
+        """Move references to x, where ``whether`` is 1 for their S; see :class:`manic.tuners.base.Restart`."""
         raise AssertionError(f"{type(self).__name__} has no restart")
 
 
@@ -136,7 +136,7 @@ class ScaleUpdates(Rule):
 
     def position(self, scale: Tensor) -> Position:
         """The factor is 1: S is in Delta."""
-        return Position(torch.ones_like(scale), 0.0)
+        return Position(scale.new_ones(()), 0.0)
 
     def change(self, scale: Tensor) -> Change:
         """Delta += S_{t+1} * u, and the factor is 1."""
@@ -157,16 +157,17 @@ class ScaleUpdates(Rule):
         """Shrink x - x_ref to ``kept`` of itself, then move references to x; Delta keeps what x lost to rounding.
 
         A parameter that is frozen, or whose learning rate is 0, keeps its place, and its references move to it.
-        Nothing changes where ``whether`` is 0; the host need not know which it is. If this is interrupted, x stays
+        Nothing changes where ``whether`` is 0; the host need not know where it is. If this is interrupted, x stays
         where it is then, and references move to it.
         """
         moved = [capture for capture in captures if capture.first.has_state]
+        weights, shares = whether.reshape(-1), kept.reshape(-1)
         try:
             for capture in moved:
-                _restart(capture, whether, kept)
+                _restart(capture, weights[capture.first.column], shares[capture.first.column])
         except BaseException:
             for capture in moved:
-                _restart_where_it_is(capture, whether)
+                _restart_where_it_is(capture, weights[capture.first.column])
             raise
 
 

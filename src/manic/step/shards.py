@@ -25,6 +25,8 @@ class Shard:
     """The param group it belongs to."""
     parameter: Tensor
     """The parameter as the base optimizer holds it; a DTensor where it is sharded."""
+    column: int
+    """The place of its S among all scales."""
     replicas: float
     """How many ranks of the group hold each element."""
     decay_is_decoupled: bool

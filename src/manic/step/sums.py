@@ -43,7 +43,8 @@ def local_sums(
     names: Sequence[str],
     like: Tensor,
     *,
-    lr: float | Tensor | None = None,
+    scales: int = 1,
+    lrs: Sequence[float | Tensor | None] = (),
     place: tuple[int, int] | None = None,
     late: bool = False,
     exact: bool = False,
@@ -54,22 +55,24 @@ def local_sums(
         captures: Of the plan.
         names: Of :func:`manic.tuners.base.early_sums`, or of ``LATE_SUMS``.
         like: Has the dtype and the device of the sums.
-        lr: This rank's largest learning rate; ``None``: it has none.
+        scales: How many there are: a column for the sums over the shards of each.
+        lrs: This rank's largest learning rate of each; ``None``: it has none.
         place: This rank and the number of ranks, where ranks may have different learning rates; ``None``: they have
             the same.
         late: Whether the base step was taken, so that captures show what it left.
         exact: Multiply in float64.
 
     Returns:
-        In the order of ``names``, shape [len(names)]. If ``"lr"`` is among them, it comes last, with how many ranks it
-        is of, shape [len(names) + 1]; or, with a ``place``, in an element of its own for each rank.
+        In the order of ``names``, shape [len(names), scales]. If ``"lr"`` is among them, it comes last, with how many
+        ranks it is of, shape [len(names) + 1, scales]; or, with a ``place``, in a row of its own for each rank.
     """
     wanted = [name for name in names if name != _LR]
     pairs = {name: _operands_of(name) for name in wanted}
     places = 2 if place is None else place[1]
-    total = like.new_zeros(len(wanted) + places * (_LR in names))
-    # By what is summed, the number of replicas, the dtype and the device: all products, to be added at the end.
-    found: dict[tuple[tuple[str, ...], float, torch.dtype, torch.device], list[Tensor]] = {}
+    total = like.new_zeros(len(wanted) + places * (_LR in names), scales)
+    # By what is summed, the column, the number of replicas, the dtype and the device: all products, to be added at the
+    # end.
+    found: dict[tuple[tuple[str, ...], int, float, torch.dtype, torch.device], list[Tensor]] = {}
     scratch = Scratch()
     for capture in captures:
         if capture.first.is_frozen:
@@ -82,18 +85,19 @@ def local_sums(
             products = inner_products([pairs[name] for name in here], operands, exact=exact)
             if ascends:
                 products = [-value if name.startswith("delta_grad") else value for name, value in zip(here, products)]
-            key = here, capture.first.replicas, products[0].dtype, products[0].device
+            key = here, capture.first.column, capture.first.replicas, products[0].dtype, products[0].device
             found.setdefault(key, []).extend(products)
-    for (here, replicas, _, _), products in found.items():
+    for (here, column, replicas, _, _), products in found.items():
         sums = torch.stack(products).to(like).view(-1, len(here)).sum(dim=0) / replicas
         for name, value in zip(here, sums.unbind()):
-            total[wanted.index(name)] += value
-    if _LR in names and lr is not None:
-        if place is None:
-            total[-2] += lr
-            total[-1] += 1
-        else:
-            total[len(wanted) + place[0]] += lr
+            total[wanted.index(name), column] += value
+    if _LR in names:
+        row = len(wanted) + (0 if place is None else place[0])
+        for column, lr in enumerate(lrs):
+            if lr is not None:
+                total[row, column] += lr
+                if place is None:
+                    total[-1, column] += 1
     return total
 
 
@@ -103,6 +107,7 @@ class PendingSums:
     Args:
         sums: From :func:`local_sums`.
         names: What they are.
+        shape: Of a sum over all ranks: ``()``, or [scales].
         group: The process group, or ``None`` where one process holds everything.
         device: Where the group's backend wants its tensors.
         lr_by_rank: Whether each rank's learning rate has an element of its own.
@@ -112,24 +117,25 @@ class PendingSums:
         self,
         sums: Tensor,
         names: Sequence[str],
+        shape: tuple[int, ...],
         group: ProcessGroup | None,
         device: torch.device,
         *,
         lr_by_rank: bool = False,
     ) -> None:
-        self._names, self._home, self._lr_by_rank = names, sums.device, lr_by_rank
+        self._names, self._shape, self._home, self._lr_by_rank = names, shape, sums.device, lr_by_rank
         self._sums = sums.to(device)
         self._work = None if group is None else dist.all_reduce(self._sums, group=group, async_op=True)
 
     def wait(self) -> dict[str, Tensor]:
-        """Return the global sums by name, 0-dim each. On CUDA the stream waits, not the host."""
+        """Return the global sums by name. On CUDA the stream waits, not the host."""
         if self._work is not None:
             self._work.wait()
-        values = list(self._sums.to(self._home).unbind())
+        values = list(self._sums.to(self._home).reshape(-1, *self._shape).unbind())
         names = [name for name in self._names if name != _LR]
         sums = dict(zip(names, values))
         if _LR in self._names and self._lr_by_rank:
-            sums[_LR] = torch.stack(values[len(names) :]).max()  # a nan is the largest
+            sums[_LR] = torch.stack(values[len(names) :]).amax(dim=0)  # a nan is the largest
         elif _LR in self._names:
             sums[_LR] = values[-2] / values[-1].clamp(min=1.0)
         return sums

@@ -21,11 +21,13 @@ __all__ = [
 ]  # fmt: skip
 
 Sums = Mapping[str, Tensor]
-"""Inner products by name, each over every element of the model once: 0-dim, of the tuner's dtype, on its device."""
+"""Inner products by name, each over every element of the model once, or of each param group: 0-dim, or [columns] with a
+scale per group; of the tuner's dtype, on its device."""
 
 EARLY_SUMS = ("delta_grad", "grad_square", "delta_x", "delta_square", "x_square", "lr")
 """What a tuner may ask for before the base step: <Delta_t, g_t>, |g_t|^2, <Delta_t, x_t>, |Delta_t|^2, |x_t|^2, and the
-largest learning rate of all param groups of all ranks. Delta_t is x_t - x_ref where S multiplies updates."""
+largest learning rate of all param groups, or of the one that the sums are of, on all ranks. Delta_t is x_t - x_ref
+where S multiplies updates."""
 
 MOST_REFERENCES = 8
 """How many references a tuner may have: each is a copy of the parameters."""
@@ -47,7 +49,7 @@ elements whose gradient is not 0: elsewhere an update is of weight decay alone."
 
 
 class Restart(NamedTuple):
-    """Whether every reference moves to x after the step, and how far x goes back first. Both are 0-dim tensors."""
+    """Whether every reference moves to x after the step, and how far x goes back first: 0-dim, or [columns]."""
 
     whether: Tensor
     """1 if it does, 0 if not."""
@@ -61,7 +63,7 @@ class Learned(NamedTuple):
     rows: Mapping[str, Tensor]
     """The fields that change, shape [columns]."""
     signal: Tensor
-    """``h`` of the paper, or what the tuner has in its place: 0-dim, for whoever watches."""
+    """``h`` of the paper, or what the tuner has in its place: of the shape of a sum, for whoever watches."""
     restart: Restart | None = None
 
 
@@ -72,7 +74,7 @@ class Proposal:
     state: Tensor
     """The next state, packed as :class:`manic.tuners.state.TunerState` holds it."""
     scale: Tensor
-    """S_{t+1}: 0-dim."""
+    """S_{t+1}, of the shape of a sum, like the signal and the restart."""
     signal: Tensor
     sums: Sums
     restart: Restart | None
@@ -111,6 +113,9 @@ class Tuner(ABC):
     """The names of its own rows of the state. ``"s"`` is among them, and sums to S."""
     fixed: ClassVar[tuple[str, ...]] = ()
     """The fields that are settings: a saved state must agree in them."""
+    per_group: ClassVar[bool] = False
+    """It can learn a scale for each param group: its state has one column, and :meth:`learn` treats each column by
+    itself if there are more, with sums of shape [columns]. Late sums of columns that do not need them are 0."""
     eps: float = 0.0
     """Added to S where Delta is recomputed as (x - x_ref) / S."""
     smallest_bound: float = 0.0
@@ -149,6 +154,10 @@ class Tuner(ABC):
         """S: 0-dim, a new tensor."""
         return state["s"].sum()
 
+    def scale_of(self, state: Mapping[str, Tensor], is_per_group: bool) -> Tensor:
+        """S, or the S of each column: a new tensor of the shape of a sum."""
+        return state["s"].clone() if is_per_group else self.scale(state)
+
     def has_left_start(self, state: Mapping[str, Tensor]) -> bool:
         """Whether S has left its start. The host waits for the device."""
         return bool(state["s"].sum() > 0)
@@ -175,6 +184,11 @@ class Tuner(ABC):
             (self.scales != "updates" and "update_square" in self.late_sums, "update_square needs scales='updates'"),
             (self.scales != "updates" and self.restart_interval > 0, "a restart needs scales='updates'"),
             ("s" not in self.fields or bool(set(HEADER) & set(self.fields)), f"fields are {self.fields}"),
+            (self.per_group and (self.scales != "updates" or self.columns != 1), "per_group needs scales='updates'"),
+            (
+                self.per_group and self.late_until_scale and not set(self.late_sums).isdisjoint(self.sums),
+                "per_group needs late sums that are not early ones, where they are late until there is a scale",
+            ),
             (not set(self.fixed) <= set(self.fields) & set(self.initial()), "fixed fields need an initial value"),
         ]
         found = [text for is_wrong, text in problems if is_wrong]
@@ -194,36 +208,49 @@ class Tuner(ABC):
 
         Args:
             state: Packed, shape [rows, columns].
-            sums: The step's, over the whole model.
+            sums: The step's, over the whole model, or over each param group: a group that is frozen learns nothing.
 
         Returns:
             The proposal. No host sync takes place.
         """
         rows = self.rows(state)
-        learned = self.learn(rows, sums)
+        learned, shape = self.learn(rows, sums), sums["grad_square"].shape
         assert learned.rows.keys() <= set(self.fields), f"{self.name!r} learned rows that are none of {self.fields}"
         counted = {**rows, "updates": rows["updates"] + 1}
-        new = torch.stack(list({**counted, **learned.rows}.values()))
+        changed, moves = dict(learned.rows), self.moves(sums) if shape else None
+        if moves is not None:
+            changed = {name: torch.where(moves, row, rows[name]) for name, row in changed.items()}
+        new = torch.stack(list({**counted, **changed}.values()))
         unchanged = torch.stack(list({**counted, "nonfinite": rows["nonfinite"] + 1}.values()))
         # A divisor that is infinite would not show in the state.
         finite = new.isfinite().all() & torch.stack(list(sums.values())).isfinite().all()
         state = torch.where(finite, new, unchanged)
-        restart = learned.restart and learned.restart._replace(whether=learned.restart.whether * finite)
+        restart = learned.restart
+        if restart is not None:
+            whether = restart.whether * (finite if moves is None else finite & moves)
+            restart = Restart(whether.reshape(shape), restart.kept.expand_as(whether).reshape(shape))
         shares = tuple(
             (rate / counted["updates"][0]).clamp(max=1.0) * finite if rate else None for rate in self.references
         )
-        return Proposal(state, self.scale(self.rows(state)), learned.signal, sums, restart, shares)
+        scale = self.scale_of(self.rows(state), bool(shape))
+        return Proposal(state, scale, learned.signal, sums, restart, shares)
+
+    def moves(self, sums: Sums) -> Tensor:
+        """Which columns learn from a step: not those of groups without a gradient, or with a learning rate of 0."""
+        moves = sums["grad_square"] != 0  # true of a nan
+        return moves & (sums["lr"] != 0) if "lr" in sums else moves
 
     def refine(self, state: Tensor, proposal: Proposal, late: Sums) -> Proposal:
         """Propose again, with the sums that are known only after the base step."""
         return self.propose(state, {**proposal.sums, **late})
 
     def _bounded(self, s: Tensor) -> Tensor:
-        return s if self.s_max is None else s * (self.s_max / s.sum()).clamp(max=1.0)
+        whole = s if self.per_group else s.sum()
+        return s if self.s_max is None else s * (self.s_max / whole).clamp(max=1.0)
 
     @property
     def tag(self) -> int:
-        """What stands for the name, the fields and the references in a saved state."""
+        """What stands for the name, the fields and the references in a saved state with one scale."""
         return tag_of(self.name, self.fields, self.references)
 
 

@@ -52,6 +52,7 @@ class Multiplicative(Tuner):
     )  # fmt: skip
     late_sums = ("update_square",)
     late_until_scale = True
+    per_group = True
     # agreement: the mean z. mean_square: that of h, whose weights add up to weight. age: the number of steps since the
     # learning rate was last larger than ever, 1 in that step.
     fields = ("agreement", "weight", "mean_square", "s", "betas", "largest_lr", "age")
@@ -97,8 +98,8 @@ class Multiplicative(Tuner):
         weight = torch.where(is_known, beta * weight + (1.0 - beta), weight)
         square = torch.where(is_known, beta * state["mean_square"] + (1.0 - beta) * h * h, state["mean_square"])
         z = torch.where(square > 0, h / (square / weight).sqrt(), 0.0).clamp(-1.0, 1.0)
-        z = torch.where(is_known, (z + self._pull(sums)).clamp(-1.0, 1.0), 0.0)
         agreed = torch.where(is_known, _MEMORY * state["agreement"] + (1.0 - _MEMORY) * z, state["agreement"])
+        z = torch.where(is_known, (z + self._pull(sums)).clamp(-1.0, 1.0), 0.0)
 
         share = torch.where(sums["lr"] > 0, sums["lr"] / largest, 0.0)
         rate = _RATE * (_SETTLED / age).clamp(max=1.0) * share * (1.0 + _AGREED * agreed * agreed)

@@ -54,8 +54,8 @@ class MultiplicativeReference:
         counted = [p for p, of in zip(x, self.parameters) if of.requires_grad or of.grad is not None]
         length = math.sqrt(_dot(counted, counted))
         slope = _dot(from_far, g) - 0.5 * _dot(from_near, g)
-        lengths = [math.sqrt(_dot(delta, delta)) for delta in (from_far, from_near)]
-        self.learn(slope, _dot(g, g), *lengths, length, lr)
+        far, near = (math.sqrt(_dot(delta, delta)) for delta in (from_far, from_near))
+        self.learn(slope, _dot(g, g), far, near, length, lr)
         real = [u * (gradient != 0) for u, gradient in zip(update, g)]  # elsewhere it is of weight decay alone
         if self.scale == 0.0 and _dot(real, real) > 0.0:
             self.scale = self.s_init * (length or 1.0) / math.sqrt(_dot(real, real))
@@ -78,9 +78,9 @@ class MultiplicativeReference:
             self.weight = self.beta * self.weight + 1.0 - self.beta
             self.mean_square = self.beta * self.mean_square + (1.0 - self.beta) * h**2
             z = _clipped(h / math.sqrt(self.mean_square / self.weight)) if self.mean_square else 0.0
+            self.agreement = 0.9 * self.agreement + 0.1 * z
             if near * length > 0.0:
                 z = _clipped(z + 0.17 * math.log(near / length / 0.09))
-            self.agreement = 0.9 * self.agreement + 0.1 * z
             rate = 0.1 * (lr / self.largest_lr) * min(1.0, 100 / self.age) if self.largest_lr else 0.0
             self.scale *= math.exp(-rate * z * (1.0 + 2.0 * self.agreement**2))
         self.scale *= rise
