@@ -51,7 +51,7 @@ class Mechanic(OptimizerWrapper):
             meshes; how many ranks hold each is counted at the first step, by values and gradients, and again in the
             next 31 steps while no gradient confirms it.
         betas: Decay factors of the tuner's averages, each in (0, 1). Default: the variant's, 0.99 or the paper's six.
-        s_init: With ``"multiplicative"`` the length of the first step over that of the parameters, by default 1e-4;
+        s_init: With ``"multiplicative"`` the length of the first step over that of the parameters, by default 3e-4;
             else the initial scale, by default the variant's, 1e-6 or 1e-8. Positive.
         s_decay: lambda of the paper, by default 0.01; ``"multiplicative"`` does not have it.
         eps: Added to denominators, by default 1e-8; ``"multiplicative"`` does not have it.

@@ -58,7 +58,7 @@ class Multiplicative(Tuner):
     fields = ("agreement", "weight", "mean_square", "s", "betas", "largest_lr", "age")
     fixed = ("betas",)
 
-    def __init__(self, betas: Sequence[float] = (0.99,), s_init: float = 1e-4, s_max: float | None = None) -> None:
+    def __init__(self, betas: Sequence[float] = (0.99,), s_init: float = 3e-4, s_max: float | None = None) -> None:
         self.betas = checked_betas(betas)
         if len(self.betas) > 1:
             raise ValueError(f"variant 'multiplicative' has one beta, got {self.betas}; pass betas=(0.99,) or the like")

@@ -24,7 +24,7 @@ class MultiplicativeReference:
         beta: The decay factor of the mean squares.
     """
 
-    def __init__(self, parameters: list[Tensor], base: Optimizer, s_init: float = 1e-4, beta: float = 0.99) -> None:
+    def __init__(self, parameters: list[Tensor], base: Optimizer, s_init: float = 3e-4, beta: float = 0.99) -> None:
         self.parameters, self.base, self.s_init, self.beta = parameters, base, s_init, beta
         self.far = [p.detach().clone() for p in parameters]
         self.near = [p.detach().clone() for p in parameters]
