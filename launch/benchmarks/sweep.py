@@ -61,9 +61,10 @@ class Sweep:
 def grid(task: Task, seeds: Sequence[int], results: Results) -> list[float]:
     """Learning rates whose losses are wanted, in ascending order; more results may extend it.
 
-    First by factors of 4 until the best is inside, then by 2 around it, until two lie on either side of it.
+    First by factors of 4 until the best is inside, then by 2 around it, until two lie on either side of it. The guess
+    for a named task is near the best: its grid begins with factors of 2.
     """
-    powers = [-4, -2, 0, 2, 4]
+    powers = [-2, -1, 0, 1, 2] if task.name in TASKS else [-4, -2, 0, 2, 4]
     while True:
         lrs = [task.guess * 2.0**power for power in powers]
         losses = [mean_loss(results, task.name, SWEEP, lr, seeds) for lr in lrs]
