@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from manic.distributed.layout import local
 from manic.step import chunks
 from manic.step.guard import NonfiniteError
 from manic.testing import ranks, run
-from manic.tuners.base import Learned, Restart, Sums, Tuner
+from manic.tuners.base import Tuner
 from support.failing import FailsAt
 from support.horizons import FollowingStart, Horizons, HorizonsReference
 from support.layouts import setup
@@ -290,33 +290,3 @@ def test_one_bit_on_one_rank_is_found(name: str) -> None:
         prepared.mechanic.state[parameter][name][2] *= 1.0 + dist.get_rank() * 1e-15
     with pytest.raises(RuntimeError, match=rf"apart: {name.removeprefix('mechanic_')} of parameter 1 of group 0"):
         prepared.mechanic.check_consistency()
-
-
-class Restarting(Horizons):
-    """Restarts after every fifth update, halfway back."""
-
-    name = "restarting"
-    restart_interval = 5
-
-    def learn(self, state: Mapping[str, Tensor], sums: Sums) -> Learned:
-        is_due = (state["updates"][0] + 1) % 5 == 0
-        kept = torch.full_like(sums["lr"], 0.5)
-        return super().learn(state, sums)._replace(restart=Restart(is_due.to(kept.dtype), kept))
-
-
-class RestartingStart(Restarting):
-    references = FollowingStart.references
-
-
-@pytest.mark.parametrize("tuner", [Restarting, RestartingStart])
-@pytest.mark.parametrize(("dtype", "options"), [
-    (torch.float64, {}), (torch.float64, {"store_delta": True}), (torch.bfloat16, {}),
-    (torch.bfloat16, {"nonfinite": "ignore"}), (torch.bfloat16, {"store_delta": False}),
-], ids=str)  # fmt: skip
-def test_a_restart_moves_all_to_x(tuner: type[Tuner], dtype: torch.dtype, options: dict[str, Any]) -> None:
-    parameters, loss, optimizer = make(tuner, dtype=dtype, **options)
-    for number in range(10):
-        step_on(parameters, loss, optimizer, number)
-        is_at_x = [torch.equal(each.to(dtype), p.detach()) for p in parameters for each in references(optimizer, p)]
-        assert all(is_at_x) == (number in (4, 9)), number
-    optimizer.check_consistency()
