@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from manic.distributed.layout import local
 from manic.step import chunks
 from manic.step.guard import NonfiniteError
 from manic.testing import ranks, run
-from manic.tuners.base import Tuner
+from manic.tuners.base import Learned, Sums, Tuner
 from support.failing import FailsAt
 from support.horizons import FollowingStart, Horizons, HorizonsReference
 from support.layouts import setup
@@ -290,3 +290,28 @@ def test_one_bit_on_one_rank_is_found(name: str) -> None:
         prepared.mechanic.state[parameter][name][2] *= 1.0 + dist.get_rank() * 1e-15
     with pytest.raises(RuntimeError, match=rf"apart: {name.removeprefix('mechanic_')} of parameter 1 of group 0"):
         prepared.mechanic.check_consistency()
+
+
+class Seen(FollowingStart):
+    """Keeps how far x was from the reference that is at x until the eighth update."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.distances: list[float] = []
+
+    def learn(self, state: Mapping[str, Tensor], sums: Sums) -> Learned:
+        self.distances.append(float(sums["delta_square_2"]))
+        return super().learn(state, sums)
+
+
+@pytest.mark.parametrize("options", [{}, {"store_delta": True}, {"store_delta": False}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_displacement_of_zero_has_no_rounding_error(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """A tuner may divide by it."""
+    tuner = Seen()
+    parameters, loss = problem(dtype)
+    optimizer = Mechanic(BASES["adamw"](groups_of(parameters)), variant=tuner, **options)
+    for number in range(10):
+        step_on(parameters, loss, optimizer, number)
+    assert tuner.distances[:9] == [0.0] * 9
+    assert tuner.distances[9] > 0.0
