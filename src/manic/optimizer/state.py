@@ -214,7 +214,6 @@ class MechanicState:
             self.references.move_to(parameter, state)
             if DELTA in state:
                 local(state[DELTA]).zero_()
-        self.tuner_state.rebase()
         self.was_loaded = False
 
     def is_creating(self, exists: bool) -> bool:

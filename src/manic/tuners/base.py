@@ -147,10 +147,6 @@ class Tuner(ABC):
         """Whether S has left its start. The host waits for the device."""
         return bool(state["s"].sum() > 0)
 
-    def rebased(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The fields that change where every reference is set to x."""
-        return {}
-
     def check(self) -> None:
         """Raise ValueError where declarations do not fit together; they are documented with the attributes."""
         references = self.references
