@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import manic
 from manic.testing import run
+from manic.tuners import multiplicative
 from support import fault_cases, lost_rank_cases
 
 ROOT = Path(__file__).parents[1]
@@ -111,3 +112,14 @@ def test_reliability_page_counts_the_tests() -> None:
 def test_links_have_targets(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
         assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_variants_page_has_the_constants_of_the_default_tuner() -> None:
+    rows = re.findall(r"^\| (`[A-Z`, ]+`) \| ([0-9., ]+) \|", (ROOT / "docs" / "variants.md").read_text(), re.MULTILINE)
+    told = {
+        name.strip("`"): float(value)
+        for names, values in rows
+        for name, value in zip(names.split(", "), values.split(", "))
+    }
+    assert len(told) == 9
+    assert told == {name: getattr(multiplicative, f"_{name}") for name in told}

@@ -216,14 +216,10 @@ class Mechanic(OptimizerWrapper):
             self._positions.raise_if_found(plan.captures, groups, group, device)
 
     def _finish(self, plan: Plan, proposal: Proposal, reading: Reading | None) -> None:
-        """Move references, restart where the tuner proposes it, and inform the monitor."""
+        """Move references, and inform the monitor."""
         is_capturing = self._is_capturing
         self._state.count_update(is_counted=not is_capturing)
         follow(plan.captures, proposal.shares, is_finite=reading is not None)
-        # Without a reading, the device decides whether there is a restart, in each step that may have one.
-        restarts = self._state.may_restart and (reading is None or reading.restarts)
-        if proposal.restart is not None and restarts:
-            self._state.rule.restart(plan.captures, *proposal.restart)
         if not is_capturing:
             scales, lrs = (None, None) if reading is None else (reading.scales, reading.sums.get("lr"))
             self._monitor.step_taken(proposal, scales, self.param_groups, self._layout.is_first_rank, lrs)

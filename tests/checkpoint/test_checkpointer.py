@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,20 @@ def test_resumes_bit_for_bit(layout: str, world_size: int, base: str, tmp_path: 
 @pytest.mark.parametrize(("layout", "world_size"), [("single", 1), ("fsdp2", 2), ("fsdp1-flat", 2), ("zero1", 2)])
 def test_resumes_from_before_the_first_step(layout: str, world_size: int, tmp_path: Path) -> None:
     run(interrupt_and_compare, world_size, layout, "adamw", str(tmp_path), 0)
+
+
+@ranks(2)
+def test_saves_and_loads_after_a_forward_pass_alone() -> None:
+    """FSDP2 then leaves the root's parameters whole."""
+    box = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(box)
+    started = Run("fsdp2", "adamw", box[0])
+    started.train(2)
+    for save_or_load in (lambda: started.checkpointer.save(2), started.checkpointer.load):
+        with torch.no_grad():
+            started.setup.model(torch.ones(4, 6, dtype=torch.float64))
+        save_or_load()
+    started.train(2)
 
 
 def save_each(directory: str, steps: list[int], options: dict[str, Any]) -> list[int]:

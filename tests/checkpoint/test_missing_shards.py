@@ -68,7 +68,7 @@ def resume_experts(make: Make, is_late: bool) -> None:
         else:
             assert not local(state["exp_avg"]).any()
             own = [value for key, value in state.items() if key.startswith("mechanic_x_ref")]
-            assert len(own) == {adamw: 0, horizons: 3}.get(make, 1)
+            assert len(own) == {adamw: 0, horizons: 3, multiplicative: 2}.get(make, 1)
             assert all(torch.equal(local(reference), x) for reference in own)
     other.step(resumed, all_have_tokens=True)
 

@@ -20,7 +20,7 @@ LAYOUTS = [
 @pytest.mark.parametrize("nonfinite", ["raise", "ignore"])
 @pytest.mark.parametrize(("variant", "sizes"), [
     ("optax", [32]),
-    ("multiplicative", [48]),  # includes the learning rate
+    ("multiplicative", [64]),  # includes the learning rate
     ("pytorch", [16, 16]),  # half of its sums need the base step
 ])  # fmt: skip
 @pytest.mark.parametrize(("layout", "world_size"), LAYOUTS)

@@ -17,7 +17,7 @@ from manic.distributed.layout import local
 from manic.step import chunks
 from manic.step.guard import NonfiniteError
 from manic.testing import ranks, run
-from manic.tuners.base import Learned, Restart, Sums, Tuner
+from manic.tuners.base import Learned, Sums, Tuner
 from support.failing import FailsAt
 from support.horizons import FollowingStart, Horizons, HorizonsReference
 from support.layouts import setup
@@ -292,31 +292,26 @@ def test_one_bit_on_one_rank_is_found(name: str) -> None:
         prepared.mechanic.check_consistency()
 
 
-class Restarting(Horizons):
-    """Restarts after every fifth update, halfway back."""
+class Seen(FollowingStart):
+    """Keeps how far x was from the reference that is at x until the eighth update."""
 
-    name = "restarting"
-    restart_interval = 5
+    def __init__(self) -> None:
+        super().__init__()
+        self.distances: list[float] = []
 
     def learn(self, state: Mapping[str, Tensor], sums: Sums) -> Learned:
-        is_due = (state["updates"][0] + 1) % 5 == 0
-        kept = torch.full_like(sums["lr"], 0.5)
-        return super().learn(state, sums)._replace(restart=Restart(is_due.to(kept.dtype), kept))
+        self.distances.append(float(sums["delta_square_2"]))
+        return super().learn(state, sums)
 
 
-class RestartingStart(Restarting):
-    references = FollowingStart.references
-
-
-@pytest.mark.parametrize("tuner", [Restarting, RestartingStart])
-@pytest.mark.parametrize(("dtype", "options"), [
-    (torch.float64, {}), (torch.float64, {"store_delta": True}), (torch.bfloat16, {}),
-    (torch.bfloat16, {"nonfinite": "ignore"}), (torch.bfloat16, {"store_delta": False}),
-], ids=str)  # fmt: skip
-def test_a_restart_moves_all_to_x(tuner: type[Tuner], dtype: torch.dtype, options: dict[str, Any]) -> None:
-    parameters, loss, optimizer = make(tuner, dtype=dtype, **options)
+@pytest.mark.parametrize("options", [{}, {"store_delta": True}, {"store_delta": False}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_displacement_of_zero_has_no_rounding_error(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """A tuner may divide by it."""
+    tuner = Seen()
+    parameters, loss = problem(dtype)
+    optimizer = Mechanic(BASES["adamw"](groups_of(parameters)), variant=tuner, **options)
     for number in range(10):
         step_on(parameters, loss, optimizer, number)
-        is_at_x = [torch.equal(each.to(dtype), p.detach()) for p in parameters for each in references(optimizer, p)]
-        assert all(is_at_x) == (number in (4, 9)), number
-    optimizer.check_consistency()
+    assert tuner.distances[:9] == [0.0] * 9
+    assert tuner.distances[9] > 0.0

@@ -70,9 +70,10 @@ def test_a_step_that_fails_at_any_operator_rolls_back(
     base_step = optimizer.optimizers[0].step
     with FailsAt(None) as whole, monkeypatch.context() as patch:
         patch.setattr(optimizer.optimizers[0], "step", lambda: (begins.append(whole.count), base_step()))
+        committed = count_until_commit(optimizer, whole, patch)
         optimizer.step()
     assert whole.count > 30
-    moved_to = [p.detach().clone() for p in parameters]
+    moved_to, learned = [p.detach().clone() for p in parameters], state_of(optimizer).clone()
 
     rounding = 1e-12 if dtype == torch.float64 else 2**-7
     stored = options.get("store_delta", options.get("variant") != "multiplicative" or dtype == torch.bfloat16)
@@ -87,12 +88,15 @@ def test_a_step_that_fails_at_any_operator_rolls_back(
             optimizer.step()
         where = f"operator {at} of {whole.count}, {mode.failed_in}"
 
-        assert torch.equal(state_of(optimizer), tuner), where
+        is_taken = at > committed[0]
+        assert torch.equal(state_of(optimizer), learned if is_taken else tuner), where
         assert torch.is_grad_enabled()
         assert optimizer.param_groups[0]["weight_decay"] == 0.1, where
         assert all(p is q for p, q in zip(optimizer.param_groups[0]["params"], parameters)), where
         assert [p.grad for p in parameters] == gradients or all(p.grad is g for p, g in zip(parameters, gradients))
         assert {p: set(optimizer.state[p]) for p in parameters} == names, where
+        if is_taken:
+            assert_equal(parameters, moved_to, where)
         for p, x, after in zip(parameters, before, moved_to):
             if at <= begins[0] and stored:
                 assert torch.equal(p.detach(), x), where
@@ -120,8 +124,10 @@ def test_a_first_step_that_fails_at_any_operator_leaves_no_state(
     monkeypatch.setattr(chunks, "SMALL", 10)
     undisturbed, optimizer = make(base, options, torch.float64, steps=0)
     set_gradients(undisturbed, 0)
-    with FailsAt(None) as whole:
+    with FailsAt(None) as whole, monkeypatch.context() as patch:
+        committed = count_until_commit(optimizer, whole, patch)
         optimizer.step()
+    moved_to = [p.detach().clone() for p in undisturbed]
     for step in (1, 2):
         set_gradients(undisturbed, step)
         optimizer.step()
@@ -132,12 +138,24 @@ def test_a_first_step_that_fails_at_any_operator_leaves_no_state(
         with pytest.raises(MemoryError), FailsAt(at) as mode:
             optimizer.step()
         where = f"operator {at} of {whole.count}, {mode.failed_in}"
+        if at > committed[0]:
+            assert_equal(parameters, moved_to, where)
+            optimizer.check_consistency()
+            continue
         assert len(optimizer.state) == 0, where
         assert_equal(parameters, before, where)
         for step in range(3):
             set_gradients(parameters, step)
             optimizer.step()
         assert_equal(parameters, undisturbed, where)
+
+
+def count_until_commit(optimizer: Mechanic, mode: FailsAt, patch: pytest.MonkeyPatch) -> list[int]:
+    """A list to which the next step adds how many operators it needs until it is taken; references move after that."""
+    counts: list[int] = []
+    finish = optimizer._finish
+    patch.setattr(optimizer, "_finish", lambda *args: (counts.append(mode.count), finish(*args)))
+    return counts
 
 
 def assert_equal(parameters: list[Tensor], others: list[Tensor], where: str) -> None:

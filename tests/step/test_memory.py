@@ -59,8 +59,10 @@ def test_a_step_allocates_chunks_and_at_most_a_snapshot(
     assert sorted(size for size in sizes if size > CPU_PIECE) == [SIZE] * copies
 
 
-@pytest.mark.parametrize(("options", "copies"), [({}, 2), ({"store_delta": False}, 1)], ids=str)
-def test_at_rest_holds_x_ref_and_delta(options: dict[str, Any], copies: int) -> None:
+@pytest.mark.parametrize(("options", "copies"), [
+    ({}, 2), ({"store_delta": False}, 1), ({"variant": "multiplicative"}, 2),
+], ids=str)  # fmt: skip
+def test_at_rest_holds_references_and_delta(options: dict[str, Any], copies: int) -> None:
     parameter = torch.ones(SIZE, requires_grad=True)
     base = torch.optim.AdamW([parameter], lr=1.0, fused=True)
     optimizer = Mechanic(base, **{"variant": "optax", **options})

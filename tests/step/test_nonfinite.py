@@ -168,16 +168,18 @@ def test_the_three_modes_agree_on_finite_gradients() -> None:
 
 @pytest.mark.parametrize("variant", TUNERS)
 @settings(deadline=None, max_examples=200)
-@given(steps=st.lists(st.tuples(*[st.floats(width=64)] * 5), min_size=1, max_size=12), s_init=st.floats(1e-30, 1e10))
+@given(steps=st.lists(st.tuples(*[st.floats(width=64)] * 7), min_size=1, max_size=12), s_init=st.floats(1e-30, 1e10))
 def test_nonfinite_sums_do_not_reach_the_tuner(variant: str, steps: list[tuple[float, ...]], s_init: float) -> None:
     """For any floats: infinities, nans, subnormals, and numbers whose squares overflow."""
     betas = (0.99,) if variant == "multiplicative" else (0.9, 0.999, 0.999999)
     tuner = make_tuner(variant, betas=betas, s_init=s_init)
     state = TunerState(tuner)
     names = ("delta_grad", "grad_square", "delta_square", "delta_x", "x_square", "lr", "update_square")
+    further = ("delta_grad_1", "delta_square_1")
     for count, numbers in enumerate(steps, start=1):
         before = state.tensor.clone()
-        values = dict(zip(names, (*numbers[:3], numbers[2], *numbers[3:], 4.0)))
+        values = dict(zip(names, (*numbers[:3], numbers[2], *numbers[3:5], 4.0)))
+        values.update(zip(further, numbers[5:]))
         late = () if tuner.late_until_scale and count > 1 else tuner.late_sums
         sums = {name: torch.tensor(values[name], dtype=torch.float64) for name in (*tuner.sums, *late)}
         state.commit(tuner.propose(state.tensor, sums))

@@ -15,7 +15,7 @@ from manic import Mechanic
 from manic.checkpoint import Checkpointer
 from manic.testing import run
 from manic.tuners.base import Tuner
-from manic.tuners.multiplicative import Multiplicative
+from manic.tuners.mechanic import MechanicOptax
 from manic.tuners.registry import make_tuner
 from support.horizons import FollowingStart, Horizons, HorizonsReference
 from support.layouts import Setup, Trained, batch, full, make_base, make_net, setup, train
@@ -165,8 +165,8 @@ def test_a_state_without_a_reference_is_refused(missing: str) -> None:
 
 def test_a_single_fixed_reference_is_no_part_of_a_tag() -> None:
     """Checkpoints of tuners that declare none stay loadable."""
-    assert make_tuner("multiplicative").tag == type("Same", (Multiplicative,), {"references": (0,)})().tag == 2892594
-    assert make_tuner("multiplicative").tag != type("Other", (Multiplicative,), {"references": (1.0,)})().tag
+    assert make_tuner("optax").tag == type("Same", (MechanicOptax,), {"references": (0,)})().tag == 8808251
+    assert make_tuner("optax").tag != type("Other", (MechanicOptax,), {"references": (1.0,)})().tag
 
 
 @pytest.mark.parametrize(("changes", "message"), [

@@ -60,28 +60,41 @@ def test_equals_the_reference_on_any_rewards(variant: str, hs: list[float], s_in
     assert tuner.state.updates.item() == len(hs)
 
 
+LENGTHS = st.just(0.0) | st.floats(1e-9, 1e6)
+
+
 @given(
     steps=st.lists(
-        st.tuples(st.floats(-2.0, 2.0), st.floats(0.0, 1e6), st.floats(0.0, 1e6), st.floats(0.0, 1.0)),
+        st.tuples(
+            st.floats(-2.0, 2.0), st.floats(-2.0, 2.0), LENGTHS, LENGTHS, LENGTHS, LENGTHS, st.floats(0.0, 1.0)
+        ),
         min_size=1,
         max_size=40,
     ),
     beta=st.floats(0.5, 0.9999),
-)
+)  # fmt: skip
 def test_multiplicative_equals_its_reference(steps: list[tuple[float, ...]], beta: float) -> None:
     tuner = driven("multiplicative", betas=(beta,))
     reference = MultiplicativeReference([], None, 1e-4, beta)  # type: ignore[arg-type]
     # The first step has no displacement and a learning rate of 0, so it only sets the scale.
     reference.scale = tuner.learn(update_square=4.0, x_square=9.0, delta_square=0.0, lr=0.0).item()
-    reference.learn(1.0, 1.0, 0.0, 0.0)
+    reference.learn(1.0, 1.0, 0.0, 1.0, 3.0, 0.0)
     assert reference.scale == pytest.approx(1e-4 * 3.0 / 2.0)
-    for cosine, delta, gradient, lr in steps:
-        delta_grad = cosine * delta * gradient
-        scale = tuner.learn(delta_grad=delta_grad, grad_square=gradient**2, delta_square=delta**2, lr=lr)
-        reference.learn(delta_grad, gradient**2, delta**2, lr)
-        reference.restart(lr)
+    for cosine, cosine_1, far, near, gradient, length, lr in steps:
+        delta_grad, delta_grad_1 = cosine * far * gradient, cosine_1 * near * gradient
+        scale = tuner.learn(
+            delta_grad=delta_grad, delta_square=far**2, delta_grad_1=delta_grad_1, delta_square_1=near**2,
+            grad_square=gradient**2, x_square=length**2, lr=lr,
+        )  # fmt: skip
+        reference.learn(delta_grad - 0.5 * delta_grad_1, gradient**2, far, near, length, lr)
         assert scale.item() == pytest.approx(reference.scale, rel=1e-9)
-        assert tuner.tuner.rows(tuner.state.tensor)["peak"].item() == pytest.approx(reference.peak, rel=1e-9)
+
+
+def test_the_scale_falls_by_as_much_as_the_learning_rate_rises_above_its_largest() -> None:
+    tuner = driven("multiplicative")
+    first = tuner.learn(update_square=4.0, delta_square=0.0, lr=0.1).item()
+    for lr, largest in ((0.05, 0.1), (0.1, 0.1), (0.3, 0.3), (0.0, 0.3), (0.3, 0.3), (0.31, 0.31), (9.0, 9.0)):
+        assert tuner.learn(delta_square=0.0, lr=lr).item() == pytest.approx(first * 0.1 / largest)
 
 
 @pytest.mark.parametrize("x_square", [0.0, 4.0])
@@ -190,7 +203,7 @@ class TestDeclarations:
         ({"sums": ("delta_square",)}, "sums must have grad_square"),
         ({"late_sums": ("delta_grad",)}, "late_sums must be among"),
         ({"scales": "update"}, "scales is 'update'"),
-        ({"scales": "displacement"}, "update_square needs scales='updates'; a restart needs scales='updates'"),
+        ({"scales": "displacement"}, "update_square needs scales='updates'; per_group needs"),
         ({"fields": ("r", "updates")}, "fields are"),
         ({"fixed": ("weight",)}, "fixed fields need an initial value"),
     ])  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -38,7 +38,13 @@ Described = tuple[Place, tuple[int, ...], float, dict[str, list[float]]]
 
 
 def check_in_model(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
-    """Raise ValueError if an optimizer has a parameter that the model does not have: it has no name then."""
+    """Raise ValueError if an optimizer has a parameter that the model does not have: it has no name then.
+
+    FSDP2's parameters are sharded afterwards.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # after a forward pass alone the root still has whole parameters, not the optimizer's
     known = {id(parameter) for parameter in model.parameters()}
     for optimizer in optimizers:
         for parameter in (parameter for each in optimizer.param_groups for parameter in each["params"]):

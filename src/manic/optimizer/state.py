@@ -207,12 +207,6 @@ class MechanicState:
         """Know of a step that was taken; a CUDA graph's replays are not counted."""
         self.updates_made = None if self.updates_made is None or not is_counted else self.updates_made + 1
 
-    @property
-    def may_restart(self) -> bool:
-        """Whether the number of updates, as far as the host knows it, is one after which the tuner may restart."""
-        interval = self.tuner.restart_interval
-        return interval > 0 and (self.updates_made is None or self.updates_made % interval == 0)
-
     def rebase(self) -> None:
         """Let every reference be x, and Delta 0."""
         drop_misfits(self.optimizers)
@@ -220,7 +214,6 @@ class MechanicState:
             self.references.move_to(parameter, state)
             if DELTA in state:
                 local(state[DELTA]).zero_()
-        self.tuner_state.rebase()
         self.was_loaded = False
 
     def is_creating(self, exists: bool) -> bool:

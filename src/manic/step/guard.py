@@ -42,16 +42,13 @@ class Reading:
     sums: dict[str, list[float]]
     """Of each scale."""
     scales: list[float]
-    restarts: bool
 
     @staticmethod
     def of(proposal: Proposal) -> Reading:
         """Read them at once. The host waits for the device."""
-        restart = [] if proposal.restart is None else [proposal.restart.whether]
-        values = torch.stack([*proposal.sums.values(), proposal.scale, *restart])
-        numbers = values.reshape(len(values), -1).tolist()
-        sums = dict(zip(proposal.sums, numbers))
-        return Reading(sums, numbers[len(sums)], bool(restart) and max(numbers[-1]) > 0)
+        values = torch.stack([*proposal.sums.values(), proposal.scale])
+        *sums, scales = values.reshape(len(values), -1).tolist()
+        return Reading(dict(zip(proposal.sums, sums)), scales)
 
     @property
     def is_finite(self) -> bool:

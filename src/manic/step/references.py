@@ -57,8 +57,10 @@ def _follow(capture: Capture, shares: Sequence[Tensor | None], scratch: Scratch,
         for name, share in shares_of.items():
             reference = piece[name]
             reference.lerp_(place if is_finite else torch.where(share > 0, place, reference), share)
-        if is_stored and "x_ref" in shares_of:
-            torch.sub(place, piece["x_ref"], out=piece["delta"])
+            if is_stored and name == "x_ref":
+                torch.sub(place, reference, out=piece["delta"])
+                # Rounded: at a share of 1, the other references are exactly where x will be taken to be.
+                place = place_of(piece, scratch)
 
 
 def _keep_place(capture: Capture) -> None:

@@ -25,7 +25,6 @@ from manic.step.capture import (
 )
 from manic.step.chunks import Scratch
 from manic.step.held import Frozen, Held
-from manic.step.kernels import working_dtype
 from manic.step.position import Position
 from manic.step.shards import Shard
 
@@ -88,10 +87,6 @@ class Rule(ABC):
             A capture for each shard.
         """
 
-    def restart(self, captures: Sequence[Capture], whether: Tensor, kept: Tensor) -> None:
-        """Move references to x, where ``whether`` is 1 for their S; see :class:`manic.tuners.base.Restart`."""
-        raise AssertionError(f"{type(self).__name__} has no restart")
-
 
 class ScaleDisplacement(Rule):
     """x = x_ref + S * Delta, where Delta is the sum of the updates."""
@@ -153,55 +148,7 @@ class ScaleUpdates(Rule):
             capture = UpdateInStorage if all(keeps_delta) and not means.depends_on_x else Snapshot
         return [Frozen if shard.is_frozen else capture if shard.has_state else NoUpdate for shard in group]
 
-    def restart(self, captures: Sequence[Capture], whether: Tensor, kept: Tensor) -> None:
-        """Shrink x - x_ref to ``kept`` of itself, then move references to x; Delta keeps what x lost to rounding.
-
-        A parameter that is frozen, or whose learning rate is 0, keeps its place, and its references move to it.
-        Nothing changes where ``whether`` is 0; the host need not know where it is. If this is interrupted, x stays
-        where it is then, and references move to it.
-        """
-        moved = [capture for capture in captures if capture.first.has_state]
-        weights, shares = whether.reshape(-1), kept.reshape(-1)
-        try:
-            for capture in moved:
-                _restart(capture, weights[capture.first.column], shares[capture.first.column])
-        except BaseException:
-            for capture in moved:
-                _restart_where_it_is(capture, weights[capture.first.column])
-            raise
-
 
 def rule_for(scales: Literal["displacement", "updates"], eps: float) -> Rule:
     """The rule of a tuner that declares what S multiplies."""
     return {"displacement": ScaleDisplacement, "updates": ScaleUpdates}[scales](eps)
-
-
-def _restart(capture: Capture, whether: Tensor, kept: Tensor) -> None:
-    names = "x", "delta", *capture.references
-    for x, delta, *references in capture.pieces(*names, written=range(len(names))):
-        dtype = working_dtype(x)
-        weight, share = whether.to(x.device, dtype), kept.to(x.device, dtype)
-        share = torch.ones_like(share) if capture.first.keeps_place else share
-        goes_back = (weight > 0) & (share < 1)
-        start = references[0].to(dtype)
-        displacement = x - start if delta is None else delta
-        place = torch.where(goes_back, start + share * displacement, x)
-        whole = place if delta is None else torch.where(goes_back, place, start + displacement)
-        x.copy_(place)
-        if delta is not None:
-            delta.lerp_(whole - x, weight)
-        _move_to(x, references, weight)
-
-
-def _restart_where_it_is(capture: Capture, whether: Tensor) -> None:
-    names = "x", "delta", *capture.references
-    for x, delta, *references in capture.pieces(*names, written=range(1, len(names))):
-        weight = whether.to(x.device, working_dtype(x))
-        if delta is not None:
-            delta.lerp_(torch.zeros_like(delta), weight)
-        _move_to(x, references, weight)
-
-
-def _move_to(x: Tensor, references: Sequence[Tensor], weight: Tensor) -> None:
-    for reference in references:
-        reference.lerp_(x.to(reference.dtype), weight.to(reference.dtype))

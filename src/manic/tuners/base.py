@@ -16,9 +16,7 @@ from torch import Tensor
 
 from manic.tuners.state import HEADER, tag_of
 
-__all__ = [
-    "EARLY_SUMS", "LATE_SUMS", "MOST_REFERENCES", "Learned", "Proposal", "Restart", "Sums", "Tuner", "early_sums",
-]  # fmt: skip
+__all__ = ["EARLY_SUMS", "LATE_SUMS", "MOST_REFERENCES", "Learned", "Proposal", "Sums", "Tuner", "early_sums"]
 
 Sums = Mapping[str, Tensor]
 """Inner products by name, each over every element of the model once, or of each param group: 0-dim, or [columns] with a
@@ -48,15 +46,6 @@ LATE_SUMS = ("delta_x", "x_square", "update_square")
 elements whose gradient is not 0: elsewhere an update is of weight decay alone."""
 
 
-class Restart(NamedTuple):
-    """Whether every reference moves to x after the step, and how far x goes back first: 0-dim, or [columns]."""
-
-    whether: Tensor
-    """1 if it does, 0 if not."""
-    kept: Tensor
-    """The share of x - x_ref that x keeps, in (0, 1]."""
-
-
 class Learned(NamedTuple):
     """What :meth:`Tuner.learn` makes of a step."""
 
@@ -64,7 +53,6 @@ class Learned(NamedTuple):
     """The fields that change, shape [columns]."""
     signal: Tensor
     """``h`` of the paper, or what the tuner has in its place: of the shape of a sum, for whoever watches."""
-    restart: Restart | None = None
 
 
 @dataclass(frozen=True)
@@ -74,10 +62,9 @@ class Proposal:
     state: Tensor
     """The next state, packed as :class:`manic.tuners.state.TunerState` holds it."""
     scale: Tensor
-    """S_{t+1}, of the shape of a sum, like the signal and the restart."""
+    """S_{t+1}, of the shape of a sum, like the signal."""
     signal: Tensor
     sums: Sums
-    restart: Restart | None
     shares: tuple[Tensor | None, ...]
     """How far each reference moves towards x after the step, in [0, 1]: 0-dim; ``None``: it stays."""
 
@@ -107,8 +94,6 @@ class Tuner(ABC):
     """It needs its late sums only as long as S is 0."""
     moves_without_gradient: ClassVar[bool] = True
     """A parameter without a gradient counts as gradient 0 and follows S; otherwise it is left out, and stays."""
-    restart_interval: ClassVar[int] = 0
-    """A restart is proposed only after updates whose number is a multiple of this; 0: never."""
     fields: ClassVar[tuple[str, ...]] = ("s",)
     """The names of its own rows of the state. ``"s"`` is among them, and sums to S."""
     fixed: ClassVar[tuple[str, ...]] = ()
@@ -162,10 +147,6 @@ class Tuner(ABC):
         """Whether S has left its start. The host waits for the device."""
         return bool(state["s"].sum() > 0)
 
-    def rebased(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The fields that change where every reference is set to x."""
-        return {}
-
     def check(self) -> None:
         """Raise ValueError where declarations do not fit together; they are documented with the attributes."""
         references = self.references
@@ -182,7 +163,6 @@ class Tuner(ABC):
             (not set(self.late_sums) <= set(LATE_SUMS), f"late_sums must be among {LATE_SUMS}, got {self.late_sums}"),
             (self.scales not in ("displacement", "updates"), f"scales is {self.scales!r}"),
             (self.scales != "updates" and "update_square" in self.late_sums, "update_square needs scales='updates'"),
-            (self.scales != "updates" and self.restart_interval > 0, "a restart needs scales='updates'"),
             ("s" not in self.fields or bool(set(HEADER) & set(self.fields)), f"fields are {self.fields}"),
             (self.per_group and (self.scales != "updates" or self.columns != 1), "per_group needs scales='updates'"),
             (
@@ -225,15 +205,11 @@ class Tuner(ABC):
         # A divisor that is infinite would not show in the state.
         finite = new.isfinite().all() & torch.stack(list(sums.values())).isfinite().all()
         state = torch.where(finite, new, unchanged)
-        restart = learned.restart
-        if restart is not None:
-            whether = restart.whether * (finite if moves is None else finite & moves)
-            restart = Restart(whether.reshape(shape), restart.kept.expand_as(whether).reshape(shape))
         shares = tuple(
             (rate / counted["updates"][0]).clamp(max=1.0) * finite if rate else None for rate in self.references
         )
         scale = self.scale_of(self.rows(state), bool(shape))
-        return Proposal(state, scale, learned.signal, sums, restart, shares)
+        return Proposal(state, scale, learned.signal, sums, shares)
 
     def moves(self, sums: Sums) -> Tensor:
         """Which columns learn from a step: not those of groups without a gradient, or with a learning rate of 0."""

@@ -21,7 +21,7 @@ class MultiplicativeReference:
         parameters: Plain float64 tensors that require gradients.
         base: The base optimizer over them.
         s_init: The length of the first step over that of the parameters.
-        beta: The decay factor of the mean squares.
+        beta: The decay factor of the mean square.
     """
 
     def __init__(self, parameters: list[Tensor], base: Optimizer, s_init: float = 3e-4, beta: float = 0.99) -> None:

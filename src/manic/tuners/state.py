@@ -130,13 +130,6 @@ class TunerState:
         for part in self.parts:
             self.tuner.rows(part)["updates"].fill_(number)
 
-    def rebase(self) -> None:
-        """Follow the references, which were set to x."""
-        for part in self.parts:
-            rows = self.tuner.rows(part)
-            for name, value in self.tuner.rebased(rows).items():
-                rows[name].copy_(value)
-
     @property
     def scale(self) -> Tensor:
         """S, of :attr:`shape`: a new tensor."""
