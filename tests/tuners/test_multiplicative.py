@@ -68,7 +68,7 @@ def test_equals_the_reference_under_a_schedule(
 ) -> None:
     theirs, loss = problem()
     base = bases(theirs, 0.5)
-    expected = train(theirs, loss, MultiplicativeReference(theirs, base, 1e-4), base, schedule, steps)
+    expected = train(theirs, loss, MultiplicativeReference(theirs, base), base, schedule, steps)
     mine, loss = problem()
     optimizer = Mechanic(bases(mine, 0.5), variant="multiplicative", **options)
     scales = train(mine, loss, optimizer, None, schedule, steps)

@@ -19,15 +19,17 @@ __all__ = ["Multiplicative"]
 # Of which parts of the run the references are averages: the last 1/_FAR, and the last 1/_NEAR.
 _FAR, _NEAR = 2.0, 8.0
 # The displacement ends at x with this weight, else at the near reference, in which the noise is averaged out.
-_PRESENT = 0.5
+_PRESENT = 0.3
 # How far x usually is from the near reference, relative to |x|; and how much z changes where it is e times as far.
-_USUAL, _PULL = 0.09, 0.17
+_USUAL, _PULL = 0.125, 0.17
 # The largest change of log S in a step when gradients do not agree from step to step.
 _RATE = 0.1
 # How much more it may be when they do, and how long agreement is remembered.
 _AGREED, _MEMORY = 2.0, 0.9
 # The age from which on S slows down.
 _SETTLED = 100
+# The age from which on a learning rate that has not come down is taken for one that will not.
+_CONSTANT = 40
 # By how much, as a share, learning rates differ that differ by more than rounding.
 _DIFFERS = 1e-9
 
@@ -36,7 +38,7 @@ class Multiplicative(Tuner):
     """S is moved by factors, and the base learning rate cancels.
 
     Args:
-        betas: The decay factor of the mean square: one number in (0, 1).
+        betas: The decay factor of the mean squares: one number in (0, 1).
         s_init: The length of the first step over that of the parameters; positive.
         s_max: The largest scale, positive. Default: no bound.
 
@@ -53,9 +55,12 @@ class Multiplicative(Tuner):
     late_sums = ("update_square",)
     late_until_scale = True
     per_group = True
-    # agreement: the mean z. mean_square: that of h, whose weights add up to weight. age: the number of steps since the
-    # learning rate was last larger than ever, 1 in that step.
-    fields = ("agreement", "weight", "mean_square", "s", "betas", "largest_lr", "age")
+    # agreement: the mean z. mean_square: that of h, whose weights add up to weight. mean_square_sized: that of h times
+    # |g|. age: the number of steps since the learning rate was last larger than ever, 1 in that step. came_down:
+    # whether it has come down since.
+    fields = (
+        "agreement", "weight", "mean_square", "s", "betas", "largest_lr", "age", "came_down", "mean_square_sized",
+    )  # fmt: skip
     fixed = ("betas",)
 
     def __init__(self, betas: Sequence[float] = (0.99,), s_init: float = 3e-4, s_max: float | None = None) -> None:
@@ -75,43 +80,64 @@ class Multiplicative(Tuner):
         return {"betas": self.betas}
 
     def learn(self, state: Mapping[str, Tensor], sums: Sums) -> Learned:
-        """Move S by the slope of the loss along the displacement, and towards a usual length of the displacement.
+        """Move S by the angle between gradient and displacement, and towards a usual length of the displacement.
 
-        ``h`` is that slope. Below 0 it says that a larger displacement would have been better. ``z`` is h over its root
-        mean square, which says how sure that is; where z agrees from step to step, as it does while S is far too small,
-        S moves faster. All of it is weighed by the learning rate over its largest so far: where a schedule lets
-        training settle, S settles too. And the longer ago that largest was, the slower S moves: log S by no more in
-        the second half of a run than in its first.
+        ``h`` is the cosine of that angle. Below 0 it says that a larger displacement would have been better. ``z`` is h
+        over its root mean square, which says how sure that is; where z agrees from step to step, as it does while S is
+        far too small, S moves faster. All of it is weighed by the learning rate over its largest so far: where a
+        schedule lets training settle, S settles too. And the longer ago that largest was, the slower S moves: log S by
+        no more in the second half of a run than in its first.
 
         The displacement leads from where x was, in the mean, in the last half of the run, so that an early mistake is
-        forgotten, to halfway between x and where it was in the last eighth: noise that a falling learning rate will
-        average out counts half.
+        forgotten, to a point between x and where it was, in the mean, in the last eighth: noise that a falling learning
+        rate will average out counts less.
+
+        The cosine weighs small and large gradients alike. That is right while a learning rate that comes down will
+        average the noise out. Where the learning rate has stayed at its largest, the noise remains, and gradients are
+        weighed by their size instead.
         """
         beta, weight = state["betas"], state["weight"]
-        largest = torch.maximum(state["largest_lr"], sums["lr"])
-        is_new = sums["lr"] > (1.0 + _DIFFERS) * state["largest_lr"]
-        age = torch.where(is_new, 0.0, state["age"]) + 1.0
+        schedule = self._follow(state, sums["lr"])
+        is_constant = (schedule["age"] > _CONSTANT) & (schedule["came_down"] == 0)
 
-        length = sums["delta_square"].sqrt()
-        is_known = length * sums["grad_square"].sqrt() > 0
-        h = torch.where(is_known, (sums["delta_grad"] - (1.0 - _PRESENT) * sums["delta_grad_1"]) / length, 0.0)
+        length, grad_norm = sums["delta_square"].sqrt(), sums["grad_square"].sqrt()
+        is_known = length * grad_norm > 0
+        slope = sums["delta_grad"] - (1.0 - _PRESENT) * sums["delta_grad_1"]
+        sized = torch.where(is_known, slope / length, 0.0)
+        h = torch.where(is_known, sized / grad_norm, 0.0)
         weight = torch.where(is_known, beta * weight + (1.0 - beta), weight)
-        square = torch.where(is_known, beta * state["mean_square"] + (1.0 - beta) * h * h, state["mean_square"])
-        z = torch.where(square > 0, h / (square / weight).sqrt(), 0.0).clamp(-1.0, 1.0)
+        square, square_sized = (
+            torch.where(is_known, beta * mean + (1.0 - beta) * value * value, mean)
+            for mean, value in ((state["mean_square"], h), (state["mean_square_sized"], sized))
+        )
+        z = torch.where(is_constant, _over_root(sized, square_sized / weight), _over_root(h, square / weight))
+        z = z.clamp(-1.0, 1.0)
         agreed = torch.where(is_known, _MEMORY * state["agreement"] + (1.0 - _MEMORY) * z, state["agreement"])
         z = torch.where(is_known, (z + self._pull(sums)).clamp(-1.0, 1.0), 0.0)
 
-        share = torch.where(sums["lr"] > 0, sums["lr"] / largest, 0.0)
-        rate = _RATE * (_SETTLED / age).clamp(max=1.0) * share * (1.0 + _AGREED * agreed * agreed)
+        share = torch.where(sums["lr"] > 0, sums["lr"] / schedule["largest_lr"], 0.0)
+        rate = _RATE * (_SETTLED / schedule["age"]).clamp(max=1.0) * share * (1.0 + _AGREED * agreed * agreed)
         # S times the learning rate is what moves x: where the schedule raises the one, the other falls.
-        rise = torch.where(is_new & (state["largest_lr"] > 0), state["largest_lr"] / sums["lr"], 1.0)
+        rise = torch.where(state["largest_lr"] > 0, state["largest_lr"] / schedule["largest_lr"], 1.0)
         s = self._bounded(state["s"] * rise * torch.exp(-rate * z))
         if "update_square" in sums:
             s = torch.where(s > 0, s, self._first_scale(sums))
         rows = {
-            "agreement": agreed, "weight": weight, "mean_square": square, "s": s, "largest_lr": largest, "age": age,
+            "agreement": agreed, "weight": weight, "mean_square": square, "mean_square_sized": square_sized, "s": s,
+            **schedule,
         }  # fmt: skip
         return Learned(rows, h)
+
+    def _follow(self, state: Mapping[str, Tensor], lr: Tensor) -> dict[str, Tensor]:
+        """The rows that tell where in its schedule the learning rate is."""
+        largest = state["largest_lr"]
+        is_new = lr > (1.0 + _DIFFERS) * largest
+        came_down = torch.where(lr < (1.0 - _DIFFERS) * largest, 1.0, state["came_down"])
+        return {
+            "largest_lr": torch.maximum(largest, lr),
+            "age": torch.where(is_new, 0.0, state["age"]) + 1.0,
+            "came_down": torch.where(is_new, 0.0, came_down),
+        }
 
     def _pull(self, sums: Sums) -> Tensor:
         """What is added to z: above 0 where x is farther from the near reference than usual; 0 where that is unknown.
@@ -128,3 +154,7 @@ class Multiplicative(Tuner):
         scale = torch.where(sums["update_square"] > 0, self.s_init * length / sums["update_square"].sqrt(), 0.0)
         scale = torch.where(scale.isfinite(), scale, 0.0)
         return scale if self.s_max is None else scale.clamp(max=self.s_max)
+
+
+def _over_root(value: Tensor, mean_square: Tensor) -> Tensor:
+    return torch.where(mean_square > 0, value / mean_square.sqrt(), 0.0)

@@ -21,16 +21,17 @@ class MultiplicativeReference:
         parameters: Plain float64 tensors that require gradients.
         base: The base optimizer over them.
         s_init: The length of the first step over that of the parameters.
-        beta: The decay factor of the mean square.
+        beta: The decay factor of the mean squares.
     """
 
     def __init__(self, parameters: list[Tensor], base: Optimizer, s_init: float = 3e-4, beta: float = 0.99) -> None:
         self.parameters, self.base, self.s_init, self.beta = parameters, base, s_init, beta
         self.far = [p.detach().clone() for p in parameters]
         self.near = [p.detach().clone() for p in parameters]
-        self.scale = self.agreement = self.weight = self.mean_square = self.largest_lr = 0.0
+        self.scale = self.agreement = self.weight = self.largest_lr = 0.0
+        self.mean_square = self.mean_square_sized = 0.0
         self.age = self.updates = 0
-        self.has_begun = False
+        self.came_down = self.has_begun = False
 
     @torch.no_grad()
     def step(self) -> None:
@@ -53,7 +54,7 @@ class MultiplicativeReference:
         update = [p - before for p, before in zip(self.parameters, x)]
         counted = [p for p, of in zip(x, self.parameters) if of.requires_grad or of.grad is not None]
         length = math.sqrt(_dot(counted, counted))
-        slope = _dot(from_far, g) - 0.5 * _dot(from_near, g)
+        slope = _dot(from_far, g) - 0.7 * _dot(from_near, g)
         far, near = (math.sqrt(_dot(delta, delta)) for delta in (from_far, from_near))
         self.learn(slope, _dot(g, g), far, near, length, lr)
         real = [u * (gradient != 0) for u, gradient in zip(update, g)]  # elsewhere it is of weight decay alone
@@ -69,18 +70,24 @@ class MultiplicativeReference:
     def learn(self, slope: float, grad_square: float, far: float, near: float, length: float, lr: float = 1.0) -> None:
         """Move S; ``far`` and ``near`` are the distances of x from its references, ``length`` is that of x."""
         self.updates += 1
-        is_new = lr > (1.0 + 1e-9) * self.largest_lr
-        rise = self.largest_lr / lr if is_new and self.largest_lr > 0.0 else 1.0
+        rise = self.largest_lr / max(lr, self.largest_lr) if self.largest_lr else 1.0
+        if lr > (1.0 + 1e-9) * self.largest_lr:
+            self.age, self.came_down = 0, False
+        self.age += 1
+        self.came_down = self.came_down or lr < (1.0 - 1e-9) * self.largest_lr
+        is_constant = self.age > 40 and not self.came_down
         self.largest_lr = max(self.largest_lr, lr)
-        self.age = 1 if is_new else self.age + 1
         if far * math.sqrt(grad_square) > 0.0:
-            h = slope / far
+            sized = slope / far
+            cosine = sized / math.sqrt(grad_square)
             self.weight = self.beta * self.weight + 1.0 - self.beta
-            self.mean_square = self.beta * self.mean_square + (1.0 - self.beta) * h**2
-            z = _clipped(h / math.sqrt(self.mean_square / self.weight)) if self.mean_square else 0.0
+            self.mean_square = self.beta * self.mean_square + (1.0 - self.beta) * cosine**2
+            self.mean_square_sized = self.beta * self.mean_square_sized + (1.0 - self.beta) * sized**2
+            value, square = (sized, self.mean_square_sized) if is_constant else (cosine, self.mean_square)
+            z = _clipped(value / math.sqrt(square / self.weight)) if square else 0.0
             self.agreement = 0.9 * self.agreement + 0.1 * z
             if near * length > 0.0:
-                z = _clipped(z + 0.17 * math.log(near / length / 0.09))
+                z = _clipped(z + 0.17 * math.log(near / length / 0.125))
             rate = 0.1 * (lr / self.largest_lr) * min(1.0, 100 / self.age) if self.largest_lr else 0.0
             self.scale *= math.exp(-rate * z * (1.0 + 2.0 * self.agreement**2))
         self.scale *= rise
