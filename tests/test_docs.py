@@ -121,5 +121,5 @@ def test_variants_page_has_the_constants_of_the_default_tuner() -> None:
         for names, values in rows
         for name, value in zip(names.split(", "), values.split(", "))
     }
-    assert len(told) == 9
+    assert len(told) == 10
     assert told == {name: getattr(multiplicative, f"_{name}") for name in told}
