@@ -58,7 +58,7 @@ def in_steps(optimizers: list[Mechanic], parameters: list[Tensor], loss: Callabl
 @pytest.mark.parametrize("options", [
     {}, {"nonfinite": "skip"}, {"nonfinite": "ignore"}, {"store_delta": True}, {"update": "snapshot"}, {"s_max": 0.02},
     {"variant": Following()}, {"variant": Following(), "store_delta": True}, {"check_every": 7},
-], ids=str)  # fmt: skip
+], ids=lambda options: "-".join(options) or "default")  # fmt: skip
 def test_two_bases_equal_a_mechanic_for_each(options: dict[str, Any], dtype: torch.dtype) -> None:
     parameters, loss = problem(dtype)
     together = Mechanic([make([p]) for make, p in zip(BASES, parameters)], scale="per group", **options)
