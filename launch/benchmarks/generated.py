@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 from random import Random
 
@@ -10,10 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from benchmarks.problems import KINDS
+from benchmarks import problems, sequences
+from benchmarks.data import Make
 from benchmarks.training import Bases, Task, split_by_decay
 from gpt.optimizers import Lion
 
+KINDS: dict[str, tuple[Callable[[Random], tuple[Make, str]], float]] = {
+    "mlp": (problems.mlp, 0.5), "cnn": (problems.cnn, 1.0), "vit": (problems.vit, 2.0),
+    "autoencoder": (problems.autoencoder, 0.5), "denoiser": (problems.denoiser, 0.8),
+    "factorisation": (problems.factorisation, 0.3), "linear": (problems.linear_regression, 0.2),
+    "logistic": (problems.logistic_regression, 0.2), "pinn": (problems.pinn, 1.0),
+    "experts": (problems.experts, 0.7), "graph": (problems.graph, 1.0), "gpt": (sequences.gpt, 3.0),
+    "lstm": (sequences.lstm, 3.0), "fine-tuning": (sequences.fine_tuning, 3.0), "lora": (sequences.lora, 4.0),
+    "recall": (sequences.recall, 2.0),
+}  # fmt: skip
+"""By name: what draws a problem and describes it, and the milliseconds that a step may be expected to take."""
 _BUDGET = 6.0  # seconds that a run may be expected to take
 _SHORT, _LONG, _LONGEST = 300, 3_000, 30_000
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from benchmarks.tasks import adamw, images, sgd, text
+from benchmarks.data import images, text
+from benchmarks.tasks import adamw, sgd
 from benchmarks.training import Task
 from gpt.model import GPT
 

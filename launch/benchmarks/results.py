@@ -42,10 +42,12 @@ class Result:
 
 Results = dict[Run, Result]
 
-_RUN = ("benchmarks.training", "gpt.data", "gpt.optimizers")
+_RUN = ("benchmarks.training", "benchmarks.data", "gpt.data", "gpt.optimizers")
 _NAMED = ("benchmarks.tasks", "gpt.model", *_RUN)
 _LADDER = ("benchmarks.ladder", *_NAMED)
-_GENERATED = ("benchmarks.generated", "benchmarks.problems", *_RUN)
+_GENERATED = (
+    "benchmarks.generated", "benchmarks.problems", "benchmarks.sequences", "benchmarks.models", *_RUN,
+)  # fmt: skip
 
 
 def task_of(name: str) -> Task:

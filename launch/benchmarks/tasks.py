@@ -12,12 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from benchmarks.training import FIXED_SEED, Bases, Batches, Problem, Task, digits, split_by_decay, train
-from gpt.data import Corpus
+from benchmarks.data import images, text
+from benchmarks.training import FIXED_SEED, Bases, Batches, Problem, Task, split_by_decay, train
 from gpt.model import GPT
 from gpt.optimizers import Lion, muon_and_adamw
-
-HELD_OUT = 256  # sequences
 
 
 def adamw(weight_decay: float = 0.1, **settings: Any) -> Bases:
@@ -48,32 +46,6 @@ def muon(model: nn.Module, lr: float) -> list[Optimizer]:
     return muon_and_adamw(list(model.named_parameters()), lr, 0.1)
 
 
-@cache
-def _corpus(path: Path | None, seq_len: int) -> Corpus:
-    return Corpus(path, seq_len)
-
-
-def text(
-    make: Callable[[], nn.Module], seq_len: int, batch_size: int, path: Path | None = None
-) -> Callable[[int], Problem]:
-    def problem(seed: int) -> Problem:
-        corpus = _corpus(path, seq_len)
-
-        def batches() -> Batches:
-            step = 0
-            while True:
-                tokens = corpus.batch(seed, step, batch_size, slice(None))
-                yield tokens[:, :-1], tokens[:, 1:]
-                step += 1
-
-        held_out = corpus.batch(FIXED_SEED, 0, HELD_OUT, slice(None), held_out=True)
-        parts = [(part[:, :-1], part[:, 1:]) for part in held_out.split(32)]
-        torch.manual_seed(seed)
-        return Problem(make(), batches(), parts)
-
-    return problem
-
-
 def _small_gpt() -> GPT:
     return GPT(256, 64, layers=2, width=64, heads=2)
 
@@ -95,25 +67,6 @@ def _fine_tuned() -> GPT:
     model = _small_gpt()
     model.load_state_dict(_pretrained())
     return model
-
-
-def images(make: Callable[[], nn.Module], batch_size: int, noise: float = 0.3) -> Callable[[int], Problem]:
-    def problem(seed: int) -> Problem:
-        (inputs, unseen), (labels, truth) = (part.split((1200, 597)) for part in digits())
-        generator = torch.Generator().manual_seed(seed)
-
-        def batches() -> Batches:
-            while True:
-                for part in torch.randperm(len(labels), generator=generator).split(batch_size):
-                    clean = inputs[part]  # new noise in each epoch, so that no input repeats
-                    yield clean + noise * torch.randn(clean.shape, generator=generator), labels[part]
-
-        fixed = torch.Generator().manual_seed(FIXED_SEED)
-        held_out = [(unseen + noise * torch.randn(unseen.shape, generator=fixed), truth) for _ in range(4)]
-        torch.manual_seed(seed)
-        return Problem(make(), batches(), held_out)
-
-    return problem
 
 
 def _mlp() -> nn.Module:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -75,16 +74,6 @@ def split_by_decay(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """Parameters with weight decay, and norms and biases, which have none."""
     named = list(model.named_parameters())
     return [p for name, p in named if not is_norm(name)], [p for name, p in named if is_norm(name)]
-
-
-@cache
-def digits() -> tuple[Tensor, Tensor]:
-    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels in a random order: inputs in [0, 1], and labels."""
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    order = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(FIXED_SEED))
-    return torch.tensor(found.data / 16, dtype=torch.float32)[order], torch.tensor(found.target)[order]
 
 
 def train(

@@ -15,6 +15,7 @@ import torch
 
 import benchmark
 from benchmarks import (
+    data,
     fixed_lr,
     generated,
     ladder,
@@ -229,7 +230,7 @@ def test_every_method_trains_and_a_stopped_benchmark_continues(
     used = [method for method in methods.METHODS if with_peers or method not in PEERS]
     short = dataclasses.replace(tasks.TASKS["gpt"], steps=3)
     monkeypatch.setitem(tasks.TASKS, "gpt", short)
-    monkeypatch.setattr(tasks, "HELD_OUT", 4)
+    monkeypatch.setattr(data, "HELD_OUT", 4)
     file, image = tmp_path / "deep" / "results.jsonl", tmp_path / "plot.png"
     command = ["benchmark.py", "tuning", "--tasks", "gpt", "--seeds", "1", "--processes", "1"]
     command += ["--results", str(file), "--methods", *used, methods.FIXED]
