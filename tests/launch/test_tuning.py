@@ -257,7 +257,7 @@ def test_every_method_trains_and_a_stopped_benchmark_continues(
 def test_a_benchmark_of_generated_tasks_has_fixed_learning_rates_and_a_profile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    short = dataclasses.replace(tasks.TASKS["convex"], steps=3)
+    short = generated.generated(2)  # a linear regression, which needs no package
     monkeypatch.setattr(
         results, "generated", lambda seed: dataclasses.replace(short, name=f"g{seed}", guess=1.0, steps=3 + 20 * seed)
     )
