@@ -131,11 +131,14 @@ class Mechanic(OptimizerWrapper):
     # It steers by what the host knows, which a compiler cannot follow.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, grad_norm: float | Tensor | None = None) -> Any:
         """Take one step of Algorithm 1. Every rank of the process group must call it, with gradients or without.
 
         Args:
             closure: Computes the gradients and returns the loss; called once, with gradients enabled.
+            grad_norm: A norm of all gradients, as ``torch.nn.utils.clip_grad_norm_`` returns it. ``"raise"`` and
+                ``"skip"`` take it for whether they are finite, and do not read every gradient for that. Only where
+                early sums are of a sample, or are not made in this step, is there anything to save.
 
         Returns:
             What ``closure`` returned, or ``None``.
@@ -156,9 +159,9 @@ class Mechanic(OptimizerWrapper):
         is_first = state.begin()
         with transaction(self.optimizers, is_first, state.restorer()) as taken, self._planner.plan() as plan:
             compare_loaded(state)
-            pending, proposal, reading = survey.start(plan, self._tuner.sums), None, None
+            pending, proposal, reading = survey.begin(plan, grad_norm, is_repeated=self._is_capturing), None, None
             if self._guard.waits:
-                if (decided := survey.decide(plan, pending)) is None:
+                if (decided := survey.decide(plan, pending, grad_norm)) is None:
                     state.tuner_state.skip()
                     self._monitor.step_skipped(self._layout.is_first_rank)
                     return loss
@@ -169,7 +172,7 @@ class Mechanic(OptimizerWrapper):
                         base.step()
                 self._refuse_positions(plan)
                 if proposal is None:  # the all_reduce was hidden behind the base optimizers' step
-                    proposal = self._tuner.propose(state.tensor, pending.wait())
+                    proposal = survey.propose(pending)
                 proposal, known = survey.refine(plan, proposal, reading)
                 state.rule.write(plan.captures, proposal.scale)
                 state.commit(proposal, known)

@@ -31,7 +31,7 @@ def tensors(dtype: torch.dtype, transposed: bool, seed: int = 0) -> list[Tensor]
 def test_visits_corresponding_elements_once(dtype: torch.dtype, transposed: bool) -> None:
     changed, read = tensors(dtype, transposed), tensors(dtype, False, seed=1)
     before = [(a.clone(), b.clone()) for a, b in zip(changed, read)]
-    rows = batched(zip(changed, read), tensor_of=lambda row: row[0], kind_of=lambda row: None)
+    rows = batched(zip(changed, read), size_of=lambda row: row[0].numel(), kind_of=lambda row: None)
     assert sorted(id(a) for batch in rows for a, _ in batch) == sorted(map(id, changed))
     for batch in rows:
         a_column, b_column = zip(*batch)
@@ -48,7 +48,7 @@ def test_visits_corresponding_elements_once(dtype: torch.dtype, transposed: bool
 def test_batches_have_one_kind_and_dtype_and_bounded_size() -> None:
     items = [(torch.zeros(size, dtype=dtype), kind) for size in (1, 10, 9_999, 1 << 14, 1 << 15) for kind in "ab"
              for dtype in (torch.float32, torch.bfloat16) for _ in range(50)]  # fmt: skip
-    batches = batched(items, tensor_of=lambda item: item[0], kind_of=lambda item: item[1])
+    batches = batched(items, size_of=lambda item: item[0].numel(), kind_of=lambda item: (item[0].dtype, item[1]))
     for batch in batches:
         assert len({(tensor.dtype, kind) for tensor, kind in batch}) == 1
         assert len(batch) == 1 or sum(tensor.numel() for tensor, _ in batch) <= chunks._BATCH

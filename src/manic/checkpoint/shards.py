@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from manic.distributed.collectives import from_every_rank, on_every_rank
+from manic.distributed.sample import sample_shape
 from manic.optimizer.names import REFERENCES
 from manic.optimizer.references import new_reference
 
@@ -60,13 +61,14 @@ def complete_shards(flat: dict[str, Any], parameters: Mapping[str, Tensor], grou
                 if description is None:
                     continue
                 shape, dtype = description
-                if shape != tuple(parameter.shape):
+                of_sample = state in REFERENCES and parameter.dim() > 1 and shape == sample_shape(parameter.shape)
+                if shape != tuple(parameter.shape) and not of_sample:
                     raise ValueError(
                         f"not saved: this rank has no {state} of {name}, since its shard never had a gradient, and "
                         f"{state}, of shape {shape}, cannot be made for it. Give the parameter a gradient of zeros"
                     )
                 flat[f"state.{name}.{state}"] = (
-                    new_reference(parameter, dtype)
+                    new_reference(parameter, dtype, of_sample=of_sample)
                     if state in REFERENCES
                     else torch.zeros_like(parameter, dtype=dtype).detach()
                 )

@@ -14,8 +14,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from manic.distributed.layout import local_storage
+from manic.distributed.sample import sample_shape
 from manic.optimizer.joint import parameter_states
 from manic.optimizer.names import STATE_KEYS, X_REF, describe
+from manic.optimizer.references import is_of_sample
 
 __all__ = ["drop_misfits", "first_misfit", "misfit", "remove_own"]
 
@@ -80,9 +82,13 @@ def _strays(optimizers: Sequence[Optimizer]) -> Iterator[tuple[Tensor, dict[str,
 
 
 def _is_alike(parameter: Tensor, tensor: Tensor) -> bool:
-    if isinstance(parameter, DTensor) != isinstance(tensor, DTensor) or parameter.shape != tensor.shape:
+    is_of_part = is_of_sample(parameter, tensor)
+    if isinstance(parameter, DTensor) != isinstance(tensor, DTensor):
+        return False
+    if parameter.shape != tensor.shape and not is_of_part:
         return False
     if isinstance(parameter, DTensor) and isinstance(tensor, DTensor) and parameter.placements != tensor.placements:
         return False
     here, there = local_storage(tensor), local_storage(parameter)
-    return here.shape == there.shape and here.device == there.device
+    shape = sample_shape(there.shape) if is_of_part else there.shape
+    return here.shape == shape and here.device == there.device

@@ -10,18 +10,38 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from manic.distributed.layout import local
-from manic.optimizer.names import REFERENCES
+from manic.distributed.layout import local, local_storage
+from manic.distributed.sample import copy_of_sample, sample_of, sample_shape
+from manic.optimizer.names import REFERENCES, short_name
+from manic.step.chunks import lie_side_by_side
 from manic.step.kernels import working_dtype
 
-__all__ = ["References", "new_reference"]
+__all__ = ["References", "is_of_sample", "new_reference"]
 
 
-def new_reference(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """Make a reference that is where ``parameter`` is now."""
+def new_reference(parameter: Tensor, dtype: torch.dtype, *, of_sample: bool = False) -> Tensor:
+    """Make a reference that is where ``parameter`` is now, or its sample."""
     x = parameter.detach()
+    if of_sample:
+        return copy_of_sample(x, dtype)
     return x.clone() if x.dtype == dtype else x.to(dtype)
+
+
+def is_of_sample(parameter: Tensor, reference: Tensor) -> bool:
+    """Whether ``reference`` is one of the sample of ``parameter``, by its shape."""
+    is_other = parameter.dim() > 1 and parameter.shape != reference.shape
+    return is_other and reference.shape == sample_shape(parameter.shape)
+
+
+def _placed_like(tensor: Tensor, plain: Tensor) -> Tensor:
+    """``plain`` as the local shard of a tensor with the placements of ``tensor``."""
+    if not isinstance(tensor, DTensor):
+        return plain
+    return DTensor.from_local(
+        plain, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
 
 
 class References:
@@ -39,20 +59,55 @@ class References:
         """What a parameter's state has of them."""
         return tuple(state.get(name) for name in self.names) if state else (None,) * len(self.names)
 
-    def complete(self, parameter: Tensor, state: dict[str, Any]) -> None:
-        """Store what is missing, of where ``parameter`` is now, and convert what a load left in another dtype."""
+    def complete(self, parameter: Tensor, state: dict[str, Any], *, of_sample: bool) -> None:
+        """Store what is missing, of where ``parameter`` is now, and convert what a load left in another form.
+
+        Args:
+            parameter: The parameter.
+            state: What is stored under it.
+            of_sample: Whether references are of the parameter's sample.
+
+        Raises:
+            ValueError: if a reference is of the sample, and should be of the whole parameter.
+        """
         for name in self.names:
             dtype = self._dtype(name, parameter)
             if name not in state:
-                state[name] = new_reference(parameter, dtype)
+                state[name] = new_reference(parameter, dtype, of_sample=of_sample)
+                continue
+            if is_of_sample(parameter, state[name]) != of_sample:
+                if not of_sample:
+                    raise ValueError(
+                        f"{short_name(name)} is of a sample of the parameter, shape {tuple(state[name].shape)}, but "
+                        "here it must be of the whole: the state was saved with another store_delta, dtype or "
+                        "sharding of columns"
+                    )
+                state[name] = copy_of_sample(state[name], dtype)
             elif state[name].dtype != dtype:
                 state[name] = state[name].to(dtype)
 
+    def join(self, states: Sequence[dict[str, Any]]) -> None:
+        """Let references of alike parameters lie side by side in memory, so that one call works on all of them.
+
+        Args:
+            states: What is stored under each parameter; completed.
+        """
+        for name in self.names:
+            plain = [local_storage(state[name]) for state in states]
+            if lie_side_by_side(plain):
+                continue
+            flat = torch.cat([each.reshape(-1) for each in plain])
+            for state, old, part in zip(states, plain, torch.split(flat, [each.numel() for each in plain])):
+                state[name] = _placed_like(state[name], part.view(old.shape))
+
     def move_to(self, parameter: Tensor, state: Mapping[str, Any]) -> None:
         """Set those that there are to where ``parameter`` is now."""
+        x = local(parameter)
         for name in self.names:
             if name in state:
-                local(state[name]).copy_(local(parameter))
+                own = local(state[name])
+                is_part = is_of_sample(parameter, state[name])
+                own.copy_(sample_of(x, parameter.shape[-1]).reshape(own.shape) if is_part else x)
 
     def _dtype(self, name: str, parameter: Tensor) -> torch.dtype:
         """The parameter's; but an average in low precision would lose its small moves."""

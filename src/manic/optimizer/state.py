@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from manic.distributed.collectives import from_every_rank, is_simulated, on_any_rank
 from manic.distributed.layout import Layout, local, local_storage
+from manic.distributed.sample import is_sampled
 from manic.optimizer.fit import drop_misfits, misfit, remove_own
 from manic.optimizer.joint import parameter_states
 from manic.optimizer.loaded import LoadedStarts
@@ -112,6 +113,10 @@ class MechanicState:
             return parameter.dtype != working_dtype(parameter)
         return self.store_delta
 
+    def is_sampled(self, parameter: Tensor) -> bool:
+        """Whether a sample stands for ``parameter`` in early sums; where Delta is stored, x_ref must be whole."""
+        return self.tuner.samples and not self.keeps_delta(parameter) and is_sampled(parameter)
+
     def found(self, optimizer: Optimizer, parameter: Tensor) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
         """References and Delta as they are stored; changes nothing."""
         state = optimizer.state.get(parameter)
@@ -126,7 +131,10 @@ class MechanicState:
         starts_here = X_REF not in state
         if starts_here:
             remove_own(state)
-        self.references.complete(parameter, state)
+        try:
+            self.references.complete(parameter, state, of_sample=self.is_sampled(parameter))
+        except ValueError as error:
+            raise ValueError(f"{describe(parameter, self.groups)}: {error}; call rebase() before the step") from None
         if not keeps_delta:
             state.pop(DELTA, None)
         if keeps_delta and DELTA not in state:
@@ -140,6 +148,10 @@ class MechanicState:
                 local(state[DELTA]).copy_((x.to(dtype) - local(state[X_REF])) / divisor)
         elif keeps_delta and state[DELTA].dtype != dtype:
             state[DELTA] = state[DELTA].to(dtype)
+
+    def join(self, optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
+        """Let the references of parameters lie side by side in memory, in this order."""
+        self.references.join([optimizer.state[parameter] for parameter in parameters])
 
     # What a step asks for.
 
@@ -237,7 +249,7 @@ class MechanicState:
         It is a placeholder, marked as one in the tuner's state, and is created again at the first real step.
         """
         starts = [
-            (local(parameter), local(optimizer.state[parameter][X_REF]))
+            (local(parameter), local(parameter).clone())
             for optimizer in self.optimizers
             for group in optimizer.param_groups
             for parameter in group["params"]
@@ -250,8 +262,8 @@ class MechanicState:
             self._remove_own()
             raise
         finally:
-            for x, x_ref in starts:
-                x.copy_(x_ref)
+            for x, before in starts:
+                x.copy_(before)
         if self._placeholders.exist:
             self.tuner_state.set_updates(_PLACEHOLDER)
 

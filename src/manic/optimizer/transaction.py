@@ -59,7 +59,7 @@ def _forget(optimizers: Sequence[Optimizer], known: set[int], is_first: bool) ->
             is_new = id(parameter) not in known
             if not (is_new or is_first) or not isinstance(state, dict):
                 continue
-            if X_REF in state:  # where the parameter was when the step made it
+            if X_REF in state and state[X_REF].shape == parameter.shape:  # where it was when the step made it
                 local(parameter).copy_(local(state[X_REF]))
             remove_own(state)
             if is_new:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from manic.optimizer.joint import JointDefaults, JointGroups, JointState, assign_groups, assign_state, parameter_states
 from manic.optimizer.own_state_dict import extra_entries, has_own_state_dict
+from manic.optimizer.references import is_of_sample
 
 __all__ = ["OptimizerWrapper", "OwnState", "is_creating_state"]
 
@@ -292,7 +293,7 @@ class OptimizerWrapper(Optimizer):
                     value = state.get(name) if isinstance(state, dict) else None
                     if value is None:
                         continue
-                    if value.shape != parameter.shape:
+                    if value.shape != parameter.shape and not is_of_sample(parameter, value):
                         raise ValueError(
                             f"{name} of parameter {key} has shape {tuple(value.shape)} in the state dict, the "
                             f"parameter {tuple(parameter.shape)}: saved from another model, or from other shards (use "

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from manic.distributed.sample import sample_of
 from manic.step.chunks import Scratch, pieces
 from manic.step.kernels import add_product, set_reference, working_dtype, write
 from manic.step.position import Position, displacement, place_of
@@ -75,6 +76,12 @@ class Capture:
         further = [f"x_ref_{index}" for index in range(1, 1 + len(self.first.further))]
         self._columns.update(zip(further, map(list, zip(*(shard.further for shard in self.shards)))))
         self.references = ["x_ref", *further]
+        for name in ("x", "gradient"):
+            whole = self._columns[name]
+            self._columns[f"sampled {name}"] = self._samples(whole) if self.first.is_sampled else whole
+        if self.first.is_sampled:
+            for name in self.references:
+                self._columns[name] = _in_shape(self._columns[name], self._columns["sampled x"])
         # How many elements, from the first, hold a displacement for the base step, and how many hold x_{t+1}.
         self._entered = self._written = 0
         self._moved_ref: Change | None = None
@@ -83,19 +90,25 @@ class Capture:
         """Hold nothing of the step any longer."""
         self._columns = {}
 
+    def _samples(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        return [
+            None if tensor is None else sample_of(tensor, shard.parameter.shape[-1])
+            for tensor, shard in zip(tensors, self.shards)
+        ]
+
     def before(self, scratch: Scratch) -> Iterator[Operands]:
         """Every piece of Delta_t, x_t and the gradient, and of each further reference; nothing is changed.
 
-        Without displacements where x is held.
+        Of a sampled parameter, every piece of the sample. Without displacements where x is held.
         """
         if self.first.is_held:
-            for x, gradient in self.pieces("x", "gradient"):
+            for x, gradient in self.pieces("sampled x", "sampled gradient"):
                 yield {"x": x} if gradient is None else {"x": x, "grad": gradient}
             return
         is_stored, several = self.first.delta is not None, len(self.references) > 1
-        names = ["x", "gradient", *(self.references if several or not is_stored else ()), *(["delta"] * is_stored)]
-        for row in self.pieces(*names):
-            piece = dict(zip(names, row))
+        names = [*(self.references if several or not is_stored else ()), *(["delta"] * is_stored)]
+        for row in self.pieces("sampled x", "sampled gradient", *names):
+            piece = dict(zip(("x", "gradient", *names), row))
             for index, reference in enumerate(self.references):
                 number = f"_{index}" if index else ""
                 operands = {f"delta{number}": self._displacement(piece, reference, scratch)}
@@ -129,6 +142,14 @@ class Capture:
 
     def undo(self) -> None:
         """After an error, set x to x_ref + f_t * Delta, with Delta as the base optimizer has left it."""
+
+    def gradients(self) -> list[Tensor]:
+        """Those that there are, whole."""
+        return [gradient for gradient in self._columns["gradient"] if gradient is not None]
+
+    def unread_gradients(self) -> list[Tensor]:
+        """Those of which :meth:`before` shows a sample only."""
+        return self.gradients() if self.first.is_sampled else []
 
     def pieces(self, *names: str, written: Sequence[int] = ()) -> Iterator[tuple[Any, ...]]:
         """Walk through tensors of the batch side by side; see :func:`manic.step.chunks.pieces`."""
@@ -288,11 +309,15 @@ class Snapshot(Capture):
         copies = self._columns["x_before"] = []
         for shard, x in zip(self.shards, self._columns["x"]):
             assert x is not None
-            copies.append(shard.x_ref if shard.is_new else x.clone())
+            copies.append(shard.x_ref if shard.is_new and not shard.is_sampled else x.clone())
 
     def after(self, scratch: Scratch) -> Iterator[Operands]:
-        """Delta_t, x as it is now, and the update."""
+        """Delta_t, x as it is now, and the update; of a sampled parameter without Delta_t."""
         is_stored = self.first.delta is not None
+        if self.first.is_sampled:
+            for x, x_before, gradient in self.pieces("x", "x_before", "gradient"):
+                yield {"x": x} if self.first.is_held else {"x": x, **_update_of(x - x_before, gradient)}
+            return
         columns = "x", "x_before", "delta" if is_stored else "x_ref", "gradient"
         for x, x_before, delta, gradient in self.pieces(*columns):
             if self.first.is_held:
@@ -303,6 +328,9 @@ class Snapshot(Capture):
 
     def write(self, change: Change, scratch: Scratch) -> None:
         """Add the update to Delta, stored or recomputed, and write x."""
+        if self.first.delta is None and change.weight is not None:
+            self._write_scaled(change.weight)
+            return
         factor, moves_ref = self._factor(change), self.first.is_held and change.weight is None
         self._moved_ref = change if moves_ref else None
         written = (0, 1, 2) if moves_ref else (0, 2)
@@ -313,11 +341,18 @@ class Snapshot(Capture):
                 delta = delta if is_stored else self.position.delta_from(x_before, x_ref, scratch)
                 x.copy_(torch.addcmul(x_before.to(factor.dtype), update, factor))
                 self._move_reference(x_ref, x, delta.add_(update), change, is_stored=is_stored)
-            elif delta is None and change.weight is not None:  # x_t + weight * u, which is more exact
-                x.copy_(torch.addcmul(x_before.to(factor.dtype), update, change.weight.to(factor)))
             else:
                 delta = self.position.delta_from(x_before, x_ref, scratch) if delta is None else delta
                 write(x, x_ref, _add(delta, update, change.weight), factor)
+            self._note_written(x)
+        self._written = sys.maxsize
+        self._columns["x_before"] = []
+
+    def _write_scaled(self, weight: Tensor) -> None:
+        """Write x_t + weight * u, where nothing but x keeps the update."""
+        for x, x_before in self.pieces("x", "x_before", written=(0,)):
+            wide = working_dtype(x)
+            x.copy_(torch.addcmul(x_before.to(wide), x.to(wide) - x_before, weight.to(x.device, wide)))
             self._note_written(x)
         self._written = sys.maxsize
         self._columns["x_before"] = []
@@ -328,6 +363,8 @@ class Snapshot(Capture):
         for index, before in enumerate(copies):
             start = 0
             row = [[self._columns[name][index]] for name in ("x", "x_ref", "delta")]
+            if self.first.is_sampled:  # x_ref is of other elements, and is not needed
+                row[1] = [None]
             for x, x_ref, delta, x_before in pieces(*row, [before]):
                 if x_before is not None and self._written <= start:
                     x.copy_(x_before)
@@ -336,6 +373,13 @@ class Snapshot(Capture):
                     self._return_to(x, x_ref, delta)
                 start += x.numel()
         self._columns["x_before"] = []
+
+
+def _in_shape(tensors: Sequence[Tensor | None], like: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """References of samples in the shape that samples have as views of x."""
+    return [
+        None if tensor is None or sample is None else tensor.view(sample.shape) for tensor, sample in zip(tensors, like)
+    ]
 
 
 def _update_of(update: Tensor, gradient: Tensor | None) -> Operands:

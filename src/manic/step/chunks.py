@@ -6,32 +6,33 @@ It knows sizes, devices and how tensors lie in memory, and nothing of what they 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from itertools import repeat
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-__all__ = ["Scratch", "batched", "pieces"]
+__all__ = ["Scratch", "batched", "lie_side_by_side", "pieces"]
 
 # Elements worked on at a time. On a CPU the operands of one piece stay in the last cache, so that several operations
 # cost one pass over memory; elsewhere a piece bounds the scratch and is large enough to fill the device.
 CPU_PIECE = 1 << 20
 DEVICE_PIECE = 1 << 24
 # Tensors of at most so many elements are copied together to be worked on: calls cost more than copies.
-SMALL = 1 << 14
+SMALL = 1 << 17
 # Elements of such a copy, at most.
 _BATCH = 1 << 20
 
 T = TypeVar("T")
 
 
-def batched(items: Iterable[T], tensor_of: Callable[[T], Tensor], kind_of: Callable[[T], Hashable]) -> list[list[T]]:
+def batched(items: Iterable[T], size_of: Callable[[T], int], kind_of: Callable[[T], Hashable]) -> list[list[T]]:
     """Group what can be worked on together.
 
     Args:
         items: Things with a tensor each.
-        tensor_of: Gives the tensor, whose size decides.
+        size_of: Gives its number of elements.
         kind_of: Items of different kinds stay apart.
 
     Returns:
@@ -40,12 +41,11 @@ def batched(items: Iterable[T], tensor_of: Callable[[T], Tensor], kind_of: Calla
     batches: list[list[T]] = []
     fillable: dict[Hashable, tuple[list[T], int]] = {}
     for item in items:
-        tensor = tensor_of(item)
-        size = tensor.numel()
+        size = size_of(item)
         if size > SMALL:
             batches.append([item])
             continue
-        kind = (tensor.device, tensor.dtype, kind_of(item))
+        kind = kind_of(item)
         batch, room = fillable.get(kind, (None, 0))
         if batch is None or room < size:
             batch, room = [], _BATCH
@@ -64,15 +64,16 @@ def pieces(*columns: Sequence[Tensor | None], written: Sequence[int] = ()) -> It
 
     Yields:
         A tuple as long as ``columns``. A lone tensor comes in pieces that are views of it, flat ones if it is
-        contiguous in every column, whole otherwise. Several come as one flat copy, of which ``written`` columns are
-        copied back when the next piece is asked for.
+        contiguous in every column, split along its first dimension otherwise. Several come as one flat tensor: a view
+        where they lie side by side in memory, else a copy, which is copied back for ``written`` columns when the next
+        piece is asked for.
     """
     if len(columns[0]) > 1:
-        flat = [None if column[0] is None else _flatten(column) for column in columns]
-        yield tuple(flat)
+        flat = [_joined(column) for column in columns]
+        yield tuple(None if each is None else each[0] for each in flat)
         for index in written:
-            if (source := flat[index]) is not None:
-                _unflatten_into(source, columns[index])
+            if (source := flat[index]) is not None and source[1]:
+                torch._foreach_copy_(columns[index], _unflatten(source[0], columns[index]))  # type: ignore[arg-type]
         return
     row = [column[0] for column in columns]
     present = [tensor for tensor in row if tensor is not None]
@@ -80,7 +81,11 @@ def pieces(*columns: Sequence[Tensor | None], written: Sequence[int] = ()) -> It
     if total == 0:
         return
     if not all(tensor.is_contiguous() for tensor in present):
-        yield tuple(row)
+        if total <= size:
+            yield tuple(row)
+            return
+        rows = max(1, size * present[0].shape[0] // total)
+        yield from zip(*(repeat(None) if tensor is None else torch.split(tensor, rows) for tensor in row))
         return
     row = [None if tensor is None else tensor.view(-1) for tensor in row]
     if total <= size:
@@ -104,14 +109,39 @@ class Scratch:
         return self._kept[key][: piece.numel()].view(piece.shape)
 
 
+def _joined(column: Sequence[Tensor | None]) -> tuple[Tensor, bool] | None:
+    """Many tensors as a flat one, and whether it is a copy; ``None`` for none."""
+    tensors = [tensor for tensor in column if tensor is not None]
+    if not tensors:
+        return None
+    first, total = tensors[0], sum(tensor.numel() for tensor in tensors)
+    if lie_side_by_side(tensors):
+        return first.as_strided((total,), (1,)), False
+    if all(tensor.is_contiguous() for tensor in tensors):
+        return _flatten(tensors), True
+    flat = torch.empty(total, dtype=first.dtype, device=first.device)
+    torch._foreach_copy_(_unflatten(flat, tensors), tensors)
+    return flat, True
+
+
+def lie_side_by_side(tensors: Sequence[Tensor]) -> bool:
+    """Whether contiguous tensors follow each other in one storage, so that one flat view has them all."""
+    first, last = tensors[0], tensors[-1]
+    place, size = first.data_ptr(), first.element_size()
+    for tensor in tensors:
+        if tensor.data_ptr() != place or not tensor.is_contiguous():
+            return False
+        place += tensor.numel() * size
+    return first.untyped_storage().data_ptr() == last.untyped_storage().data_ptr()
+
+
 # torch has no public function that copies many tensors into one, or back, in few calls; DDP and torch.optim use these.
-def _flatten(tensors: Sequence[Tensor | None]) -> Tensor:
+def _flatten(tensors: Sequence[Tensor]) -> Tensor:
     return _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def _unflatten_into(flat: Tensor, tensors: Sequence[Tensor | None]) -> None:
-    parts = _unflatten_dense_tensors(flat, tensors)  # type: ignore[no-untyped-call]
-    torch._foreach_copy_(tensors, parts)  # type: ignore[arg-type]
+def _unflatten(flat: Tensor, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    return _unflatten_dense_tensors(flat, tensors)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _piece_size(tensor: Tensor) -> int:

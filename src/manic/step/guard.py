@@ -56,15 +56,6 @@ class Reading:
         return _are_finite(self.sums.values())
 
     @property
-    def position_is_finite(self) -> bool | None:
-        """Whether x and Delta are, by the sums without the gradient; ``None`` if these are not known."""
-        of_position = "delta_x", "delta_square", "x_square"
-        known = {name: value for name, value in self.sums.items() if name.startswith(of_position)}
-        if "x_square" not in known or len(known) == 1:
-            return None
-        return _are_finite(known.values())
-
-    @property
     def fits_float32(self) -> bool:
         """Whether float32 has room for what was multiplied: nothing has too large a square, or too small a one.
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from manic.distributed.layout import Layout, check_gradient, is_expert_parallel, local_storage
+from manic.distributed.sample import FRACTION
 from manic.optimizer.kinds import decay_is_decoupled, is_known, is_proportional, keeps_place, resolve_update
 from manic.step.capture import Capture
 from manic.step.position import Position
@@ -46,8 +47,14 @@ class Displacements(Protocol):
     def keeps_delta(self, parameter: Tensor) -> bool:
         """Whether Delta of ``parameter`` is stored."""
 
+    def is_sampled(self, parameter: Tensor) -> bool:
+        """Whether a sample stands for ``parameter`` in early sums."""
+
     def found(self, optimizer: Optimizer, parameter: Tensor) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
         """References, x_ref first, and Delta as they are stored; changes nothing."""
+
+    def join(self, optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
+        """Let the references of parameters lie side by side in memory, in this order."""
 
     def complete(self, optimizer: Optimizer, parameter: Tensor, position: Position) -> None:
         """Store references, and Delta where it is kept: new ones, or what a load left of them."""
@@ -165,8 +172,11 @@ class Planner:
             for shard, capture in zip(mine, self._rule.captures(mine, means, keeps_delta)):
                 kinds[id(shard)] = capture
             shards += mine
-        batches = in_batches(shards, kinds)
-        return Plan(shards, [kinds[id(batch[0])](batch) for batch in batches], self._key(has_scale))
+        captures = [kinds[id(batch[0])](batch) for batch in in_batches(shards, kinds)]
+        for each in captures:
+            if len(each.shards) > 1 and each.first.has_state:
+                self._displacements.join(each.first.optimizer, [shard.parameter for shard in each.shards])
+        return Plan(shards, captures, self._key(has_scale))
 
     def _means(self, optimizer: Optimizer, update: str, has_scale: bool) -> Means:
         return Means(
@@ -208,15 +218,19 @@ class Planner:
             check_gradient(parameter, gradient)  # before anything is stored
         if has_state:
             self._displacements.complete(optimizer, parameter, position)
+        is_sampled = self._displacements.is_sampled(parameter)
+        replicas = self._layout.replicas(parameter, is_declared=is_expert_parallel(group))
         shard = Shard(
             optimizer=optimizer,
             group=group,
             parameter=parameter,
             column=column,
-            replicas=self._layout.replicas(parameter, is_declared=is_expert_parallel(group)),
+            weight=(FRACTION if is_sampled else 1) / replicas,
+            replicas=replicas,
             decay_is_decoupled=decay_is_decoupled(update, group),
             has_state=has_state,
             is_new=before is None,
+            is_sampled=is_sampled,
             is_frozen=is_frozen,
             is_held=not is_frozen and keeps_place(group),
         )

@@ -22,10 +22,11 @@ class Position:
     Args:
         factor: f_t, 0-dim.
         eps: Added to it where Delta is recomputed.
+        is_unit: Whether the factor is known to be 1, and eps 0.
     """
 
-    def __init__(self, factor: Tensor, eps: float) -> None:
-        self.factor, self.eps = factor, eps
+    def __init__(self, factor: Tensor, eps: float, *, is_unit: bool = False) -> None:
+        self.factor, self.eps, self._is_unit = factor, eps, is_unit
         self._factors = {factor.device: factor}
 
     def factor_for(self, x: Tensor) -> Tensor:
@@ -38,7 +39,8 @@ class Position:
 
     def delta_from(self, x: Tensor, x_ref: Tensor, scratch: Scratch) -> Tensor:
         """Recompute Delta_t from pieces of x_t and x_ref: in ``scratch``, of their shape, in the working dtype."""
-        return displacement(x, x_ref, scratch).div_(self.divisor_for(x))
+        delta = displacement(x, x_ref, scratch)
+        return delta if self._is_unit else delta.div_(self.divisor_for(x))
 
     def _on(self, device: torch.device) -> Tensor:
         if device not in self._factors:

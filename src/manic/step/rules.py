@@ -131,7 +131,7 @@ class ScaleUpdates(Rule):
 
     def position(self, scale: Tensor) -> Position:
         """The factor is 1: S is in Delta."""
-        return Position(scale.new_ones(()), 0.0)
+        return Position(scale.new_ones(()), 0.0, is_unit=True)
 
     def change(self, scale: Tensor) -> Change:
         """Delta += S_{t+1} * u, and the factor is 1."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from manic.distributed.layout import local_gradient, local_storage
+from manic.distributed.sample import FRACTION
 from manic.step.chunks import batched
 
 __all__ = ["Shard", "in_batches"]
@@ -27,6 +28,9 @@ class Shard:
     """The parameter as the base optimizer holds it; a DTensor where it is sharded."""
     column: int
     """The place of its S among all scales."""
+    weight: float
+    """What an element counts in early sums: 1 over the number of ranks of the group that hold it, times 16 in a sample.
+    """
     replicas: float
     """How many ranks of the group hold each element."""
     decay_is_decoupled: bool
@@ -35,6 +39,8 @@ class Shard:
     """It has had a gradient. Before that it counts in |x|^2, and there is nothing to step on or to write."""
     is_new: bool
     """References were made of x in this step, and equal it."""
+    is_sampled: bool = False
+    """Early sums are estimated from its sample, and references are of the sample."""
     is_frozen: bool = False
     """Neither a gradient nor ``requires_grad``, but it was trained before: it stays where it is, and in no sum."""
     is_held: bool = False
@@ -42,7 +48,7 @@ class Shard:
     x: Tensor | None = None
     """The parameter's storage, of its dtype."""
     x_ref: Tensor | None = None
-    """Where the displacement is measured from; x where nothing is stored yet."""
+    """Where the displacement is measured from; x where nothing is stored yet. Of a sample, contiguous."""
     further: Sequence[Tensor] = ()
     """Further references; none where nothing is stored yet."""
     delta: Tensor | None = None
@@ -87,11 +93,15 @@ def in_batches(shards: Iterable[Shard], kinds: dict[int, Any]) -> list[list[Shar
 
     def kind_of(shard: Shard) -> Any:
         gradient = None if shard.gradient is None else shard.gradient.dtype
-        alike = shard.replicas, gradient, shard.delta is None, shard.is_frozen
+        alike = shard.weight, shard.replicas, gradient, shard.delta is None, shard.is_frozen, shard.is_sampled
         return (id(shard.group), *alike, kinds[id(shard)])
 
-    def tensor_of(shard: Shard) -> Tensor:
+    def size_of(shard: Shard) -> int:
         assert shard.x is not None
-        return shard.x
+        return shard.x.numel() // (FRACTION if shard.is_sampled else 1)
 
-    return batched(shards, tensor_of=tensor_of, kind_of=kind_of)
+    def kind_with_place(shard: Shard) -> Any:
+        assert shard.x is not None
+        return shard.x.device, shard.x.dtype, kind_of(shard)
+
+    return batched(shards, size_of, kind_with_place)

@@ -12,11 +12,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from manic.distributed.layout import local
 from manic.step.capture import Capture
-from manic.step.chunks import Scratch
+from manic.step.chunks import Scratch, pieces
 from manic.step.kernels import inner_products
 
-__all__ = ["PendingSums", "local_sums"]
+__all__ = ["GRADIENTS", "PendingSums", "local_sums"]
+
+GRADIENTS = "gradients"
+"""What is finite if all gradients are, those outside of a sample too; nothing is learned from it."""
 
 # Which operands of a capture a sum multiplies; of a further reference, operands and sum have its number.
 _OPERANDS = {
@@ -43,18 +47,21 @@ def local_sums(
     names: Sequence[str],
     like: Tensor,
     *,
+    grad_norm: float | Tensor | None = None,
     scales: int = 1,
     lrs: Sequence[float | Tensor | None] = (),
     place: tuple[int, int] | None = None,
     late: bool = False,
     exact: bool = False,
 ) -> Tensor:
-    """This rank's share of the sums: an element that k ranks hold counts 1/k.
+    """This rank's share of the sums: an element that k ranks hold counts 1/k, and one of a sample 16 times.
 
     Args:
         captures: Of the plan.
-        names: Of :func:`manic.tuners.base.early_sums`, or of ``LATE_SUMS``.
+        names: Of :func:`manic.tuners.base.early_sums`, or of ``LATE_SUMS``; and :data:`GRADIENTS`.
         like: Has the dtype and the device of the sums.
+        grad_norm: What the caller knows of the gradients; it is the sum :data:`GRADIENTS` then. ``None``: they are
+            read.
         scales: How many there are: a column for the sums over the shards of each.
         lrs: This rank's largest learning rate of each; ``None``: it has none.
         place: This rank and the number of ranks, where ranks may have different learning rates; ``None``: they have
@@ -67,28 +74,35 @@ def local_sums(
         ranks it is of, shape [len(names) + 1, scales]; or, with a ``place``, in a row of its own for each rank.
     """
     wanted = [name for name in names if name != _LR]
-    pairs = {name: _operands_of(name) for name in wanted}
+    pairs = {name: _operands_of(name) for name in wanted if name != GRADIENTS}
     places = 2 if place is None else place[1]
     total = like.new_zeros(len(wanted) + places * (_LR in names), scales)
-    # By what is summed, the column, the number of replicas, the dtype and the device: all products, to be added at the
-    # end.
+    # By what is summed, the column, the weight, the dtype and the device: all products, to be added at the end.
     found: dict[tuple[tuple[str, ...], int, float, torch.dtype, torch.device], list[Tensor]] = {}
     scratch = Scratch()
-    for capture in captures:
+    if GRADIENTS in names:
+        of_gradients = total[wanted.index(GRADIENTS)]
+        if grad_norm is None:
+            _add_gradients(of_gradients, captures, not pairs, exact)
+        else:
+            of_gradients[0] += local(grad_norm).to(total) if isinstance(grad_norm, Tensor) else grad_norm
+    for capture in captures if pairs else ():
         if capture.first.is_frozen:
             continue
         ascends = capture.first.group.get("maximize", False)
         for operands in capture.after(scratch) if late else capture.before(scratch):
-            here = tuple(name for name in wanted if operands.keys() >= set(pairs[name]))
+            here = tuple(name for name in pairs if operands.keys() >= set(pairs[name]))
             if not here:
                 continue
             products = inner_products([pairs[name] for name in here], operands, exact=exact)
             if ascends:
                 products = [-value if name.startswith("delta_grad") else value for name, value in zip(here, products)]
-            key = here, capture.first.column, capture.first.replicas, products[0].dtype, products[0].device
+            # What the base step left is whole.
+            weight = 1.0 / capture.first.replicas if late else capture.first.weight
+            key = here, capture.first.column, weight, products[0].dtype, products[0].device
             found.setdefault(key, []).extend(products)
-    for (here, column, replicas, _, _), products in found.items():
-        sums = torch.stack(products).to(like).view(-1, len(here)).sum(dim=0) / replicas
+    for (here, column, weight, _, _), products in found.items():
+        sums = torch.stack(products).to(like).view(-1, len(here)).sum(dim=0) * weight
         for name, value in zip(here, sums.unbind()):
             total[wanted.index(name), column] += value
     if _LR in names:
@@ -99,6 +113,28 @@ def local_sums(
                 if place is None:
                     total[-1, column] += 1
     return total
+
+
+def _add_gradients(row: Tensor, captures: Iterable[Capture], of_all: bool, exact: bool) -> None:
+    """Add to each scale's place what is finite if its gradients are; those that are summed anyway only if ``of_all``.
+
+    A CPU reads fastest by inner products, other devices in one call over all tensors.
+    """
+    for capture in captures:
+        gradients = list(capture.gradients() if of_all else capture.unread_gradients())
+        if not gradients:
+            continue
+        if gradients[0].is_cpu or exact:
+            columns = [gradients] if len(gradients) > 1 and not capture.first.is_sampled else [[g] for g in gradients]
+            squares = [
+                inner_products([("grad", "grad")], {"grad": piece}, exact=exact)[0]
+                for column in columns
+                for (piece,) in pieces(column)
+            ]
+        else:
+            squares = list(torch._foreach_norm(gradients, 2.0, dtype=torch.float32))
+        if squares:
+            row[capture.first.column] += torch.stack(squares).sum()
 
 
 class PendingSums:

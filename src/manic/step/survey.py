@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
+from torch import Tensor
 
+from manic.distributed.collectives import on_any_rank
 from manic.optimizer.kinds import largest_lr
 from manic.optimizer.state import MechanicState
 from manic.step.guard import Guard, Reading, account_of_nonfinite
 from manic.step.plan import Plan
-from manic.step.sums import PendingSums, local_sums
+from manic.step.sums import GRADIENTS, PendingSums, local_sums
 from manic.tuners.base import Proposal
 
 __all__ = ["Survey"]
@@ -29,13 +30,49 @@ class Survey:
 
     def __init__(self, state: MechanicState, guard: Guard) -> None:
         self._state, self._guard = state, guard
+        self._interval = 1
 
-    def start(self, plan: Plan, names: Sequence[str], *, late: bool = False, exact: bool = False) -> PendingSums:
-        """Start the sums over the local shards and the all_reduce over the ranks.
+    def begin(
+        self, plan: Plan, grad_norm: float | Tensor | None, *, is_repeated: bool = False, exact: bool = False
+    ) -> PendingSums:
+        """Start the early sums of a step: those of the tuner, if they are due, and what the guard needs.
+
+        Args:
+            plan: The step's.
+            grad_norm: What the caller knows of the gradients: not finite if one of them is not. ``None``: nothing.
+            is_repeated: Whether a CUDA graph captures the step.
+            exact: Multiply in float64.
+        """
+        state, tuner = self._state, self._state.tuner
+        # A CUDA graph repeats one step, and with a scale per group the sums say which groups learn.
+        has_rests = state.updates_made is not None and not state.is_per_group and all(state.has_scale)
+        self._interval = tuner.interval(state.updates_made or 0) if has_rests and not is_repeated else 1
+        is_due = self._interval == 1 or (state.updates_made or 0) % self._interval == 0
+        names = [name for name in tuner.sums if is_due or name == "lr"]
+        is_read = is_due and not any(capture.first.is_sampled for capture in plan.captures)
+        if self._guard.waits and not is_read:
+            names.insert(0, GRADIENTS)
+        return self.start(plan, names, grad_norm=grad_norm, exact=exact)
+
+    def propose(self, pending: PendingSums) -> Proposal:
+        """Wait for the sums of :meth:`begin`, and let the tuner learn from them."""
+        return self._state.tuner.propose(self._state.tensor, pending.wait(), self._interval)
+
+    def start(
+        self,
+        plan: Plan,
+        names: Sequence[str],
+        *,
+        grad_norm: float | Tensor | None = None,
+        late: bool = False,
+        exact: bool = False,
+    ) -> PendingSums:
+        """Start sums over the local shards and the all_reduce over the ranks.
 
         Args:
             plan: The step's.
             names: Which sums.
+            grad_norm: What the caller knows of the gradients.
             late: Whether the base step was taken; then only what still needs late sums is summed over.
             exact: Multiply in float64.
         """
@@ -48,20 +85,20 @@ class Survey:
         else:
             lrs = [largest_lr(state.groups)]
         sums = local_sums(
-            captures, names, state.tuner_state.parts[0], scales=len(state.tuner_state.parts),
+            captures, names, state.tuner_state.parts[0], grad_norm=grad_norm, scales=len(state.tuner_state.parts),
             lrs=lrs, place=place, late=late, exact=exact,
         )  # fmt: skip
         device = state.communication_device
         return PendingSums(sums, names, shape, state.layout.group, device, lr_by_rank=place is not None)
 
-    def decide(self, plan: Plan, pending: PendingSums) -> tuple[Proposal, Reading] | None:
+    def decide(
+        self, plan: Plan, pending: PendingSums, grad_norm: float | Tensor | None
+    ) -> tuple[Proposal, Reading] | None:
         """The tuner's proposal, and its numbers on the host: the step's one host sync. ``None``: leave the step out."""
-        state, tuner = self._state, self._state.tuner
-        proposal = tuner.propose(state.tensor, pending.wait())
+        proposal = self.propose(pending)
         reading = Reading.of(proposal)
         if not reading.fits_float32:
-            sums = self.start(plan, tuner.sums, exact=True).wait()
-            proposal = tuner.propose(state.tensor, sums)
+            proposal = self.propose(self.begin(plan, grad_norm, exact=True))
             reading = Reading.of(proposal)
         return None if not reading.is_finite and self._is_skipped(plan, reading) else (proposal, reading)
 
@@ -81,15 +118,15 @@ class Survey:
 
     def _is_skipped(self, plan: Plan, reading: Reading) -> bool:
         """Whether a step whose sums are not finite is left out; otherwise it is an error."""
+        state = self._state
 
         def position_is_finite() -> bool:
-            if reading.position_is_finite is not None:
-                return reading.position_is_finite
-            sums = self.start(plan, ("delta_square", "x_square"), exact=True).wait()
-            return bool(torch.stack(list(sums.values())).isfinite().all())
+            tensors = [each for shard in plan.shards for each in (shard.x, shard.delta) if each is not None]
+            is_found = not all(bool(each.isfinite().all()) for each in tensors)
+            return not on_any_rank(is_found, state.layout.group, state.communication_device)
 
         def account() -> str:
-            return account_of_nonfinite(plan.shards, self._state.groups, self._state.layout.group)
+            return account_of_nonfinite(plan.shards, state.groups, state.layout.group)
 
-        number = int(self._state.tuner_state.updates) + 1
+        number = int(state.tuner_state.updates) + 1
         return self._guard.skips(reading.sums.get("lr", ()), number, position_is_finite, account)

@@ -88,6 +88,11 @@ class Tuner(ABC):
     references: ClassVar[tuple[float, ...]] = (0.0,)
     """Where displacements are measured from, x_ref first: how fast each follows x. After update n a reference moves by
     the share min(1, k / n) towards x, so that it is an average over about the last 1/k of the run; 0: it stays."""
+    samples: ClassVar[bool] = False
+    """Early sums may be estimated from a sixteenth of large parameters, and references be of that sample alone."""
+    rests: ClassVar[tuple[int, int]] = (0, 1)
+    """After so many steps, early sums are made in one of so many steps. In the steps between they are 0 for
+    :meth:`learn`, but for ``"lr"``, and references stay; in that one step references move as far as in all of them."""
     late_sums: ClassVar[tuple[str, ...]] = ()
     """Those it needs after the base step, of :data:`LATE_SUMS`."""
     late_until_scale: ClassVar[bool] = False
@@ -131,7 +136,8 @@ class Tuner(ABC):
         """Compute what a step changes, on the device, without changing ``state``.
 
         Args:
-            state: Every field, and ``"updates"``, the number of steps before this one: shape [columns] each.
+            state: Every field; ``"updates"``, the number of steps before this one; and ``"interval"``, for how many
+                steps these sums stand: shape [columns] each.
             sums: :attr:`sums`, and :attr:`late_sums` once they are known.
         """
 
@@ -169,11 +175,24 @@ class Tuner(ABC):
                 self.per_group and self.late_until_scale and not set(self.late_sums).isdisjoint(self.sums),
                 "per_group needs late sums that are not early ones, where they are late until there is a scale",
             ),
+            (
+                not (self.rests[0] >= 0 and self.rests[1] >= 1) or (self.rests[1] > 1 and self.scales != "updates"),
+                f"rests must be a number of steps and an interval, and needs scales='updates', got {self.rests}",
+            ),
+            (
+                self.samples and not (self.scales == "updates" and set(self.late_sums) <= {"update_square"}),
+                "samples needs scales='updates', and no late sums but update_square",
+            ),
             (not set(self.fixed) <= set(self.fields) & set(self.initial()), "fixed fields need an initial value"),
         ]
         found = [text for is_wrong, text in problems if is_wrong]
         if found:
             raise ValueError(f"tuner {self.name!r} cannot be used: {'; '.join(found)}")
+
+    def interval(self, updates: int) -> int:
+        """In one of how many steps early sums are made, after so many updates."""
+        after, interval = self.rests
+        return interval if updates >= after else 1
 
     def late(self, has_scale: bool) -> tuple[str, ...]:
         """The sums that :meth:`refine` needs after the base step; ``has_scale``: whether S is known not to be 0."""
@@ -183,21 +202,25 @@ class Tuner(ABC):
         """A packed state by the names of its rows."""
         return dict(zip((*HEADER, *self.fields), state.unbind()))
 
-    def propose(self, state: Tensor, sums: Sums) -> Proposal:
+    def propose(self, state: Tensor, sums: Sums, interval: int = 1) -> Proposal:
         """Learn from a step. From sums that are not finite, or lead to what is not, nothing but their number.
 
         Args:
             state: Packed, shape [rows, columns].
             sums: The step's, over the whole model, or over each param group: a group that is frozen learns nothing.
+                Without ``"grad_square"`` where early sums are not made; there may be more than :attr:`sums`.
+            interval: In one of how many steps they are made.
 
         Returns:
             The proposal. No host sync takes place.
         """
-        rows = self.rows(state)
-        learned, shape = self.learn(rows, sums), sums["grad_square"].shape
+        rows, some = self.rows(state), next(iter(sums.values()))
+        is_due, shape = "grad_square" in sums, some.shape
+        absent = {} if is_due else dict.fromkeys(self.sums, torch.zeros_like(some))
+        learned = self.learn({**rows, "interval": torch.full_like(rows["updates"], interval)}, {**absent, **sums})
         assert learned.rows.keys() <= set(self.fields), f"{self.name!r} learned rows that are none of {self.fields}"
         counted = {**rows, "updates": rows["updates"] + 1}
-        changed, moves = dict(learned.rows), self.moves(sums) if shape else None
+        changed, moves = dict(learned.rows), self.moves(sums) if shape and is_due else None
         if moves is not None:
             changed = {name: torch.where(moves, row, rows[name]) for name, row in changed.items()}
         new = torch.stack(list({**counted, **changed}.values()))
@@ -205,9 +228,8 @@ class Tuner(ABC):
         # A divisor that is infinite would not show in the state.
         finite = new.isfinite().all() & torch.stack(list(sums.values())).isfinite().all()
         state = torch.where(finite, new, unchanged)
-        shares = tuple(
-            (rate / counted["updates"][0]).clamp(max=1.0) * finite if rate else None for rate in self.references
-        )
+        passed = interval / counted["updates"][0]
+        shares = tuple((rate * passed).clamp(max=1.0) * finite if rate and is_due else None for rate in self.references)
         scale = self.scale_of(self.rows(state), bool(shape))
         return Proposal(state, scale, learned.signal, sums, shares)
 

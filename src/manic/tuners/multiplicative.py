@@ -28,6 +28,8 @@ _RATE = 0.1
 _AGREED, _MEMORY = 2.0, 0.9
 # The age from which on S slows down.
 _SETTLED = 100
+# From which step on S has settled so far that a look at one of so many steps is enough.
+_RESTS_AFTER, _INTERVAL = 500, 4
 # The age from which on a learning rate that has not come down is taken for one that will not.
 _CONSTANT = 40
 # By how much, as a share, learning rates differ that differ by more than rounding.
@@ -49,6 +51,8 @@ class Multiplicative(Tuner):
     name = "multiplicative"
     scales = "updates"
     references = (_FAR, _NEAR)
+    samples = True
+    rests = (_RESTS_AFTER, _INTERVAL)
     sums = (
         "delta_grad", "delta_square", "delta_grad_1", "delta_square_1", "grad_square", "x_square", "lr",
     )  # fmt: skip
@@ -117,6 +121,7 @@ class Multiplicative(Tuner):
 
         share = torch.where(sums["lr"] > 0, sums["lr"] / schedule["largest_lr"], 0.0)
         rate = _RATE * (_SETTLED / schedule["age"]).clamp(max=1.0) * share * (1.0 + _AGREED * agreed * agreed)
+        rate = rate * state["interval"]
         # S times the learning rate is what moves x: where the schedule raises the one, the other falls.
         rise = torch.where(state["largest_lr"] > 0, state["largest_lr"] / schedule["largest_lr"], 1.0)
         s = self._bounded(state["s"] * rise * torch.exp(-rate * z))
