@@ -32,7 +32,7 @@ from manic.step.guard import Guard, Nonfinite, Reading
 from manic.step.monitor import Monitor
 from manic.step.plan import Plan, Planner
 from manic.step.references import follow
-from manic.step.survey import Survey
+from manic.step.survey import Survey, scales_of
 from manic.tuners.base import Proposal, Tuner
 from manic.tuners.registry import DEFAULT, check_scale, make_tuner
 
@@ -166,7 +166,9 @@ class Mechanic(OptimizerWrapper):
                     self._monitor.step_skipped(self._layout.is_first_rank)
                     return loss
                 proposal, reading = decided
-            with base_step(plan.captures, [] if reading is None else reading.scales, taken.is_committed):
+            elif plan.takes_scale:
+                proposal = survey.propose(pending)
+            with base_step(plan.captures, scales_of(proposal, reading), taken.is_committed):
                 with hidden(self.optimizers):
                     for base in self.optimizers:
                         base.step()

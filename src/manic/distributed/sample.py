@@ -14,7 +14,16 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from manic.distributed.layout import is_fsdp1, local
 
-__all__ = ["FRACTION", "PERIODS", "SMALLEST", "copy_of_sample", "is_sampled", "sample_of", "sample_shape"]
+__all__ = [
+    "FRACTION",
+    "PERIODS",
+    "SMALLEST",
+    "copy_of_sample",
+    "is_sampled",
+    "sample_of",
+    "sample_shape",
+    "sample_shaped",
+]
 
 PERIODS = (512, 256)
 """Of so many neighbouring columns, the first 1/16 are in the sample: the larger if it divides their number."""
@@ -61,9 +70,7 @@ def sample_shape(shape: Sequence[int]) -> torch.Size:
 
 
 def sample_of(tensor: Tensor, columns: int) -> Tensor:
-    """The sample of a plain tensor: a view of it, shape [rows, its columns / period, period / FRACTION].
-
-    One that is not contiguous keeps its leading dimensions in the place of rows.
+    """The sample of a plain tensor, shape [rows, its columns / period, period / FRACTION]: a view of a contiguous one.
 
     Args:
         tensor: What a rank holds of a parameter.
@@ -74,18 +81,22 @@ def sample_of(tensor: Tensor, columns: int) -> Tensor:
     periods, taken = tensor.shape[-1] // period, period // FRACTION
     if tensor.numel() == 0:
         return tensor.new_empty(0, periods, taken)
-    leading = (-1,) if tensor.is_contiguous() else tensor.shape[:-1]
-    return tensor.view(*leading, periods, period)[..., :taken]
+    return tensor.reshape(-1, periods, period)[..., :taken]
+
+
+def sample_shaped(tensor: Tensor, columns: int) -> Tensor:
+    """A contiguous tensor of a sample's elements, in the shape that :func:`sample_of` gives a sample."""
+    period = _period(columns)
+    assert period is not None
+    periods, taken = tensor.shape[-1] * FRACTION // period, period // FRACTION
+    return tensor.new_empty(0, periods, taken) if tensor.numel() == 0 else tensor.view(-1, periods, taken)
 
 
 def copy_of_sample(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The sample as a tensor of its own, with the placements of ``tensor``: shape [..., columns / FRACTION]."""
     x = local(tensor)
-    plain = (
-        sample_of(x, tensor.shape[-1])
-        .to(dtype, copy=True, memory_format=torch.contiguous_format)
-        .view(sample_shape(x.shape))
-    )
+    plain = torch.empty(sample_shape(x.shape), dtype=dtype, device=x.device)
+    sample_shaped(plain, tensor.shape[-1]).copy_(sample_of(x, tensor.shape[-1]))
     if not isinstance(tensor, DTensor):
         return plain
     shape = sample_shape(tensor.shape)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 __all__ = [
     "UPDATES", "decay_is_decoupled", "is_known", "is_proportional", "keeps_place", "largest_lr", "learning_rate",
-    "resolve_update",
+    "resolve_update", "takes_tensor_lr",
 ]  # fmt: skip
 
 UPDATES = ("snapshot", "decoupled", "coupled")
@@ -81,6 +81,12 @@ def is_proportional(optimizer: Optimizer) -> bool:
         return False
     # torch has no public way to ask for an optimizer's hooks; tests/optimizer/test_kinds.py fails if they are renamed.
     return not (optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+
+
+def takes_tensor_lr(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+    """Whether the param group's learning rate may be a tensor during a step: torch's fused kernels read it there."""
+    fused = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
+    return type(optimizer) in fused and bool(group.get("fused"))
 
 
 def learning_rate(group: Mapping[str, Any]) -> Any:

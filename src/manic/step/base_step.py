@@ -22,7 +22,9 @@ __all__ = ["base_step"]
 
 
 @contextmanager
-def base_step(captures: Sequence[Capture], scales: Sequence[float], is_taken: Callable[[], bool]) -> Iterator[None]:
+def base_step(
+    captures: Sequence[Capture], scales: Sequence[float | Tensor], is_taken: Callable[[], bool]
+) -> Iterator[None]:
     """Let the base optimizers step inside, and x be written from what they did.
 
     Whatever is raised before the step is taken, afterwards parameters hold x_ref + f_t * Delta, and gradients and
@@ -31,7 +33,8 @@ def base_step(captures: Sequence[Capture], scales: Sequence[float], is_taken: Ca
 
     Args:
         captures: Of every shard that the base optimizers may move, after their ``begin``.
-        scales: Each S, for learning rates that take it in; none where the host does not know them.
+        scales: Each S, for learning rates that take it in: 0-dim tensors where the host does not know it. None where
+            none does.
         is_taken: Whether the step is committed, so that nothing is to be undone.
     """
     stand_ins = _StandIns(captures)
@@ -65,7 +68,7 @@ def _restored(restore: Callable[[], None]) -> Iterator[None]:
 
 
 @contextmanager
-def _scaled_learning_rates(captures: Sequence[Capture], scales: Sequence[float]) -> Iterator[None]:
+def _scaled_learning_rates(captures: Sequence[Capture], scales: Sequence[float | Tensor]) -> Iterator[None]:
     scaled = [capture.first for capture in captures if isinstance(capture, ScaledLearningRate)]
     groups = {id(shard.group): (shard.group, shard.column) for shard in scaled}
     lrs = [(group, group["lr"], column) for group, column in groups.values()]
@@ -76,8 +79,11 @@ def _scaled_learning_rates(captures: Sequence[Capture], scales: Sequence[float])
 
     with _restored(restore):
         for group, lr, column in lrs:
-            assert scales, "a capture that needs S was chosen, but the host does not know it"
-            group["lr"] = lr * scales[column]
+            assert scales, "a capture that needs S was chosen, but nobody knows it yet"
+            scale = scales[column]
+            # Fused kernels on a device read a float32.
+            is_wide = not isinstance(scale, Tensor) or scale.is_cpu
+            group["lr"] = lr * scale if is_wide else (lr * scale).to(torch.float32)
         yield
 
 

@@ -23,7 +23,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from manic.distributed.sample import sample_of
+from manic.distributed.sample import sample_of, sample_shaped
 from manic.step.chunks import Scratch, pieces
 from manic.step.kernels import add_product, set_reference, working_dtype, write
 from manic.step.position import Position, displacement, place_of
@@ -76,12 +76,6 @@ class Capture:
         further = [f"x_ref_{index}" for index in range(1, 1 + len(self.first.further))]
         self._columns.update(zip(further, map(list, zip(*(shard.further for shard in self.shards)))))
         self.references = ["x_ref", *further]
-        for name in ("x", "gradient"):
-            whole = self._columns[name]
-            self._columns[f"sampled {name}"] = self._samples(whole) if self.first.is_sampled else whole
-        if self.first.is_sampled:
-            for name in self.references:
-                self._columns[name] = _in_shape(self._columns[name], self._columns["sampled x"])
         # How many elements, from the first, hold a displacement for the base step, and how many hold x_{t+1}.
         self._entered = self._written = 0
         self._moved_ref: Change | None = None
@@ -90,11 +84,26 @@ class Capture:
         """Hold nothing of the step any longer."""
         self._columns = {}
 
-    def _samples(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-        return [
-            None if tensor is None else sample_of(tensor, shard.parameter.shape[-1])
-            for tensor, shard in zip(tensors, self.shards)
-        ]
+    def of_sample(self, *names: str, written: Sequence[int] = ()) -> Iterator[tuple[Any, ...]]:
+        """As :meth:`pieces`; but of a sampled parameter x and the gradient are samples, of which references are."""
+        if not self.first.is_sampled:
+            return self.pieces(*names, written=written)
+        columns: list[list[Tensor | None]] = []
+        for name in names:
+            is_whole = name in ("x", "gradient")
+            columns.append(
+                [
+                    None if tensor is None else self._sample(tensor, shard, is_whole=is_whole)
+                    for tensor, shard in zip(self._columns[name], self.shards)
+                ]
+            )
+        return pieces(*columns, written=written)
+
+    @staticmethod
+    def _sample(tensor: Tensor, shard: Shard, *, is_whole: bool) -> Tensor:
+        """The sample of x or a gradient; of a reference, a view in the same shape."""
+        columns = shard.parameter.shape[-1]
+        return sample_of(tensor, columns) if is_whole else sample_shaped(tensor, columns)
 
     def before(self, scratch: Scratch) -> Iterator[Operands]:
         """Every piece of Delta_t, x_t and the gradient, and of each further reference; nothing is changed.
@@ -102,13 +111,13 @@ class Capture:
         Of a sampled parameter, every piece of the sample. Without displacements where x is held.
         """
         if self.first.is_held:
-            for x, gradient in self.pieces("sampled x", "sampled gradient"):
+            for x, gradient in self.of_sample("x", "gradient"):
                 yield {"x": x} if gradient is None else {"x": x, "grad": gradient}
             return
         is_stored, several = self.first.delta is not None, len(self.references) > 1
-        names = [*(self.references if several or not is_stored else ()), *(["delta"] * is_stored)]
-        for row in self.pieces("sampled x", "sampled gradient", *names):
-            piece = dict(zip(("x", "gradient", *names), row))
+        names = ["x", "gradient", *(self.references if several or not is_stored else ()), *(["delta"] * is_stored)]
+        for row in self.of_sample(*names):
+            piece = dict(zip(names, row))
             for index, reference in enumerate(self.references):
                 number = f"_{index}" if index else ""
                 operands = {f"delta{number}": self._displacement(piece, reference, scratch)}
@@ -373,13 +382,6 @@ class Snapshot(Capture):
                     self._return_to(x, x_ref, delta)
                 start += x.numel()
         self._columns["x_before"] = []
-
-
-def _in_shape(tensors: Sequence[Tensor | None], like: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """References of samples in the shape that samples have as views of x."""
-    return [
-        None if tensor is None or sample is None else tensor.view(sample.shape) for tensor, sample in zip(tensors, like)
-    ]
 
 
 def _update_of(update: Tensor, gradient: Tensor | None) -> Operands:

@@ -11,12 +11,20 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from manic.distributed.layout import Layout, check_gradient, is_expert_parallel, local_storage
 from manic.distributed.sample import FRACTION
-from manic.optimizer.kinds import decay_is_decoupled, is_known, is_proportional, keeps_place, resolve_update
-from manic.step.capture import Capture
+from manic.optimizer.kinds import (
+    decay_is_decoupled,
+    is_known,
+    is_proportional,
+    keeps_place,
+    resolve_update,
+    takes_tensor_lr,
+)
+from manic.step.capture import Capture, ScaledLearningRate
 from manic.step.position import Position
 from manic.step.rules import Means, Rule
 from manic.step.shards import Shard, in_batches
@@ -68,6 +76,11 @@ class Plan:
     captures: list[Capture]
     key: list[Any]
     """What it was made for."""
+
+    @property
+    def takes_scale(self) -> bool:
+        """Whether S goes into a learning rate, and must be there before the base optimizers step."""
+        return any(isinstance(capture, ScaledLearningRate) for capture in self.captures)
 
 
 class Planner:
@@ -145,7 +158,13 @@ class Planner:
         for optimizer in self._optimizers:
             key.append(is_proportional(optimizer))
             for group in optimizer.param_groups:
-                key += (id(group), group.get("decoupled_weight_decay"), group.get("maximize"), keeps_place(group))
+                key += (
+                    id(group),
+                    group.get("fused"),
+                    group.get("decoupled_weight_decay"),
+                    group.get("maximize"),
+                    keeps_place(group),
+                )
                 for parameter in group["params"]:
                     x = local_storage(parameter)
                     references, delta = self._displacements.found(optimizer, parameter)
@@ -165,7 +184,7 @@ class Planner:
         ]
         for index, (optimizer, update, group) in enumerate(members):
             column = index if self._displacements.is_per_group else 0
-            means = self._means(optimizer, update, has_scale[column])
+            means = self._means(optimizer, group, update, has_scale[column])
             found = [self._shard(optimizer, group, column, each, update, position) for each in group["params"]]
             mine = [shard for shard in found if shard is not None]
             keeps_delta = [self._displacements.keeps_delta(p) for p in group["params"] if p.requires_grad]
@@ -178,7 +197,9 @@ class Planner:
                 self._displacements.join(each.first.optimizer, [shard.parameter for shard in each.shards])
         return Plan(shards, captures, self._key(has_scale))
 
-    def _means(self, optimizer: Optimizer, update: str, has_scale: bool) -> Means:
+    def _means(self, optimizer: Optimizer, group: dict[str, Any], update: str, has_scale: bool) -> Means:
+        # DTensors are not mixed with a learning rate that is a plain tensor.
+        is_plain = not any(isinstance(parameter, DTensor) for parameter in group["params"])
         return Means(
             # Whether another optimizer holds positions of its own is seen only where x is real in its first step.
             depends_on_x=update == "snapshot" or not (self._displacements.started or is_known(optimizer)),
@@ -186,7 +207,7 @@ class Planner:
             rests_at_zero=is_proportional(optimizer),
             takes_scale=(
                 self._is_auto
-                and self._knows_scale
+                and (self._knows_scale or (is_plain and takes_tensor_lr(optimizer, group)))
                 and has_scale
                 and update != "snapshot"
                 and not self._tuner.late(has_scale)

@@ -49,10 +49,10 @@ def follow(captures: Sequence[Capture], shares: Sequence[Tensor | None], *, is_f
 def _follow(capture: Capture, shares: Sequence[Tensor | None], scratch: Scratch, is_finite: bool) -> None:
     shares_of = {name: share for name, share in zip(capture.references, shares) if share is not None}
     is_stored = capture.first.delta is not None
-    names = list(dict.fromkeys([*(("x_ref", "delta") if is_stored else ("sampled x",)), *shares_of]))
+    names = list(dict.fromkeys([*(("x_ref", "delta") if is_stored else ("x",)), *shares_of]))
     written = [index for index, name in enumerate(names) if name in shares_of or name == "delta"]
-    for row in capture.pieces(*names, written=written):
-        piece = dict(zip(names if is_stored else ("x", *names[1:]), row))
+    for row in capture.of_sample(*names, written=written):
+        piece = dict(zip(names, row))
         place = place_of(piece, scratch)
         for name, share in shares_of.items():
             reference = piece[name]

@@ -17,7 +17,7 @@ from manic.step.plan import Plan
 from manic.step.sums import GRADIENTS, PendingSums, local_sums
 from manic.tuners.base import Proposal
 
-__all__ = ["Survey"]
+__all__ = ["Survey", "scales_of"]
 
 
 class Survey:
@@ -130,3 +130,10 @@ class Survey:
 
         number = int(state.tuner_state.updates) + 1
         return self._guard.skips(reading.sums.get("lr", ()), number, position_is_finite, account)
+
+
+def scales_of(proposal: Proposal | None, reading: Reading | None) -> Sequence[float | Tensor]:
+    """Each S, as a number if the host knows it, else as a 0-dim tensor; none before there is a proposal."""
+    if reading is not None:
+        return reading.scales
+    return [] if proposal is None else proposal.scale.reshape(-1).unbind()

@@ -29,7 +29,7 @@ _AGREED, _MEMORY = 2.0, 0.9
 # The age from which on S slows down.
 _SETTLED = 100
 # From which step on S has settled so far that a look at one of so many steps is enough.
-_RESTS_AFTER, _INTERVAL = 500, 4
+_RESTS_AFTER, _INTERVAL = 1000, 4
 # The age from which on a learning rate that has not come down is taken for one that will not.
 _CONSTANT = 40
 # By how much, as a share, learning rates differ that differ by more than rounding.
@@ -100,7 +100,7 @@ class Multiplicative(Tuner):
         average the noise out. Where the learning rate has stayed at its largest, the noise remains, and gradients are
         weighed by their size instead.
         """
-        beta, weight = state["betas"], state["weight"]
+        beta, weight = state["betas"] ** state["interval"], state["weight"]
         schedule = self._follow(state, sums["lr"])
         is_constant = (schedule["age"] > _CONSTANT) & (schedule["came_down"] == 0)
 
