@@ -21,6 +21,7 @@ from manic.distributed.join import JoinGuard
 from manic.distributed.layout import EXPERT_PARALLEL, Layout, Plain
 from manic.distributed.startup import Agreement
 from manic.optimizer.consistency import compare_exchanged, compare_loaded, raise_if_drifted
+from manic.optimizer.local_step import step_on_shards
 from manic.optimizer.names import GROUP_KEY, STATE_KEYS
 from manic.optimizer.positions import PositionCheck
 from manic.optimizer.state import MechanicState
@@ -171,7 +172,7 @@ class Mechanic(OptimizerWrapper):
             with base_step(plan.captures, scales_of(proposal, reading), taken.is_committed):
                 with hidden(self.optimizers):
                     for base in self.optimizers:
-                        base.step()
+                        step_on_shards(base)
                 self._refuse_positions(plan)
                 if proposal is None:  # the all_reduce was hidden behind the base optimizers' step
                     proposal = survey.propose(pending)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from manic.optimizer.kinds import decay_is_decoupled, is_proportional, largest_lr, resolve_update
+from manic.optimizer.kinds import decay_is_decoupled, is_elementwise, is_proportional, largest_lr, resolve_update
 
 
 def base(cls: type[torch.optim.Optimizer], **options: object) -> torch.optim.Optimizer:
@@ -20,6 +24,38 @@ def test_torch_has_the_attributes_of_step_hooks(kind: str) -> None:
     assert not is_proportional(optimizer)
     handle.remove()
     assert is_proportional(optimizer)
+
+
+@pytest.mark.parametrize("register", [register_optimizer_step_pre_hook, register_optimizer_step_post_hook])
+def test_torch_has_the_attributes_of_step_hooks_of_all_optimizers(register: Callable[..., Any]) -> None:
+    optimizer = base(torch.optim.SGD)
+    handle = register(lambda *_: None)
+    try:
+        assert not is_elementwise(optimizer)
+    finally:
+        handle.remove()
+    assert is_elementwise(optimizer)
+
+
+def test_which_steps_are_elementwise() -> None:
+    class Mine(torch.optim.SGD):
+        pass
+
+    names = ["SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "RMSprop", "Adadelta", "Rprop", "ASGD"]
+    assert all(is_elementwise(base(getattr(torch.optim, name))) for name in names)
+    others = [base(cls) for cls in (torch.optim.Adafactor, torch.optim.Muon, torch.optim.LBFGS, Mine)]
+    others += [base(torch.optim.Adam, differentiable=True), base(torch.optim.SGD)]
+    others[-1].register_step_pre_hook(lambda *_: None)
+    assert not any(map(is_elementwise, others))
+
+
+def test_a_replaced_step_may_do_anything_but_a_scheduler_only_counts() -> None:
+    optimizer = base(torch.optim.SGD)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    assert "step" in vars(optimizer)
+    assert is_elementwise(optimizer)
+    optimizer.step = lambda closure=None: None  # type: ignore[method-assign, assignment]
+    assert not is_elementwise(optimizer)
 
 
 def test_detects_updates_not_linear_in_the_learning_rate() -> None:

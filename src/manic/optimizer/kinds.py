@@ -11,10 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 __all__ = [
-    "UPDATES", "decay_is_decoupled", "is_known", "is_proportional", "keeps_place", "largest_lr", "learning_rate",
-    "resolve_update", "takes_tensor_lr",
+    "UPDATES", "decay_is_decoupled", "is_elementwise", "is_known", "is_proportional", "keeps_place", "largest_lr",
+    "learning_rate", "resolve_update", "takes_tensor_lr",
 ]  # fmt: skip
 
 UPDATES = ("snapshot", "decoupled", "coupled")
@@ -36,6 +37,8 @@ _INDEPENDENT_OF_X: dict[str, Literal["decoupled", "coupled", "by group"]] = {
     "Rprop": "coupled",
     "Muon": "decoupled",
 }
+# In the same source, no operation takes elements from two places. Muon and Adafactor do.
+_ELEMENTWISE = (_INDEPENDENT_OF_X.keys() | {"ASGD"}) - {"Muon"}
 
 
 def is_known(optimizer: Optimizer) -> bool:
@@ -79,8 +82,28 @@ def is_proportional(optimizer: Optimizer) -> bool:
     """
     if resolve_update(optimizer, "auto") == "snapshot" or isinstance(optimizer, torch.optim.Rprop):
         return False
-    # torch has no public way to ask for an optimizer's hooks; tests/optimizer/test_kinds.py fails if they are renamed.
-    return not (optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+    return not _has_step_hooks(optimizer)
+
+
+def is_elementwise(optimizer: Optimizer) -> bool:
+    """Whether ``optimizer``'s step is known to make each element from elements at the same place, and from numbers.
+
+    A step hook, or a step that somebody has put in the place of the class's, may look at the parameters. A scheduler
+    puts one there that counts calls. With ``differentiable`` the parameters' history matters, too.
+    """
+    if type(optimizer).__name__ not in _ELEMENTWISE or not is_known(optimizer) or _has_step_hooks(optimizer):
+        return False
+    # The scheduler's mark is private: tests/optimizer/test_kinds.py fails if it is renamed.
+    is_replaced = "step" in vars(optimizer) and not hasattr(optimizer.step, "_wrapped_by_lr_sched")
+    is_differentiable = (each.get("differentiable") for each in (optimizer.defaults, *optimizer.param_groups))
+    return not is_replaced and not any(is_differentiable)
+
+
+def _has_step_hooks(optimizer: Optimizer) -> bool:
+    """Whether functions of others run before or after its step."""
+    # torch has no public way to ask for hooks; tests/optimizer/test_kinds.py fails if they are renamed.
+    own = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    return any((*own, _global_optimizer_pre_hooks, _global_optimizer_post_hooks))
 
 
 def takes_tensor_lr(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:

@@ -18,7 +18,7 @@ from manic.step.capture import Capture, DeltaAsStandIn, ScaledLearningRate
 from manic.step.chunks import Scratch
 from manic.step.shards import Shard
 
-__all__ = ["base_step"]
+__all__ = ["base_step", "give_gradient", "restored"]
 
 
 @contextmanager
@@ -55,7 +55,7 @@ def base_step(
 
 
 @contextmanager
-def _restored(restore: Callable[[], None]) -> Iterator[None]:
+def restored(restore: Callable[[], None]) -> Iterator[None]:
     """Call ``restore`` after what is inside; twice after an error, since an interrupt may come between its lines."""
     try:
         try:
@@ -77,7 +77,7 @@ def _scaled_learning_rates(captures: Sequence[Capture], scales: Sequence[float |
         for group, lr, _ in lrs:
             group["lr"] = lr
 
-    with _restored(restore):
+    with restored(restore):
         for group, lr, column in lrs:
             assert scales, "a capture that needs S was chosen, but nobody knows it yet"
             scale = scales[column]
@@ -102,7 +102,7 @@ def _without_weight_decay(captures: Sequence[Capture]) -> Iterator[None]:
                 _expect_gradient(parameter, dtype)
             parameter.grad = gradient
 
-    with _restored(restore):
+    with restored(restore):
         for capture in captures:
             group, first = capture.first.group, capture.first
             capture.decay, weight_decay = 0.0, group.get("weight_decay", 0.0)
@@ -114,7 +114,7 @@ def _without_weight_decay(captures: Sequence[Capture]) -> Iterator[None]:
                 for shard in capture.shards:
                     parameter = shard.parameter
                     gradients.append((parameter, parameter.grad, _expected_gradient(parameter)))
-                    _give_gradient(parameter, _decayed_gradient(shard, float(weight_decay)))
+                    give_gradient(parameter, _decayed_gradient(shard, float(weight_decay)))
         for group in _groups(capture for capture in captures if capture.decays_by_hand):
             if "weight_decay" in group:
                 decays.append((group, group["weight_decay"]))
@@ -150,7 +150,7 @@ def _expect_gradient(tensor: Tensor, dtype: torch.dtype | None) -> None:
         tensor.grad_dtype = dtype
 
 
-def _give_gradient(tensor: Tensor, gradient: Tensor | None) -> None:
+def give_gradient(tensor: Tensor, gradient: Tensor | None) -> None:
     """Set a gradient, of another dtype than the tensor's too."""
     if gradient is not None and gradient.dtype != _expected_gradient(tensor):
         tensor.grad = None
@@ -171,7 +171,7 @@ class _StandIns:
         stand_ins = {}
         for states, parameter, delta in self._swaps:
             assert delta is not None
-            _give_gradient(delta, parameter.grad)
+            give_gradient(delta, parameter.grad)
             states[delta] = states.pop(parameter)
             stand_ins[id(parameter)] = delta
         for group, parameters in self._members:
