@@ -55,10 +55,6 @@ class References:
         self.names = REFERENCES[: len(rates)]
         self._follows = dict(zip(self.names, map(bool, rates)))
 
-    def found(self, state: Mapping[str, Any] | None) -> tuple[Tensor | None, ...]:
-        """What a parameter's state has of them."""
-        return tuple(state.get(name) for name in self.names) if state else (None,) * len(self.names)
-
     def complete(self, parameter: Tensor, state: dict[str, Any], *, of_sample: bool) -> None:
         """Store what is missing, of where ``parameter`` is now, and convert what a load left in another form.
 

@@ -117,10 +117,11 @@ class MechanicState:
         """Whether a sample stands for ``parameter`` in early sums; where Delta is stored, x_ref must be whole."""
         return self.tuner.samples and not self.keeps_delta(parameter) and is_sampled(parameter)
 
-    def found(self, optimizer: Optimizer, parameter: Tensor) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
-        """References and Delta as they are stored; changes nothing."""
-        state = optimizer.state.get(parameter)
-        return self.references.found(state), state.get(DELTA) if state else None
+    def found(self, optimizer: Optimizer, parameters: Sequence[Tensor]) -> list[list[Tensor | None]]:
+        """What is stored under parameters: a list for each reference, x_ref first, and for Delta; ``None``: not."""
+        none = dict[str, Any]()
+        states = [optimizer.state.get(parameter, none) for parameter in parameters]
+        return [[state.get(name) for state in states] for name in (*self.references.names, DELTA)]
 
     def complete(self, optimizer: Optimizer, parameter: Tensor, position: Position) -> None:
         """Store references, and Delta where it is kept: new ones, or what a load left of them."""

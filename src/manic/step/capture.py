@@ -23,6 +23,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from manic.distributed.layout import local_storage
 from manic.distributed.sample import sample_of, sample_shaped
 from manic.step.chunks import Scratch, pieces
 from manic.step.kernels import add_product, set_reference, working_dtype, write
@@ -65,17 +66,18 @@ class Capture:
         self._columns: dict[str, list[Tensor | None]] = {}
 
     def begin(self, position: Position) -> None:
-        """Take in f_t, and the tensors that the shards hold."""
+        """Take in f_t, and the tensors of the shards as they are now."""
         self.position = position
-        self._columns = {
-            "x": [shard.x for shard in self.shards],
-            "x_ref": [shard.x_ref for shard in self.shards],
-            "delta": [shard.delta for shard in self.shards],
-            "gradient": [shard.gradient for shard in self.shards],
-        }
-        further = [f"x_ref_{index}" for index in range(1, 1 + len(self.first.further))]
-        self._columns.update(zip(further, map(list, zip(*(shard.further for shard in self.shards)))))
-        self.references = ["x_ref", *further]
+        found = self.first.find(self.first.optimizer, [shard.parameter for shard in self.shards])
+        x: list[Tensor | None] = [shard.x for shard in self.shards]
+        if self.first.has_state:
+            *references, delta = ([None if each is None else local_storage(each) for each in row] for row in found)
+        else:
+            references, delta = [x], found[-1]
+        self.references = ["x_ref", *(f"x_ref_{index}" for index in range(1, len(references)))]
+        gradient = [shard.gradient for shard in self.shards]
+        self._columns = {"x": x, "delta": delta, "gradient": gradient, **dict(zip(self.references, references))}
+        self.is_stored = delta[0] is not None
         # How many elements, from the first, hold a displacement for the base step, and how many hold x_{t+1}.
         self._entered = self._written = 0
         self._moved_ref: Change | None = None
@@ -114,7 +116,7 @@ class Capture:
             for x, gradient in self.of_sample("x", "gradient"):
                 yield {"x": x} if gradient is None else {"x": x, "grad": gradient}
             return
-        is_stored, several = self.first.delta is not None, len(self.references) > 1
+        is_stored, several = self.is_stored, len(self.references) > 1
         names = ["x", "gradient", *(self.references if several or not is_stored else ()), *(["delta"] * is_stored)]
         for row in self.of_sample(*names):
             piece = dict(zip(names, row))
@@ -316,13 +318,13 @@ class Snapshot(Capture):
     def enter(self, scratch: Scratch) -> None:
         """Copy x; x_ref serves where it was made of x in this step."""
         copies = self._columns["x_before"] = []
-        for shard, x in zip(self.shards, self._columns["x"]):
+        for shard, x, x_ref in zip(self.shards, self._columns["x"], self._columns["x_ref"]):
             assert x is not None
-            copies.append(shard.x_ref if shard.is_new and not shard.is_sampled else x.clone())
+            copies.append(x_ref if shard.is_new and not shard.is_sampled else x.clone())
 
     def after(self, scratch: Scratch) -> Iterator[Operands]:
         """Delta_t, x as it is now, and the update; of a sampled parameter without Delta_t."""
-        is_stored = self.first.delta is not None
+        is_stored = self.is_stored
         if self.first.is_sampled:
             for x, x_before, gradient in self.pieces("x", "x_before", "gradient"):
                 yield {"x": x} if self.first.is_held else {"x": x, **_update_of(x - x_before, gradient)}
@@ -337,7 +339,7 @@ class Snapshot(Capture):
 
     def write(self, change: Change, scratch: Scratch) -> None:
         """Add the update to Delta, stored or recomputed, and write x."""
-        if self.first.delta is None and change.weight is not None:
+        if not self.is_stored and change.weight is not None:
             self._write_scaled(change.weight)
             return
         factor, moves_ref = self._factor(change), self.first.is_held and change.weight is None

@@ -111,16 +111,16 @@ class Scratch:
 
 def _joined(column: Sequence[Tensor | None]) -> tuple[Tensor, bool] | None:
     """Many tensors as a flat one, and whether it is a copy; ``None`` for none."""
-    tensors = [tensor for tensor in column if tensor is not None]
-    if not tensors:
+    if column[0] is None:
         return None
-    first, total = tensors[0], sum(tensor.numel() for tensor in tensors)
+    tensors: Sequence[Tensor] = column  # type: ignore[assignment]
+    first = tensors[0]
     if lie_side_by_side(tensors):
-        return first.as_strided((total,), (1,)), False
-    if all(tensor.is_contiguous() for tensor in tensors):
+        return first.as_strided((sum(map(Tensor.numel, tensors)),), (1,)), False
+    if first.is_contiguous():
         return _flatten(tensors), True
-    flat = torch.empty(total, dtype=first.dtype, device=first.device)
-    torch._foreach_copy_(_unflatten(flat, tensors), tensors)
+    flat = torch.empty(sum(map(Tensor.numel, tensors)), dtype=first.dtype, device=first.device)
+    torch._foreach_copy_(_unflatten(flat, tensors), list(tensors))
     return flat, True
 
 

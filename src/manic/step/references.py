@@ -35,7 +35,6 @@ def follow(captures: Sequence[Capture], shares: Sequence[Tensor | None], *, is_f
     try:
         for capture in moved:
             x = capture.first.x
-            assert x is not None
             key = x.device, working_dtype(x)
             if key not in known:
                 known[key] = [None if share is None else share.to(*key) for share in shares]
@@ -48,7 +47,7 @@ def follow(captures: Sequence[Capture], shares: Sequence[Tensor | None], *, is_f
 
 def _follow(capture: Capture, shares: Sequence[Tensor | None], scratch: Scratch, is_finite: bool) -> None:
     shares_of = {name: share for name, share in zip(capture.references, shares) if share is not None}
-    is_stored = capture.first.delta is not None
+    is_stored = capture.is_stored
     names = list(dict.fromkeys([*(("x_ref", "delta") if is_stored else ("x",)), *shares_of]))
     written = [index for index, name in enumerate(names) if name in shares_of or name == "delta"]
     for row in capture.of_sample(*names, written=written):

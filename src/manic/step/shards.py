@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,11 @@ __all__ = ["Shard", "in_batches"]
 
 @dataclass(eq=False)
 class Shard:
-    """The part of a parameter on this rank: whose it is, and, during a step, plain tensors of its shape and device."""
+    """The part of a parameter on this rank: whose it is, and the plain tensors of it. It holds none of these itself,
+    so that whoever exchanges or offloads them frees their memory."""
 
+    find: Callable[[Optimizer, Sequence[Tensor]], list[list[Tensor | None]]]
+    """Finds what is stored under parameters: a list for each reference, x_ref first, and for Delta; ``None``: not."""
     optimizer: Optimizer
     """The base optimizer that has the parameter."""
     group: dict[str, Any]
@@ -45,42 +48,32 @@ class Shard:
     """Neither a gradient nor ``requires_grad``, but it was trained before: it stays where it is, and in no sum."""
     is_held: bool = False
     """Its learning rate is 0: it stays where it is, and its displacement is in no sum."""
-    x: Tensor | None = None
-    """The parameter's storage, of its dtype."""
-    x_ref: Tensor | None = None
-    """Where the displacement is measured from; x where nothing is stored yet. Of a sample, contiguous."""
-    further: Sequence[Tensor] = ()
-    """Further references; none where nothing is stored yet."""
-    delta: Tensor | None = None
-    """Delta, at least float32; ``None`` where it is recomputed from x and x_ref."""
-    whole_delta: Tensor | None = None
-    """What ``delta`` is the local part of."""
-    gradient: Tensor | None = None
+
+    @property
+    def x(self) -> Tensor:
+        """The parameter's storage, of its dtype."""
+        return local_storage(self.parameter)
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """Of the elements of x."""
+        return local_gradient(self.parameter)
+
+    @property
+    def whole_delta(self) -> Tensor | None:
+        """Delta as the state holds it, at least float32; ``None`` where it is recomputed from x and x_ref."""
+        return self.find(self.optimizer, [self.parameter])[-1][0]
+
+    @property
+    def delta(self) -> Tensor | None:
+        """The local part of Delta."""
+        delta = self.whole_delta
+        return None if delta is None else local_storage(delta)
 
     @property
     def keeps_place(self) -> bool:
         """Whether x stays where it is in this step."""
         return self.is_frozen or self.is_held
-
-    def take(self, references: Sequence[Tensor | None], delta: Tensor | None) -> None:
-        """Hold the tensors of a step.
-
-        Args:
-            references: As the state holds them; ``None``: it is x.
-            delta: As the state holds it.
-        """
-        self.x = local_storage(self.parameter)
-        x_ref, *further = references
-        self.x_ref = self.x if x_ref is None else local_storage(x_ref)
-        self.further = [local_storage(reference) for reference in further if reference is not None]
-        self.delta, self.whole_delta = None if delta is None else local_storage(delta), delta
-        self.gradient = local_gradient(self.parameter)
-
-    def release(self) -> None:
-        """Hold none, so that whoever exchanges or offloads them frees their memory."""
-        self.x = self.x_ref = self.delta = self.whole_delta = self.gradient = None
-        self.further = ()
-        self.is_new = False
 
 
 def in_batches(shards: Iterable[Shard], kinds: dict[int, Any]) -> list[list[Shard]]:
@@ -97,11 +90,9 @@ def in_batches(shards: Iterable[Shard], kinds: dict[int, Any]) -> list[list[Shar
         return (id(shard.group), *alike, kinds[id(shard)])
 
     def size_of(shard: Shard) -> int:
-        assert shard.x is not None
         return shard.x.numel() // (FRACTION if shard.is_sampled else 1)
 
     def kind_with_place(shard: Shard) -> Any:
-        assert shard.x is not None
         return shard.x.device, shard.x.dtype, kind_of(shard)
 
     return batched(shards, size_of, kind_with_place)
