@@ -1,4 +1,4 @@
-"""Cost of an optimizer's step relative to fused AdamW: time, memory, kernel launches, collectives and host syncs."""
+"""Cost of an optimizer's step relative to fused AdamW: time, bytes, memory, launches, collectives and host syncs."""
 
 from __future__ import annotations
 
@@ -22,13 +22,17 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.host_memory import held, peak, reset_peak
 from manic import Mechanic
 from manic.testing import run
+from manic.tuners.multiplicative import Multiplicative
 
 Shapes = list[tuple[int, ...]]
 WARM_UP = 4
+PERIOD = 4
+"""Steps of which the mean is taken: a settled tuner sums in one of them."""
 
 
 def gpt_shapes(width: int, layers: int) -> Shapes:
@@ -58,6 +62,35 @@ def _mechanic(**options: Any) -> Callable[[Sequence[Tensor]], Optimizer]:
     return lambda parameters: Mechanic(fused(parameters), **options)
 
 
+class Settled(Multiplicative):
+    """The default tuner as it is after its first thousand steps: it sums in one of four steps from the start."""
+
+    name = "settled"
+    rests = (0, Multiplicative.rests[1])
+
+
+class _KnownNorm:
+    """Mechanic that is handed the norm of the gradients in each step."""
+
+    def __init__(self, optimizer: Mechanic) -> None:
+        self._optimizer = optimizer
+
+    def step(self) -> None:
+        self._optimizer.step(grad_norm=1.0)
+
+
+def _settled(**options: Any) -> Callable[[Sequence[Tensor]], Optimizer]:
+    return lambda parameters: Mechanic(fused(parameters), variant=Settled(), **options)
+
+
+def _settled_known_norm(parameters: Sequence[Tensor]) -> Any:
+    return _KnownNorm(Mechanic(fused(parameters), variant=Settled()))
+
+
+def _known_norm(parameters: Sequence[Tensor]) -> Any:
+    return _KnownNorm(Mechanic(fused(parameters)))
+
+
 def mechanic_pytorch(parameters: Sequence[Tensor]) -> Optimizer:
     from mechanic_pytorch import mechanize
 
@@ -84,10 +117,14 @@ def schedule_free(parameters: Sequence[Tensor]) -> Optimizer:
     return optimizer
 
 
-METHODS: dict[str, Callable[[Sequence[Tensor]], Optimizer]] = {
+METHODS: dict[str, Callable[[Sequence[Tensor]], Any]] = {
     "AdamW, fused": fused,
     "AdamW, foreach": foreach,
+    "Mechanic(AdamW), after 1,000 steps": _settled(),
+    "Mechanic(AdamW), after 1,000 steps, step(grad_norm=...)": _settled_known_norm,
+    'Mechanic(AdamW), after 1,000 steps, nonfinite="ignore"': _settled(nonfinite="ignore"),
     "Mechanic(AdamW)": _mechanic(),
+    "Mechanic(AdamW), step(grad_norm=...)": _known_norm,
     'Mechanic(AdamW), nonfinite="ignore"': _mechanic(nonfinite="ignore"),
     'Mechanic(AdamW), variant="optax"': _mechanic(variant="optax"),
     'Mechanic(AdamW), variant="optax", nonfinite="ignore"': _mechanic(variant="optax", nonfinite="ignore"),
@@ -110,16 +147,18 @@ class Cost:
     """Cost of one method."""
 
     seconds: float
-    """Median duration of a step."""
+    """Median duration of a step, each a mean of :data:`PERIOD` steps."""
+    moved: float
+    """Bytes per parameter that a step's operators read and write, by the sizes of their arguments."""
     at_rest: float
     """Bytes per parameter that the optimizer holds between steps, without parameters and gradients."""
     at_peak: float
     """Peak bytes per parameter during a step, without parameters and gradients."""
     collectives: int
     """Collectives per step on two ranks."""
-    operators: int
+    operators: float
     """Kernel launches per step on CUDA, operators other than views on a CPU; on one rank."""
-    syncs: int
+    syncs: float
     """Host syncs per step."""
 
 
@@ -139,7 +178,29 @@ class CallCounter(TorchDispatchMode):
             self.counts["syncs"] += 1
         elif not func.is_view and func is not torch.ops.aten.detach.default:
             self.counts["operators"] += 1
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and func.namespace == "aten":
+            self.counts["bytes"] += _moved(func, args, kwargs or {}, result)
+        return result
+
+
+def _moved(func: Any, args: Any, kwargs: Any, result: Any) -> int:
+    """Bytes that an operator reads and writes: of all its tensors, and once more of those that it changes."""
+    arguments = dict(zip((each.name for each in func._schema.arguments), args)) | kwargs
+    total, known = 0, set[int]()
+    for each in func._schema.arguments:
+        tensors = [leaf for leaf in tree_leaves(arguments.get(each.name)) if isinstance(leaf, Tensor)]
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        known.update(map(id, tensors))
+        is_written = each.alias_info is not None and each.alias_info.is_write
+        is_read = not (is_written and (each.is_out or func.overloadpacket is torch.ops.aten.copy_))
+        if func.overloadpacket is torch.ops.aten._foreach_copy_:
+            is_read = not is_written
+        # A fused kernel writes gradients only if it unscales them.
+        is_written &= each.name != "grads"
+        total += size * (is_read + is_written)
+    made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and id(leaf) not in known]
+    return total + sum(tensor.numel() * tensor.element_size() for tensor in made)
 
 
 def make_parameters(shapes: Shapes, device: torch.device) -> list[Tensor]:
@@ -187,16 +248,20 @@ def serve(pipe: Connection, method: str, shapes: Shapes, device_name: str, threa
         most = peak()
     pipe.send(None)
     while _step_requested(pipe):
-        for parameter in parameters:  # with a constant gradient, a learned rate grows without bound
-            assert parameter.grad is not None
-            parameter.grad.neg_()
-        if cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        optimizer.step()
-        if cuda:
-            torch.cuda.synchronize()
-        pipe.send(time.perf_counter() - start)
+        optimizer.step()  # the first finds the caches filled by another method
+        seconds = 0.0
+        for _ in range(PERIOD):
+            for parameter in parameters:  # with a constant gradient, a learned rate grows without bound
+                assert parameter.grad is not None
+                parameter.grad.neg_()
+            if cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            optimizer.step()
+            if cuda:
+                torch.cuda.synchronize()
+            seconds += time.perf_counter() - start
+        pipe.send(seconds / PERIOD)
     # Counted after the timed steps: the mode slows a step down.
     tolist = Tensor.tolist
 
@@ -205,11 +270,13 @@ def serve(pipe: Connection, method: str, shapes: Shapes, device_name: str, threa
         return tolist(tensor)
 
     with CallCounter() as calls, mock.patch.object(Tensor, "tolist", counted):
-        optimizer.step()
+        for _ in range(PERIOD):
+            optimizer.step()
     launches = _cuda_launches(optimizer) if cuda else calls.counts["operators"]
     pipe.send({
         "at_rest": (rest - before) / size, "at_peak": (most - before) / size,
-        "operators": launches, "syncs": calls.counts["syncs"],
+        "operators": launches / PERIOD, "syncs": calls.counts["syncs"] / PERIOD,
+        "moved": calls.counts["bytes"] / PERIOD / size,
     })  # fmt: skip
 
 
@@ -223,7 +290,8 @@ def _step_requested(pipe: Connection) -> bool:
 
 def _cuda_launches(optimizer: Optimizer) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        optimizer.step()
+        for _ in range(PERIOD):
+            optimizer.step()
         torch.cuda.synchronize()
     return sum(event.count for event in profile.key_averages() if "LaunchKernel" in event.key)
 
@@ -247,10 +315,8 @@ def measure(methods: Sequence[str], size: str, repeats: int, device: torch.devic
         seconds: dict[str, list[float]] = {method: [] for method in methods}
         for _ in range(repeats):
             for method, pipe in pipes.items():
-                for _ in range(2):  # the first finds the caches filled by another method
-                    pipe.send(True)
-                    last = pipe.recv()
-                seconds[method].append(last)
+                pipe.send(True)
+                seconds[method].append(pipe.recv())
         for method, pipe in pipes.items():
             pipe.send(False)
             counts[method] = pipe.recv()
@@ -314,12 +380,15 @@ def as_json(costs: dict[str, Cost]) -> dict[str, Any]:
 def table(costs: dict[str, Cost], device: torch.device) -> str:
     """A Markdown table of the costs."""
     unit = "launches" if device.type == "cuda" else "operators"
-    heads = ["", "step", "over fused AdamW", "B/param at rest", "at peak", unit, "all_reduces", "host syncs"]
+    heads = [
+        "", "step", "over fused AdamW", "B/param moved", "at rest", "at peak", unit, "all_reduces", "host syncs",
+    ]  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     for method, cost in costs.items():
         cells = [
             method, f"{1e3 * cost.seconds:.1f} ms", f"{cost.seconds / costs[REFERENCE].seconds:.2f}",
-            f"{cost.at_rest:.1f}", f"{cost.at_peak:.1f}", str(cost.operators), str(cost.collectives), str(cost.syncs),
+            f"{cost.moved:.1f}", f"{cost.at_rest:.1f}", f"{cost.at_peak:.1f}", f"{cost.operators:g}",
+            str(cost.collectives), f"{cost.syncs:g}",
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -12,6 +12,7 @@ from torch import nn
 from manic import Mechanic
 from manic.step.guard import NonfiniteError
 from manic.tuners.multiplicative import Multiplicative
+from manic.tuners.multiplicative_reference import MultiplicativeReference
 
 AFTER, INTERVAL = 4, 3
 
@@ -116,6 +117,26 @@ def test_a_step_that_is_left_out_is_not_counted() -> None:
             scales.append(step(module, optimizer, number))
         runs.append(scales)
     assert runs[0] == runs[1]
+
+
+def test_equals_the_reference() -> None:
+    torch.manual_seed(0)
+    ours, theirs = nn.Linear(8, 8).double(), nn.Linear(8, 8).double()
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = Mechanic(torch.optim.AdamW(ours.parameters(), lr=1.0), variant=Resting())
+    base = torch.optim.AdamW(theirs.parameters(), lr=1.0)
+    reference = MultiplicativeReference(list(theirs.parameters()), base, rests=(AFTER, INTERVAL))
+    for number in range(30):
+        x = torch.randn(16, 8, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+        for module in (ours, theirs):
+            module.zero_grad()
+            (module(x) - x).square().mean().backward()
+        for each in (optimizer, base):
+            each.param_groups[0]["lr"] = 1.0 if number < 20 else 2.0
+        optimizer.step()
+        reference.step()
+        assert float(optimizer.scale) == pytest.approx(reference.scale, rel=1e-10)
+    assert torch.allclose(ours.weight, theirs.weight, rtol=1e-10)
 
 
 def test_a_scale_per_group_has_no_rests() -> None:
