@@ -115,11 +115,13 @@ def test_links_have_targets(page: Path) -> None:
 
 
 def test_variants_page_has_the_constants_of_the_default_tuner() -> None:
-    rows = re.findall(r"^\| (`[A-Z`, ]+`) \| ([0-9., ]+) \|", (ROOT / "docs" / "variants.md").read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| (`[A-Z_`, ]+`) \| ([0-9., ]+) \|", (ROOT / "docs" / "variants.md").read_text(), re.MULTILINE
+    )
     told = {
         name.strip("`"): float(value)
         for names, values in rows
         for name, value in zip(names.split(", "), values.split(", "))
     }
-    assert len(told) == 10
+    assert len(told) == 12
     assert told == {name: getattr(multiplicative, f"_{name}") for name in told}

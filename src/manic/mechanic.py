@@ -296,10 +296,11 @@ class Mechanic(OptimizerWrapper):
         """What to log: 0-dim tensors on the parameters' device, the same on every rank; no sync, no communication.
 
         Returns:
-            ``scale``; ``h``, ``grad_norm`` and ``param_norm`` of the last step, over the whole model (nan before
-            the first); with a scale per group ``scale/<i>`` and ``h/<i>`` of each; ``nonfinite_steps``, how many steps
-            were left out, or under ``"ignore"`` not learned from; ``effective_lr/<i>``, S * lr of param group i of this
-            rank, which other stages of a pipeline may not have.
+            ``scale``; ``h``, ``grad_norm`` and ``param_norm`` of the last step in which the tuner made its sums, over
+            the whole model, estimated where the tuner sums over samples (nan before the first); with a scale per group
+            ``scale/<i>`` and ``h/<i>`` of each; ``nonfinite_steps``, how many steps were left out, or under
+            ``"ignore"`` not learned from; ``effective_lr/<i>``, S * lr of param group i of this rank, which other
+            stages of a pipeline may not have.
         """
         self._share_global_state()
         return self._monitor.metrics(self.param_groups)

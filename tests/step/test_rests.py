@@ -139,6 +139,17 @@ def test_equals_the_reference() -> None:
     assert torch.allclose(ours.weight, theirs.weight, rtol=1e-10)
 
 
+def test_metrics_are_of_the_last_step_with_sums() -> None:
+    module, optimizer = build()
+    for number in range(AFTER + 3):
+        step(module, optimizer, number)
+    before = optimizer.metrics()
+    step(module, optimizer, AFTER + 3)
+    after = optimizer.metrics()
+    for name in ("h", "grad_norm", "param_norm"):
+        assert float(after[name]) == float(before[name]) != 0.0
+
+
 def test_a_scale_per_group_has_no_rests() -> None:
     module, optimizer = build(scale="per group")
     scales = [step(module, optimizer, number) for number in range(10)]

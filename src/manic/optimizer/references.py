@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from manic.distributed.layout import local, local_storage
+from manic.distributed.layout import local
 from manic.distributed.sample import copy_of_sample, sample_of, sample_shape
 from manic.optimizer.names import REFERENCES, short_name
 from manic.step.chunks import lie_side_by_side
@@ -33,15 +33,6 @@ def is_of_sample(parameter: Tensor, reference: Tensor) -> bool:
     """Whether ``reference`` is one of the sample of ``parameter``, by its shape."""
     is_other = parameter.dim() > 1 and parameter.shape != reference.shape
     return is_other and reference.shape == sample_shape(parameter.shape)
-
-
-def _placed_like(tensor: Tensor, plain: Tensor) -> Tensor:
-    """``plain`` as the local shard of a tensor with the placements of ``tensor``."""
-    if not isinstance(tensor, DTensor):
-        return plain
-    return DTensor.from_local(
-        plain, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
-    )
 
 
 class References:
@@ -85,16 +76,18 @@ class References:
     def join(self, states: Sequence[dict[str, Any]]) -> None:
         """Let references of alike parameters lie side by side in memory, so that one call works on all of them.
 
+        Not those that are DTensors: torch cannot copy a DTensor whose local tensor begins inside of a storage.
+
         Args:
             states: What is stored under each parameter; completed.
         """
         for name in self.names:
-            plain = [local_storage(state[name]) for state in states]
-            if lie_side_by_side(plain):
+            tensors = [state[name] for state in states]
+            if any(isinstance(each, DTensor) for each in tensors) or lie_side_by_side(tensors):
                 continue
-            flat = torch.cat([each.reshape(-1) for each in plain])
-            for state, old, part in zip(states, plain, torch.split(flat, [each.numel() for each in plain])):
-                state[name] = _placed_like(state[name], part.view(old.shape))
+            flat = torch.cat([each.reshape(-1) for each in tensors])
+            for state, old, part in zip(states, tensors, torch.split(flat, [each.numel() for each in tensors])):
+                state[name] = part.view(old.shape)
 
     def move_to(self, parameter: Tensor, state: Mapping[str, Any]) -> None:
         """Set those that there are to where ``parameter`` is now."""

@@ -84,7 +84,8 @@ class Monitor:
             lrs: The largest learning rate of all ranks for each scale, where the host knows it; ``None``: that of
                 ``param_groups``.
         """
-        self._last = proposal
+        if "grad_square" in proposal.sums:  # otherwise the tuner has learned nothing that metrics could show
+            self._last = proposal
         self._calls += 1
         self._in_a_row = 0
         if scales is None and (self._calls == PATIENCE or self._calls % INTERVAL == 0):
