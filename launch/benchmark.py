@@ -1,4 +1,4 @@
-"""Benchmarks of manic: step time, host time, thousands of ranks, checkpoints, and one run against a sweep.
+"""Benchmarks of manic: step time, host time, thousands of ranks, checkpoints, GPUs, and one run against a sweep.
 
 python launch/benchmark.py step --params 25M
 python launch/benchmark.py host
@@ -6,6 +6,8 @@ python launch/benchmark.py latency --params 25M
 python launch/benchmark.py train --ranks 1 2
 python launch/benchmark.py scale --models 8B 405B
 python launch/benchmark.py checkpoint --params 25M --ranks 1 2
+python launch/benchmark.py gpu-syncs
+python launch/benchmark.py gpu-capture
 python launch/benchmark.py tuning --results docs/tuning.jsonl --plot docs/images/tuning.png
 python launch/benchmark.py tuning --generated --results docs/tuning-generated.jsonl --profile docs/images/generated.png
 python launch/benchmark.py tuning --held-out --results docs/tuning-generated.jsonl --profile docs/images/held-out.png
@@ -17,12 +19,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 
 import torch
 
 from benchmarks import (
     checkpoint,
+    gpu,
+    gpu_page,
     host,
     ladder,
     ladder_report,
@@ -107,6 +112,43 @@ def run_scale(options: argparse.Namespace) -> None:
     )
 
 
+def run_gpu_syncs(options: argparse.Namespace) -> None:
+    """The subcommand; it fails if a step syncs other than documented."""
+    found = gpu.measure_syncs(torch.device(options.device))
+    print(
+        "Steps of fused AdamW on one rank. CUDA counts with `torch.cuda.set_sync_debug_mode`, which does not see all "
+        "kinds of syncs.",
+        gpu.syncs_table(found),
+        sep="\n\n",
+    )
+    if not all(syncs.are_as_documented for syncs in found):
+        sys.exit("a step has another number of host syncs than documented")
+
+
+def run_gpu_capture(options: argparse.Namespace) -> None:
+    """The subcommand; it fails if replays differ from eager steps."""
+    device = torch.device(options.device)
+    found = gpu.measure_replays(device, gpu.graph_of if device.type == "cuda" else None)
+    print(
+        f'{gpu.CAPTURE_STEPS} steps of fused AdamW, capturable, with nonfinite="ignore"; step {gpu.CAPTURED_AT + 1} is '
+        f"captured in a CUDA graph, and replayed from there on. Equal means within {gpu.TOLERANCE['rtol']:g} of a "
+        f"number, or {gpu.TOLERANCE['atol']:g}.",
+        gpu.replays_table(found),
+        sep="\n\n",
+    )
+    if any(row.are_equal is False for row in found):
+        sys.exit("replays of a captured step differ from eager steps")
+
+
+def run_gpu_page(options: argparse.Namespace) -> None:
+    """The subcommand; launch/gpu_report.sh calls it. It fails if a section has failed."""
+    sections = gpu_page.read(options.sections)
+    options.output.write_text(gpu_page.page(sections, options.command, is_dry_run=options.dry_run))
+    print(f"the page is {options.output}")
+    if failed := [section.title for section in sections if section.status]:
+        sys.exit(f"failed: {'; '.join(failed)}")
+
+
 def tuning_tasks(options: argparse.Namespace) -> tuple[list[str], tuple[str, ...]]:
     """Names of the tasks, and the methods that they are for."""
     if options.ladder:
@@ -187,6 +229,19 @@ def main() -> None:
     add.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     add.add_argument("--repeats", type=int, default=5)
     add.add_argument("--directory", help="where to write (default: the temporary directory)")
+    for name, run, about in (
+        ("gpu-syncs", run_gpu_syncs, "host syncs of a step on a GPU, against those documented"),
+        ("gpu-capture", run_gpu_capture, "replays of a step in a CUDA graph, against eager steps"),
+    ):
+        add = commands.add_parser(name, help=about)
+        add.set_defaults(run=run)
+        add.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add = commands.add_parser("gpu-page", help="the page of launch/gpu_report.sh, which calls this")
+    add.set_defaults(run=run_gpu_page)
+    add.add_argument("--sections", type=Path, required=True, metavar="FOLDER", help="what the script left")
+    add.add_argument("--output", type=Path, required=True, metavar="FILE")
+    add.add_argument("--command", required=True, help="what the page says that it was written by")
+    add.add_argument("--dry-run", action="store_true", help="say that no GPU was used")
     add = commands.add_parser("tuning", help="one run against the best of a sweep, over tasks, methods and seeds")
     add.set_defaults(run=run_tuning)
     of = add.add_mutually_exclusive_group()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import gpu
 from manic import Mechanic
 from support.problems import problem
 
@@ -80,31 +81,14 @@ def test_a_step_has_no_host_sync(options: dict[str, Any], dtype: torch.dtype) ->
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_replays_of_a_captured_step_equal_eager_steps(options: dict[str, Any]) -> None:
+def test_replays_of_a_captured_step_equal_eager_steps(options: dict[str, Any], fused: bool | None) -> None:
     runs = []
-    for capture in (False, True):
+    for capture in (None, gpu.graph_of):
         parameters = [p.detach().float().cuda().requires_grad_() for p in problem()[0]]
-        lr = torch.tensor(1.0, device="cuda")
-        base = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.1, capturable=True)
-        optimizer = Mechanic(base, s_init=1e-3, **{"variant": "optax", **options, **NO_WAIT})
-        for p in parameters:
-            p.grad = torch.zeros_like(p)
-        take_step = optimizer.step
-        for step in range(12):
-            if capture and step == 4:  # the state exists, and lazy compilation is done
-                torch.cuda.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    optimizer.step()
-                take_step = graph.replay
-            lr.fill_(1.0 - 0.05 * step)
-            for index, p in enumerate(parameters):
-                noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + index))
-                p.grad.copy_(p.detach() + 0.1 * noise.cuda())
-            take_step()
-        runs.append((optimizer.scale.clone(), [p.detach().clone() for p in parameters]))
-    torch.testing.assert_close(runs[1], runs[0], rtol=1e-5, atol=1e-6)
+        runs.append(gpu.take_steps(parameters, capture, fused=fused, **{"variant": "optax", **options}))
+    torch.testing.assert_close(runs[1], runs[0], **gpu.TOLERANCE)
 
 
 @pytest.mark.parametrize("mode", ["raise", "skip"])
