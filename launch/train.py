@@ -273,11 +273,13 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
         tokens = corpus.batch(options.seed, progress.step, options.batch_size, part).to(device)
         loss = next_token_loss(parallel, tokens)
         loss.backward()
+        known: dict[str, Any] = {}
         if options.clip > 0:
-            clip_gradients(parallel.model, options.clip)
+            norm = clip_gradients(parallel.model, options.clip)
+            known = {"grad_norm": norm} if options.tuner == "mechanic" else {}  # it need not read gradients again
         lr = optimizers[0].param_groups[0]["lr"]
         for each in optimizers:
-            each.step()
+            each.step(**known)
             each.zero_grad()
         for each in schedulers:
             each.step()

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from manic.distributed.layout import Layout, check_gradient, is_expert_parallel, local_storage
@@ -205,8 +204,6 @@ class Planner:
         return Plan(shards, captures, self._key(has_scale))
 
     def _means(self, optimizer: Optimizer, group: dict[str, Any], update: str, has_scale: bool) -> Means:
-        # DTensors are not mixed with a learning rate that is a plain tensor.
-        is_plain = not any(isinstance(parameter, DTensor) for parameter in group["params"])
         return Means(
             # Whether another optimizer holds positions of its own is seen only where x is real in its first step.
             depends_on_x=update == "snapshot" or not (self._displacements.started or is_known(optimizer)),
@@ -214,7 +211,7 @@ class Planner:
             rests_at_zero=is_proportional(optimizer),
             takes_scale=(
                 self._is_auto
-                and (self._knows_scale or (is_plain and takes_tensor_lr(optimizer, group)))
+                and (self._knows_scale or takes_tensor_lr(optimizer, group))
                 and has_scale
                 and update != "snapshot"
                 and not self._tuner.late(has_scale)
