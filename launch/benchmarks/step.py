@@ -189,9 +189,11 @@ def _moved(func: Any, args: Any, kwargs: Any, result: Any) -> int:
     arguments = dict(zip((each.name for each in func._schema.arguments), args)) | kwargs
     total, known = 0, set[int]()
     for each in func._schema.arguments:
-        tensors = [leaf for leaf in tree_leaves(arguments.get(each.name)) if isinstance(leaf, Tensor)]
+        leaves = [leaf for leaf in tree_leaves(arguments.get(each.name)) if isinstance(leaf, Tensor)]
+        # An operand that is there twice, as in an inner product with itself, is read once.
+        tensors = [leaf for leaf in leaves if leaf.data_ptr() not in known]
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        known.update(map(id, tensors))
+        known.update(leaf.data_ptr() for leaf in leaves)
         is_written = each.alias_info is not None and each.alias_info.is_write
         is_read = not (is_written and (each.is_out or func.overloadpacket is torch.ops.aten.copy_))
         if func.overloadpacket is torch.ops.aten._foreach_copy_:
@@ -199,7 +201,7 @@ def _moved(func: Any, args: Any, kwargs: Any, result: Any) -> int:
         # A fused kernel writes gradients only if it unscales them.
         is_written &= each.name != "grads"
         total += size * (is_read + is_written)
-    made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and id(leaf) not in known]
+    made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.data_ptr() not in known]
     return total + sum(tensor.numel() * tensor.element_size() for tensor in made)
 
 
