@@ -56,6 +56,20 @@ def test_batches_have_one_kind_and_dtype_and_bounded_size() -> None:
     assert len(batches) < 300
 
 
+def test_written_columns_that_lie_side_by_side_are_copies_unless_in_place() -> None:
+    flat = torch.zeros(5)
+    column = list(torch.split(flat, [3, 2]))
+    (alone,) = next(pieces(column))
+    assert alone.data_ptr() == flat.data_ptr()
+    (copied,) = next(pieces(column, written=(0,)))
+    assert copied.data_ptr() != flat.data_ptr()
+    for (piece,) in pieces(column, written=(0,), in_place=True):
+        piece += 1
+    for (piece,) in pieces(column, written=(0,)):
+        piece += 1
+    assert flat.tolist() == [2.0] * 5
+
+
 def test_an_interrupted_pass_does_not_write_its_chunk() -> None:
     small = [torch.ones(3), torch.ones(2)]
     walk = pieces(small, written=(0,))

@@ -17,6 +17,15 @@ from manic.checkpoint.checkpointer import Checkpointer
 from manic.distributed import sample
 from manic.step.guard import NonfiniteError
 from manic.testing import run
+from manic.tuners.multiplicative import Multiplicative
+
+
+class Resting(Multiplicative):
+    """The tuner, with rests that a test reaches."""
+
+    name = "resting"
+    rests = (5, 3)
+
 
 WIDTH = 512
 """Two matrices of this width are sampled, and the vectors are not."""
@@ -216,6 +225,61 @@ def test_columns_may_be_split_where_periods_begin() -> None:
     for (sharded, whole), narrow_is_sampled in run(_tensor_parallel_job, 2, timeout=120):
         assert sharded == pytest.approx(whole, rel=1e-6)
         assert not narrow_is_sampled
+
+
+def _unlike_ranks_job(nonfinite: str, bad_rank: int | None, known: float | None) -> list[float]:
+    """Rank 0 has a matrix that is sampled, rank 1 none; the tuner rests early."""
+    rank = torch.distributed.get_rank()
+    torch.manual_seed(rank)
+    parameter = nn.Parameter(torch.randn(WIDTH, WIDTH) if rank == 0 else torch.randn(8))
+    base = torch.optim.AdamW([parameter], lr=1.0, fused=True)
+    optimizer = Mechanic(base, variant=Resting(), plain="sharded", nonfinite=nonfinite)
+    scales = []
+    for step in range(9):
+        gradient = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(step))
+        if step >= 7 and rank == bad_rank:
+            gradient.view(-1)[-1] = float("nan")
+        parameter.grad = gradient
+        optimizer.step(**({} if known is None or rank else {"grad_norm": known}))
+        scales.append(float(optimizer.scale))
+    return [*scales, float(optimizer.metrics()["nonfinite_steps"])]
+
+
+@pytest.mark.parametrize("known", [None, 1.0])
+@pytest.mark.parametrize("nonfinite", ["raise", "skip", "ignore"])
+def test_ranks_may_hold_unlike_parameters(nonfinite: str, known: float | None) -> None:
+    one, other = run(_unlike_ranks_job, 2, nonfinite, None, known, timeout=120)
+    assert one == other
+    assert one[-1] == 0.0
+
+
+@pytest.mark.parametrize("bad_rank", [0, 1])
+def test_a_gradient_on_one_of_unlike_ranks_is_seen_on_both(bad_rank: int) -> None:
+    one, other = run(_unlike_ranks_job, 2, "skip", bad_rank, None, timeout=120)
+    assert one == other
+    assert one[-1] == 2.0
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_step_that_raises_leaves_x_where_it_was(steps: int) -> None:
+    module = model()
+    optimizer = adamw(module)
+    train(module, optimizer, steps)
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    scale, base_step = float(optimizer.scale), optimizer.optimizers[0].step
+
+    def fail() -> None:
+        base_step()
+        raise RuntimeError("after the base step")
+
+    optimizer.optimizers[0].step = fail  # type: ignore[method-assign]
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(RuntimeError, match="after the base step"):
+        optimizer.step()
+    assert float(optimizer.scale) == scale
+    if steps == 0:  # afterwards S is in the learning rate, and x is where the base optimizer has left it
+        assert all(torch.equal(old, new) for old, new in zip(before, module.parameters()))
 
 
 def _save_job(path: str, steps: int) -> list[float]:

@@ -16,9 +16,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from manic.distributed.collectives import from_every_rank, on_every_rank
-from manic.distributed.sample import sample_shape
 from manic.optimizer.names import REFERENCES
-from manic.optimizer.references import new_reference
+from manic.optimizer.references import is_of_sample, new_reference
 
 __all__ = ["complete_shards"]
 
@@ -61,7 +60,7 @@ def complete_shards(flat: dict[str, Any], parameters: Mapping[str, Tensor], grou
                 if description is None:
                     continue
                 shape, dtype = description
-                of_sample = state in REFERENCES and parameter.dim() > 1 and shape == sample_shape(parameter.shape)
+                of_sample = state in REFERENCES and is_of_sample(parameter, shape)
                 if shape != tuple(parameter.shape) and not of_sample:
                     raise ValueError(
                         f"not saved: this rank has no {state} of {name}, since its shard never had a gradient, and "

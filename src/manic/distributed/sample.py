@@ -14,16 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from manic.distributed.layout import is_fsdp1, local
 
-__all__ = [
-    "FRACTION",
-    "PERIODS",
-    "SMALLEST",
-    "copy_of_sample",
-    "is_sampled",
-    "sample_of",
-    "sample_shape",
-    "sample_shaped",
-]
+__all__ = ["FRACTION", "SMALLEST", "copy_of_sample", "is_sampled", "sample_of", "sample_shape", "sample_shaped"]
 
 PERIODS = (512, 256)
 """Of so many neighbouring columns, the first 1/16 are in the sample: the larger if it divides their number."""

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from manic.distributed.layout import local_storage
 from manic.distributed.sample import sample_shape
 from manic.optimizer.joint import parameter_states
-from manic.optimizer.names import STATE_KEYS, X_REF, describe
+from manic.optimizer.names import REFERENCES, STATE_KEYS, X_REF, describe
 from manic.optimizer.references import is_of_sample
 
 __all__ = ["drop_misfits", "first_misfit", "misfit", "remove_own"]
@@ -30,7 +30,7 @@ def misfit(parameter: Tensor, state: dict[str, Any]) -> str:
     """What of ours in ``state`` is not ``parameter``'s, in words; empty if all is."""
     for key in STATE_KEYS:
         tensor = state.get(key)
-        if tensor is not None and not _is_alike(parameter, tensor):
+        if tensor is not None and not _is_alike(parameter, tensor, may_be_of_sample=key in REFERENCES):
             here, there = local_storage(tensor), local_storage(parameter)
             return (
                 f"its state {key} has shape {tuple(tensor.shape)}, on this rank {tuple(here.shape)} on {here.device}, "
@@ -81,8 +81,8 @@ def _strays(optimizers: Sequence[Optimizer]) -> Iterator[tuple[Tensor, dict[str,
             yield parameter, state
 
 
-def _is_alike(parameter: Tensor, tensor: Tensor) -> bool:
-    is_of_part = is_of_sample(parameter, tensor)
+def _is_alike(parameter: Tensor, tensor: Tensor, *, may_be_of_sample: bool) -> bool:
+    is_of_part = may_be_of_sample and is_of_sample(parameter, tensor.shape)
     if isinstance(parameter, DTensor) != isinstance(tensor, DTensor):
         return False
     if parameter.shape != tensor.shape and not is_of_part:

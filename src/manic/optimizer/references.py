@@ -29,10 +29,10 @@ def new_reference(parameter: Tensor, dtype: torch.dtype, *, of_sample: bool = Fa
     return x.clone() if x.dtype == dtype else x.to(dtype)
 
 
-def is_of_sample(parameter: Tensor, reference: Tensor) -> bool:
-    """Whether ``reference`` is one of the sample of ``parameter``, by its shape."""
-    is_other = parameter.dim() > 1 and parameter.shape != reference.shape
-    return is_other and reference.shape == sample_shape(parameter.shape)
+def is_of_sample(parameter: Tensor, shape: Sequence[int]) -> bool:
+    """Whether a reference of ``shape`` is one of the sample of ``parameter``."""
+    is_other = parameter.dim() > 1 and parameter.shape != shape
+    return is_other and shape == sample_shape(parameter.shape)
 
 
 class References:
@@ -62,7 +62,7 @@ class References:
             if name not in state:
                 state[name] = new_reference(parameter, dtype, of_sample=of_sample)
                 continue
-            if is_of_sample(parameter, state[name]) != of_sample:
+            if is_of_sample(parameter, state[name].shape) != of_sample:
                 if not of_sample:
                     raise ValueError(
                         f"{short_name(name)} is of a sample of the parameter, shape {tuple(state[name].shape)}, but "
@@ -95,7 +95,7 @@ class References:
         for name in self.names:
             if name in state:
                 own = local(state[name])
-                is_part = is_of_sample(parameter, state[name])
+                is_part = is_of_sample(parameter, state[name].shape)
                 own.copy_(sample_of(x, parameter.shape[-1]).reshape(own.shape) if is_part else x)
 
     def _dtype(self, name: str, parameter: Tensor) -> torch.dtype:

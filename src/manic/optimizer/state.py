@@ -250,7 +250,10 @@ class MechanicState:
         It is a placeholder, marked as one in the tuner's state, and is created again at the first real step.
         """
         starts = [
-            (local(parameter), local(parameter).clone())
+            (
+                x := local(parameter),
+                x.clone() if self.is_sampled(parameter) else local(optimizer.state[parameter][X_REF]),
+            )
             for optimizer in self.optimizers
             for group in optimizer.param_groups
             for parameter in group["params"]

@@ -293,7 +293,7 @@ class OptimizerWrapper(Optimizer):
                     value = state.get(name) if isinstance(state, dict) else None
                     if value is None:
                         continue
-                    if value.shape != parameter.shape and not is_of_sample(parameter, value):
+                    if value.shape != parameter.shape and not is_of_sample(parameter, value.shape):
                         raise ValueError(
                             f"{name} of parameter {key} has shape {tuple(value.shape)} in the state dict, the "
                             f"parameter {tuple(parameter.shape)}: saved from another model, or from other shards (use "

@@ -86,26 +86,19 @@ class Capture:
         """Hold nothing of the step any longer."""
         self._columns = {}
 
-    def of_sample(self, *names: str, written: Sequence[int] = ()) -> Iterator[tuple[Any, ...]]:
+    def of_sample(self, *names: str, written: Sequence[int] = (), in_place: bool = False) -> Iterator[tuple[Any, ...]]:
         """As :meth:`pieces`; but of a sampled parameter x and the gradient are samples, of which references are."""
-        if not self.first.is_sampled:
-            return self.pieces(*names, written=written)
-        columns: list[list[Tensor | None]] = []
-        for name in names:
-            is_whole = name in ("x", "gradient")
-            columns.append(
+        columns = [self._columns[name] for name in names]
+        if self.first.is_sampled:
+            views = (sample_of if name in ("x", "gradient") else sample_shaped for name in names)
+            columns = [
                 [
-                    None if tensor is None else self._sample(tensor, shard, is_whole=is_whole)
-                    for tensor, shard in zip(self._columns[name], self.shards)
+                    None if tensor is None else view(tensor, shard.parameter.shape[-1])
+                    for tensor, shard in zip(column, self.shards)
                 ]
-            )
-        return pieces(*columns, written=written)
-
-    @staticmethod
-    def _sample(tensor: Tensor, shard: Shard, *, is_whole: bool) -> Tensor:
-        """The sample of x or a gradient; of a reference, a view in the same shape."""
-        columns = shard.parameter.shape[-1]
-        return sample_of(tensor, columns) if is_whole else sample_shaped(tensor, columns)
+                for view, column in zip(views, columns)
+            ]
+        return pieces(*columns, written=written, in_place=in_place)
 
     def before(self, scratch: Scratch) -> Iterator[Operands]:
         """Every piece of Delta_t, x_t and the gradient, and of each further reference; nothing is changed.

@@ -55,21 +55,24 @@ def batched(items: Iterable[T], size_of: Callable[[T], int], kind_of: Callable[[
     return batches
 
 
-def pieces(*columns: Sequence[Tensor | None], written: Sequence[int] = ()) -> Iterator[tuple[Any, ...]]:
+def pieces(
+    *columns: Sequence[Tensor | None], written: Sequence[int] = (), in_place: bool = False
+) -> Iterator[tuple[Any, ...]]:
     """Walk through tensors side by side.
 
     Args:
         columns: Sequences of one length. Tensors at the same place of each have one shape; a column may be all None.
         written: Numbers of the columns that the caller changes in place.
+        in_place: Whether columns of several may be written where they are, so that an interrupt leaves some written.
 
     Yields:
         A tuple as long as ``columns``. A lone tensor comes in pieces that are views of it, flat ones if it is
         contiguous in every column, split along its first dimension otherwise. Several come as one flat tensor: a view
-        where they lie side by side in memory, else a copy, which is copied back for ``written`` columns when the next
-        piece is asked for.
+        where they lie side by side in memory, else a copy. Of ``written`` columns it is a copy unless ``in_place``, and
+        is copied back when the next piece is asked for.
     """
     if len(columns[0]) > 1:
-        flat = [_joined(column) for column in columns]
+        flat = [_joined(column, may_be_view=in_place or index not in written) for index, column in enumerate(columns)]
         yield tuple(None if each is None else each[0] for each in flat)
         for index in written:
             if (source := flat[index]) is not None and source[1]:
@@ -109,13 +112,13 @@ class Scratch:
         return self._kept[key][: piece.numel()].view(piece.shape)
 
 
-def _joined(column: Sequence[Tensor | None]) -> tuple[Tensor, bool] | None:
+def _joined(column: Sequence[Tensor | None], *, may_be_view: bool) -> tuple[Tensor, bool] | None:
     """Many tensors as a flat one, and whether it is a copy; ``None`` for none."""
     if column[0] is None:
         return None
     tensors: Sequence[Tensor] = column  # type: ignore[assignment]
     first = tensors[0]
-    if lie_side_by_side(tensors):
+    if may_be_view and lie_side_by_side(tensors):
         return first.as_strided((sum(map(Tensor.numel, tensors)),), (1,)), False
     if first.is_contiguous():
         return _flatten(tensors), True

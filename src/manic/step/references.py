@@ -50,7 +50,7 @@ def _follow(capture: Capture, shares: Sequence[Tensor | None], scratch: Scratch,
     is_stored = capture.is_stored
     names = list(dict.fromkeys([*(("x_ref", "delta") if is_stored else ("x",)), *shares_of]))
     written = [index for index, name in enumerate(names) if name in shares_of or name == "delta"]
-    for row in capture.of_sample(*names, written=written):
+    for row in capture.of_sample(*names, written=written, in_place=not is_stored):
         piece = dict(zip(names, row))
         place = place_of(piece, scratch)
         for name, share in shares_of.items():

@@ -20,7 +20,7 @@ from manic.step.kernels import inner_products
 __all__ = ["GRADIENTS", "PendingSums", "local_sums"]
 
 GRADIENTS = "gradients"
-"""What is finite if all gradients are, those outside of a sample too; nothing is learned from it."""
+"""Where nothing else is summed over gradients: 0 if all of them are finite, else not finite."""
 
 # Which operands of a capture a sum multiplies; of a further reference, operands and sum have its number.
 _OPERANDS = {
@@ -47,6 +47,7 @@ def local_sums(
     names: Sequence[str],
     like: Tensor,
     *,
+    checks_gradients: bool = False,
     grad_norm: float | Tensor | None = None,
     scales: int = 1,
     lrs: Sequence[float | Tensor | None] = (),
@@ -60,8 +61,9 @@ def local_sums(
         captures: Of the plan.
         names: Of :func:`manic.tuners.base.early_sums`, or of ``LATE_SUMS``; and :data:`GRADIENTS`.
         like: Has the dtype and the device of the sums.
-        grad_norm: What the caller knows of the gradients; it is the sum :data:`GRADIENTS` then. ``None``: they are
-            read.
+        checks_gradients: Whether :data:`GRADIENTS`, or else ``"grad_square"``, is to be finite only if every gradient
+            is, those outside of samples too. Ranks may hold different parameters, so it has no row of its own.
+        grad_norm: What the caller knows of the gradients; they are not read for the check then.
         scales: How many there are: a column for the sums over the shards of each.
         lrs: This rank's largest learning rate of each; ``None``: it has none.
         place: This rank and the number of ranks, where ranks may have different learning rates; ``None``: they have
@@ -80,12 +82,12 @@ def local_sums(
     # By what is summed, the column, the weight, the dtype and the device: all products, to be added at the end.
     found: dict[tuple[tuple[str, ...], int, float, torch.dtype, torch.device], list[Tensor]] = {}
     scratch = Scratch()
-    if GRADIENTS in names:
-        of_gradients = total[wanted.index(GRADIENTS)]
+    if checks_gradients:
+        check = total[wanted.index(GRADIENTS if GRADIENTS in names else "grad_square")]
         if grad_norm is None:
-            _add_gradients(of_gradients, captures, not pairs, exact)
+            _add_check(check, captures, GRADIENTS in names, exact)
         else:
-            of_gradients[0] += local(grad_norm).to(total) if isinstance(grad_norm, Tensor) else grad_norm
+            check[0] += 0.0 * (local(grad_norm).to(total).reshape(()) if isinstance(grad_norm, Tensor) else grad_norm)
     for capture in captures if pairs else ():
         if capture.first.is_frozen:
             continue
@@ -115,8 +117,8 @@ def local_sums(
     return total
 
 
-def _add_gradients(row: Tensor, captures: Iterable[Capture], of_all: bool, exact: bool) -> None:
-    """Add to each scale's place what is finite if its gradients are; those that are summed anyway only if ``of_all``.
+def _add_check(row: Tensor, captures: Iterable[Capture], of_all: bool, exact: bool) -> None:
+    """Add 0 to each scale's place if its gradients are finite, else nan; of those that are summed only if ``of_all``.
 
     A CPU reads fastest by inner products, other devices in one call over all tensors.
     """
@@ -134,7 +136,7 @@ def _add_gradients(row: Tensor, captures: Iterable[Capture], of_all: bool, exact
         else:
             squares = list(torch._foreach_norm(gradients, 2.0, dtype=torch.float32))
         if squares:
-            row[capture.first.column] += torch.stack(squares).sum()
+            row[capture.first.column] += 0.0 * torch.stack(squares).sum()
 
 
 class PendingSums:

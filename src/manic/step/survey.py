@@ -48,11 +48,9 @@ class Survey:
         has_rests = state.updates_made is not None and not state.is_per_group and all(state.has_scale)
         self._interval = tuner.interval(state.updates_made or 0) if has_rests and not is_repeated else 1
         is_due = self._interval == 1 or (state.updates_made or 0) % self._interval == 0
-        names = [name for name in tuner.sums if is_due or name == "lr"]
-        is_read = is_due and not any(capture.first.is_sampled for capture in plan.captures)
-        if self._guard.waits and not is_read:
-            names.insert(0, GRADIENTS)
-        return self.start(plan, names, grad_norm=grad_norm, exact=exact)
+        # The same on all ranks, whatever each of them holds.
+        names = tuner.sums if is_due else (GRADIENTS, *({"lr"} & set(tuner.sums)))
+        return self.start(plan, names, checks_gradients=self._guard.waits, grad_norm=grad_norm, exact=exact)
 
     def propose(self, pending: PendingSums) -> Proposal:
         """Wait for the sums of :meth:`begin`, and let the tuner learn from them."""
@@ -63,6 +61,7 @@ class Survey:
         plan: Plan,
         names: Sequence[str],
         *,
+        checks_gradients: bool = False,
         grad_norm: float | Tensor | None = None,
         late: bool = False,
         exact: bool = False,
@@ -72,6 +71,7 @@ class Survey:
         Args:
             plan: The step's.
             names: Which sums.
+            checks_gradients: Whether they are to be finite only if every gradient is.
             grad_norm: What the caller knows of the gradients.
             late: Whether the base step was taken; then only what still needs late sums is summed over.
             exact: Multiply in float64.
@@ -85,8 +85,8 @@ class Survey:
         else:
             lrs = [largest_lr(state.groups)]
         sums = local_sums(
-            captures, names, state.tuner_state.parts[0], grad_norm=grad_norm, scales=len(state.tuner_state.parts),
-            lrs=lrs, place=place, late=late, exact=exact,
+            captures, names, state.tuner_state.parts[0], checks_gradients=checks_gradients, grad_norm=grad_norm,
+            scales=len(state.tuner_state.parts), lrs=lrs, place=place, late=late, exact=exact,
         )  # fmt: skip
         device = state.communication_device
         return PendingSums(sums, names, shape, state.layout.group, device, lr_by_rank=place is not None)
@@ -114,7 +114,7 @@ class Survey:
         if not late:
             return proposal, reading
         sums = self.start(plan, late, late=True, exact=tuner.late_until_scale).wait()
-        return tuner.refine(state.tensor, proposal, sums), None
+        return tuner.refine(state.tensor, proposal, sums, self._interval), None
 
     def _is_skipped(self, plan: Plan, reading: Reading) -> bool:
         """Whether a step whose sums are not finite is left out; otherwise it is an error."""

@@ -238,9 +238,9 @@ class Tuner(ABC):
         moves = sums["grad_square"] != 0  # true of a nan
         return moves & (sums["lr"] != 0) if "lr" in sums else moves
 
-    def refine(self, state: Tensor, proposal: Proposal, late: Sums) -> Proposal:
+    def refine(self, state: Tensor, proposal: Proposal, late: Sums, interval: int = 1) -> Proposal:
         """Propose again, with the sums that are known only after the base step."""
-        return self.propose(state, {**proposal.sums, **late})
+        return self.propose(state, {**proposal.sums, **late}, interval)
 
     def _bounded(self, s: Tensor) -> Tensor:
         whole = s if self.per_group else s.sum()

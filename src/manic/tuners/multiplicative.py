@@ -28,7 +28,7 @@ _RATE = 0.1
 _AGREED, _MEMORY = 2.0, 0.9
 # The age from which on S slows down.
 _SETTLED = 100
-# From which step on S has settled so far that a look at one of so many steps is enough.
+# After how many steps S has settled, and in one of how many steps it is learned from then on.
 _RESTS_AFTER, _INTERVAL = 1000, 4
 # The age from which on a learning rate that has not come down is taken for one that will not.
 _CONSTANT = 40
