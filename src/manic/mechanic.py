@@ -29,11 +29,12 @@ from manic.optimizer.supported import check_bases
 from manic.optimizer.transaction import hidden, transaction
 from manic.optimizer.wrapper import OptimizerWrapper
 from manic.step.base_step import base_step
+from manic.step.deferral import Deferral, left_out_on_device
 from manic.step.guard import Guard, Nonfinite, Reading
 from manic.step.monitor import Monitor
 from manic.step.plan import Plan, Planner
 from manic.step.references import follow
-from manic.step.survey import Survey, scales_of
+from manic.step.survey import Survey
 from manic.tuners.base import Proposal, Tuner
 from manic.tuners.registry import DEFAULT, check_scale, make_tuner
 
@@ -73,8 +74,9 @@ class Mechanic(OptimizerWrapper):
             weight decay of that kind. ``variant="pytorch"`` always takes a snapshot.
         nonfinite: What to do with gradients that are not finite anywhere, on any rank. ``"raise"``: every rank raises
             the same error, before anything has changed. ``"skip"``: every rank leaves the step out, and counts it in
-            ``metrics()``. Both make the host wait for the all_reduce before the base optimizer steps. ``"ignore"``: no
-            wait, the base optimizer gets what there is, and only the tuner is kept finite.
+            ``metrics()``. Both make the host wait for the all_reduce before the base optimizer steps; ``"skip"`` only
+            where that cannot leave out a step on the device, as torch's fused optimizers can. ``"ignore"``: no wait,
+            the base optimizer gets what there is, and only the tuner is kept finite.
         s_max: The largest scale. Default: no bound, and a warning if the scale seems to have run away.
         check_every: After how many steps to call :meth:`check_consistency`; 0: never.
 
@@ -159,9 +161,14 @@ class Mechanic(OptimizerWrapper):
         state, survey = self._state, self._survey
         is_first = state.begin()
         with transaction(self.optimizers, is_first, state.restorer()) as taken, self._planner.plan() as plan:
+            self._settle(plan)
             compare_loaded(state)
-            pending, proposal, reading = survey.begin(plan, grad_norm, is_repeated=self._is_capturing), None, None
-            if self._guard.waits:
+            defers = survey.may_defer(plan) and not self._positions.are_due
+            pending = survey.begin(plan, grad_norm, defers=defers, is_repeated=self._is_capturing)
+            proposal, reading, is_left_out = None, None, None
+            if defers:
+                proposal, is_left_out = left_out_on_device(survey.propose(pending))
+            elif self._guard.waits:
                 if (decided := survey.decide(plan, pending, grad_norm)) is None:
                     state.tuner_state.skip()
                     self._monitor.step_skipped(self._layout.is_first_rank)
@@ -169,7 +176,8 @@ class Mechanic(OptimizerWrapper):
                 proposal, reading = decided
             elif plan.takes_scale:
                 proposal = survey.propose(pending)
-            with base_step(plan.captures, scales_of(proposal, reading), taken.is_committed):
+            scales = survey.scales(plan, proposal, reading)
+            with base_step(plan.captures, scales, taken.is_committed, is_left_out):
                 with hidden(self.optimizers):
                     for base in self.optimizers:
                         step_on_shards(base)
@@ -180,7 +188,7 @@ class Mechanic(OptimizerWrapper):
                 state.rule.write(plan.captures, proposal.scale)
                 state.commit(proposal, known)
                 taken.commit()
-            self._finish(plan, proposal, reading)
+            self._finish(plan, proposal, reading, defers=defers)
         return loss
 
     def _creates_state(self) -> bool:
@@ -221,14 +229,30 @@ class Mechanic(OptimizerWrapper):
             groups, group, device = self.param_groups, self._layout.group, self._state.communication_device
             self._positions.raise_if_found(plan.captures, groups, group, device)
 
-    def _finish(self, plan: Plan, proposal: Proposal, reading: Reading | None) -> None:
+    def _settle(self, plan: Plan) -> None:
+        """Inform the monitor of the last step, if the host did not wait for it."""
+        if (last := self._survey.settle(plan)) is None:
+            return
+        proposal, reading = last
+        if reading.is_finite:
+            self._inform(proposal, reading)
+        else:
+            self._monitor.step_skipped(self._layout.is_first_rank)
+
+    def _finish(self, plan: Plan, proposal: Proposal, reading: Reading | None, *, defers: bool) -> None:
         """Move references, and inform the monitor."""
-        is_capturing = self._is_capturing
+        is_capturing, plan.was_taken = self._is_capturing, True
         self._state.count_update(is_counted=not is_capturing)
         follow(plan.captures, proposal.shares, is_finite=reading is not None)
-        if not is_capturing:
-            scales, lrs = (None, None) if reading is None else (reading.scales, reading.sums.get("lr"))
-            self._monitor.step_taken(proposal, scales, self.param_groups, self._layout.is_first_rank, lrs)
+        if defers:
+            self._state.deferral = Deferral(proposal, is_counted=True)
+            self._monitor.show(proposal)
+        elif not is_capturing:
+            self._inform(proposal, reading)
+
+    def _inform(self, proposal: Proposal, reading: Reading | None) -> None:
+        scales, lrs = (None, None) if reading is None else (reading.scales, reading.sums.get("lr"))
+        self._monitor.step_taken(proposal, scales, self.param_groups, self._layout.is_first_rank, lrs)
 
     def _agree(self) -> None:
         """Compare with the other ranks, at the first step, after a load, and when parameters were added."""

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 __all__ = [
-    "UPDATES", "decay_is_decoupled", "is_elementwise", "is_known", "is_proportional", "keeps_place", "largest_lr",
-    "learning_rate", "resolve_update", "takes_tensor_lr",
+    "UPDATES", "decay_is_decoupled", "is_elementwise", "is_known", "is_proportional", "is_fused", "keeps_place",
+    "largest_lr", "learning_rate", "resolve_update",
 ]  # fmt: skip
 
 UPDATES = ("snapshot", "decoupled", "coupled")
@@ -106,8 +106,12 @@ def _has_step_hooks(optimizer: Optimizer) -> bool:
     return any((*own, _global_optimizer_pre_hooks, _global_optimizer_post_hooks))
 
 
-def takes_tensor_lr(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
-    """Whether the param group's learning rate may be a tensor during a step: torch's fused kernels read it there."""
+def is_fused(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+    """Whether the param group is stepped by torch's fused kernels.
+
+    They read a learning rate that is a tensor, and leave the step out, step counters included, where ``found_inf`` of
+    the optimizer is 1.
+    """
     fused = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
     return type(optimizer) in fused and bool(group.get("fused"))
 

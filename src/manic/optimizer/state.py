@@ -23,6 +23,7 @@ from manic.optimizer.placeholders import Placeholders
 from manic.optimizer.references import References
 from manic.optimizer.transaction import hidden
 from manic.optimizer.wrapper import is_creating_state
+from manic.step.deferral import Deferral
 from manic.step.guard import Reading
 from manic.step.kernels import working_dtype
 from manic.step.position import Position
@@ -73,6 +74,8 @@ class MechanicState:
         """The tuner's count as the host knows it; ``None`` where replays of a CUDA graph were not counted."""
         self.has_scale = self._no_scale
         """Of the one S, or of that of each param group: whether the host knows that it is not 0."""
+        self.deferral: Deferral | None = None
+        """The last step's numbers, if the host is yet to read them."""
         self._placeholders = Placeholders(optimizers, STATE_KEYS)
         if self.home_device.type != "meta":  # otherwise the model is still to be materialised
             self.tuner_state.to(self.home_device)
@@ -168,7 +171,7 @@ class MechanicState:
             self.tuner_state.reset()
         self._placeholders.clear()
         self._remove_own()
-        self.updates_made, self.has_scale = 0, self._no_scale
+        self.updates_made, self.has_scale, self.deferral = 0, self._no_scale, None
         return True
 
     @property
@@ -219,6 +222,10 @@ class MechanicState:
     def count_update(self, is_counted: bool) -> None:
         """Know of a step that was taken; a CUDA graph's replays are not counted."""
         self.updates_made = None if self.updates_made is None or not is_counted else self.updates_made + 1
+
+    def uncount_update(self) -> None:
+        """Know that the last step was left out after all."""
+        self.updates_made = None if self.updates_made is None else self.updates_made - 1
 
     def rebase(self) -> None:
         """Let every reference be x, and Delta 0."""
@@ -315,6 +322,7 @@ class MechanicState:
             self.has_scale = self._known_scales(self.tuner_state.scale)
 
     def _resume(self) -> None:
+        self.deferral = None
         updates = float(self.tuner_state.updates)
         self.updates_made, self.has_scale = max(0, int(updates)), self._known_scales(self.tuner_state.scale)
         self.started = self.was_loaded = updates > 0

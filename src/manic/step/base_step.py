@@ -20,10 +20,16 @@ from manic.step.shards import Shard
 
 __all__ = ["base_step", "give_gradient", "restored"]
 
+# What torch's fused optimizers read of themselves in a step; tests/step/test_deferral.py fails if it is renamed.
+_FLAG = "found_inf"
+
 
 @contextmanager
 def base_step(
-    captures: Sequence[Capture], scales: Sequence[float | Tensor], is_taken: Callable[[], bool]
+    captures: Sequence[Capture],
+    scales: Sequence[float | Tensor],
+    is_taken: Callable[[], bool],
+    is_left_out: Tensor | None = None,
 ) -> Iterator[None]:
     """Let the base optimizers step inside, and x be written from what they did.
 
@@ -36,6 +42,7 @@ def base_step(
         scales: Each S, for learning rates that take it in: 0-dim tensors where the host does not know it. None where
             none does.
         is_taken: Whether the step is committed, so that nothing is to be undone.
+        is_left_out: 0-dim float32, 1 where fused kernels are to leave the step out; ``None``: they take it.
     """
     stand_ins = _StandIns(captures)
     try:
@@ -44,7 +51,7 @@ def base_step(
             for capture in captures:
                 capture.enter(scratch)
             del scratch
-            with stand_ins, _scaled_learning_rates(captures, scales):
+            with stand_ins, _scaled_learning_rates(captures, scales), _flagged(captures, is_left_out):
                 yield
     except BaseException:
         stand_ins.leave()  # once more: an interrupt may have come between its lines
@@ -84,6 +91,21 @@ def _scaled_learning_rates(captures: Sequence[Capture], scales: Sequence[float |
             # Fused kernels on a device read a float32.
             is_wide = not isinstance(scale, Tensor) or scale.is_cpu
             group["lr"] = lr * scale if is_wide else (lr * scale).to(torch.float32)
+        yield
+
+
+@contextmanager
+def _flagged(captures: Sequence[Capture], is_left_out: Tensor | None) -> Iterator[None]:
+    """Set the flag where fused optimizers of torch read it, as its GradScaler does."""
+    optimizers = [] if is_left_out is None else [capture.first.optimizer for capture in captures]
+
+    def restore() -> None:
+        for optimizer in optimizers:
+            vars(optimizer).pop(_FLAG, None)
+
+    with restored(restore):
+        for optimizer in optimizers:
+            setattr(optimizer, _FLAG, is_left_out)
         yield
 
 

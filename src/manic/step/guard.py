@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from manic.distributed.collectives import from_every_rank
@@ -46,9 +47,18 @@ class Reading:
     @staticmethod
     def of(proposal: Proposal) -> Reading:
         """Read them at once. The host waits for the device."""
-        values = torch.stack([*proposal.sums.values(), proposal.scale])
-        *sums, scales = values.reshape(len(values), -1).tolist()
-        return Reading(dict(zip(proposal.sums, sums)), scales)
+        return Reading.of_numbers(proposal.sums, Reading.numbers(proposal))
+
+    @staticmethod
+    def numbers(proposal: Proposal) -> Tensor:
+        """What there is to read, on the device: each sum, and last S."""
+        return torch.stack([*proposal.sums.values(), proposal.scale])
+
+    @staticmethod
+    def of_numbers(names: Iterable[str], numbers: Tensor) -> Reading:
+        """What :meth:`numbers` made, with the names of the sums."""
+        *sums, scales = numbers.reshape(len(numbers), -1).tolist()
+        return Reading(dict(zip(names, sums)), scales)
 
     @property
     def is_finite(self) -> bool:
@@ -91,6 +101,11 @@ class Guard:
     def waits(self) -> bool:
         """Whether the host waits for the sums before the base optimizers step."""
         return self.nonfinite != "ignore"
+
+    @property
+    def may_defer(self) -> bool:
+        """Whether a step may be left out without an error, so that the host can learn of it later."""
+        return self.nonfinite == "skip"
 
     def refuse_capture(self) -> None:
         """Raise RuntimeError where a CUDA graph is being captured, and the host would have to wait."""

@@ -84,8 +84,7 @@ class Monitor:
             lrs: The largest learning rate of all ranks for each scale, where the host knows it; ``None``: that of
                 ``param_groups``.
         """
-        if "grad_square" in proposal.sums:  # otherwise the tuner has learned nothing that metrics could show
-            self._last = proposal
+        self.show(proposal)
         self._calls += 1
         self._in_a_row = 0
         if scales is None and (self._calls == PATIENCE or self._calls % INTERVAL == 0):
@@ -102,6 +101,11 @@ class Monitor:
                 if not has_left and (not is_per_group or _trains(param_groups[index])):
                     messages.append(self._stuck(scales[index], f" of param group {index}" if is_per_group else ""))
         self._warn(messages, logs)
+
+    def show(self, proposal: Proposal) -> None:
+        """Let :meth:`metrics` be of this step, unless the tuner has learned nothing in it."""
+        if "grad_square" in proposal.sums:
+            self._last = proposal
 
     def step_without_gradient(self, logs: bool) -> None:
         """Watch a call before the run's first gradient that is not 0."""

@@ -17,13 +17,14 @@ from manic.distributed.layout import Layout, check_gradient, is_expert_parallel,
 from manic.distributed.sample import FRACTION
 from manic.optimizer.kinds import (
     decay_is_decoupled,
+    is_fused,
     is_known,
     is_proportional,
     keeps_place,
     resolve_update,
-    takes_tensor_lr,
 )
-from manic.step.capture import Capture, ScaledLearningRate
+from manic.step.capture import Capture, NoUpdate, ScaledLearningRate
+from manic.step.held import Frozen
 from manic.step.position import Position
 from manic.step.rules import Means, Rule
 from manic.step.shards import Shard, in_batches
@@ -67,7 +68,7 @@ class Displacements(Protocol):
         """Store references, and Delta where it is kept: new ones, or what a load left of them."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Plan:
     """What a step works on."""
 
@@ -75,6 +76,10 @@ class Plan:
     captures: list[Capture]
     key: list[Any]
     """What it was made for."""
+    can_be_left_out: bool
+    """Whether the base optimizers leave a step out by a flag on the device, and nothing else would change x."""
+    was_taken: bool = False
+    """Whether a step with it was taken, so that base optimizers have all of their state."""
 
     @property
     def takes_scale(self) -> bool:
@@ -201,7 +206,12 @@ class Planner:
         for each in captures:
             if len(each.shards) > 1 and each.first.has_state:
                 self._displacements.join(each.first.optimizer, [shard.parameter for shard in each.shards])
-        return Plan(shards, captures, self._key(has_scale))
+        can_be_left_out = any(type(each) is ScaledLearningRate for each in captures) and all(
+            isinstance(each, (NoUpdate, Frozen))
+            or (isinstance(each, ScaledLearningRate) and is_fused(each.first.optimizer, each.first.group))
+            for each in captures
+        )
+        return Plan(shards, captures, self._key(has_scale), can_be_left_out)
 
     def _means(self, optimizer: Optimizer, group: dict[str, Any], update: str, has_scale: bool) -> Means:
         return Means(
@@ -211,7 +221,7 @@ class Planner:
             rests_at_zero=is_proportional(optimizer),
             takes_scale=(
                 self._is_auto
-                and (self._knows_scale or takes_tensor_lr(optimizer, group))
+                and (self._knows_scale or is_fused(optimizer, group))
                 and has_scale
                 and update != "snapshot"
                 and not self._tuner.late(has_scale)

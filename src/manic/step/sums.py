@@ -17,10 +17,13 @@ from manic.step.capture import Capture
 from manic.step.chunks import Scratch, pieces
 from manic.step.kernels import inner_products
 
-__all__ = ["GRADIENTS", "PendingSums", "local_sums"]
+__all__ = ["DEFERRALS", "GRADIENTS", "PendingSums", "local_sums"]
 
 GRADIENTS = "gradients"
 """Where nothing else is summed over gradients: 0 if all of them are finite, else not finite."""
+
+DEFERRALS = "deferrals"
+"""On how many ranks the host does not wait for this step's sums."""
 
 # Which operands of a capture a sum multiplies; of a further reference, operands and sum have its number.
 _OPERANDS = {
@@ -32,6 +35,7 @@ _OPERANDS = {
     "update_square": ("update", "update"),
 }
 _LR = "lr"
+_COUNTS = (GRADIENTS, DEFERRALS)
 
 
 def _operands_of(name: str) -> tuple[str, str]:
@@ -49,6 +53,7 @@ def local_sums(
     *,
     checks_gradients: bool = False,
     grad_norm: float | Tensor | None = None,
+    defers: bool = False,
     scales: int = 1,
     lrs: Sequence[float | Tensor | None] = (),
     place: tuple[int, int] | None = None,
@@ -59,11 +64,12 @@ def local_sums(
 
     Args:
         captures: Of the plan.
-        names: Of :func:`manic.tuners.base.early_sums`, or of ``LATE_SUMS``; and :data:`GRADIENTS`.
+        names: Of :func:`manic.tuners.base.early_sums`, or of ``LATE_SUMS``; and :data:`GRADIENTS`, :data:`DEFERRALS`.
         like: Has the dtype and the device of the sums.
         checks_gradients: Whether :data:`GRADIENTS`, or else ``"grad_square"``, is to be finite only if every gradient
             is, those outside of samples too. Ranks may hold different parameters, so it has no row of its own.
         grad_norm: What the caller knows of the gradients; they are not read for the check then.
+        defers: Whether the host of this rank does not wait for them.
         scales: How many there are: a column for the sums over the shards of each.
         lrs: This rank's largest learning rate of each; ``None``: it has none.
         place: This rank and the number of ranks, where ranks may have different learning rates; ``None``: they have
@@ -76,12 +82,14 @@ def local_sums(
         ranks it is of, shape [len(names) + 1, scales]; or, with a ``place``, in a row of its own for each rank.
     """
     wanted = [name for name in names if name != _LR]
-    pairs = {name: _operands_of(name) for name in wanted if name != GRADIENTS}
+    pairs = {name: _operands_of(name) for name in wanted if name not in _COUNTS}
     places = 2 if place is None else place[1]
     total = like.new_zeros(len(wanted) + places * (_LR in names), scales)
     # By what is summed, the column, the weight, the dtype and the device: all products, to be added at the end.
     found: dict[tuple[tuple[str, ...], int, float, torch.dtype, torch.device], list[Tensor]] = {}
     scratch = Scratch()
+    if DEFERRALS in names:
+        total[wanted.index(DEFERRALS)] = float(defers)
     if checks_gradients:
         check = total[wanted.index(GRADIENTS if GRADIENTS in names else "grad_square")]
         if grad_norm is None:
