@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from manic.report import draw, read
+
 
 class Report:
     """Progress bar, metrics and plot of a run.
@@ -78,8 +80,10 @@ class Report:
             self._bar.close()
         if self._events is not None:
             self._events.close()
-        if self._metrics is not None and importlib.util.find_spec("matplotlib"):
-            plot(self._metrics, self._metrics.with_suffix(".png"))
+        if self._metrics is not None and importlib.util.find_spec("matplotlib") and read_records(self._metrics):
+            run = read(self._metrics)
+            for suffix in (".png", ".html"):
+                draw(run, self._metrics.with_suffix(suffix))
 
 
 def read_records(metrics: Path) -> list[dict[str, Any]]:
@@ -91,35 +95,3 @@ def read_records(metrics: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return records
-
-
-def plot(metrics: Path, image: Path) -> None:
-    """Plot loss and scale against the step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    records = read_records(metrics)
-    training = [r for r in records if "loss" in r]
-    held_out = [r for r in records if "eval_loss" in r]
-    figure, (top, bottom) = pyplot.subplots(2, 1, sharex=True, figsize=(7, 5), height_ratios=(2, 1))
-    top.plot([r["step"] for r in training], [r["loss"] for r in training], linewidth=1, label="training loss")
-    if held_out:
-        top.plot([r["step"] for r in held_out], [r["eval_loss"] for r in held_out], "o-", label="held-out loss")
-    top.set_ylabel("nats per token")
-    top.legend()
-    top.grid(alpha=0.3)
-    lines = {"scale": "scale S", "lr": "S x scheduled lr"}
-    if training and "scale" not in training[-1]:  # a scale for each param group
-        names = [name for name in training[-1] if name.startswith("scale/")]
-        lines = {name: f"scale S of group {name.removeprefix('scale/')}" for name in names}
-    for name, label in lines.items():
-        bottom.plot([r["step"] for r in training], [r[name] for r in training], linewidth=1, label=label)
-    bottom.set_yscale("log")
-    bottom.set_xlabel("step")
-    bottom.legend()
-    bottom.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(image, dpi=120)
-    pyplot.close(figure)

@@ -246,17 +246,40 @@ def _inspect_one_of_many(path: str, verify: Verify) -> dict[str, Any]:
         return {"path": path, "integrity": integrity, "manifest": None, "files": 0, "bytes": 0}
 
 
+def _draw(source: str, file: str) -> int:
+    from manic import report
+
+    try:
+        run = report.read(source)
+        report.draw(run, file)
+    except (FileNotFoundError, ValueError, ModuleNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print("\n".join((f"wrote {file}", *(f"warning: {each}" for each in report.warnings(run)))))
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; return 0 if no checkpoint is damaged, 1 if one is, 2 if there is none or its format is newer."""
+    """Run the command; return 0 if no checkpoint is damaged, 1 if one is, 2 if there is none or its format is newer.
+
+    With ``--plot`` it is 0 if a run was drawn, and 2 if there is none.
+    """
     parser = argparse.ArgumentParser(
-        prog="python -m manic.inspect", description="Describe a checkpoint from its files alone."
+        prog="python -m manic.inspect", description="Describe a checkpoint from its files alone, or draw a run."
     )
     parser.add_argument(
         "directory", metavar="DIR", help="a checkpoint, or a directory of checkpoints: a local path or a URL"
     )
+    parser.add_argument(
+        "--plot", metavar="FILE",
+        help="draw loss, S and S * lr over the steps to FILE (.html, .png, .svg or .pdf), and print warnings; DIR is a "
+        "directory of checkpoints, or a file of metrics as JSON lines",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--verify", choices=("full", "size", "off"), default="full", help="how much to check")
     options = parser.parse_args(arguments)
+    if options.plot:
+        return _draw(options.directory, options.plot)
     try:
         directory = Directory(options.directory)
         paths = [directory.path(step) for step in directory.steps()]
