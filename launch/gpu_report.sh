@@ -133,6 +133,6 @@ status=0
 "$python" launch/benchmark.py gpu-page --sections "$sections" --output "$output" --command "$told" \
     ${dry_run:+--dry-run} || status=$?
 if [ "$output" = "$root/docs/gpu.md" ]; then
-    echo "README.md, docs/benchmarks.md and docs/guide.md say that nobody has run manic on a GPU: change that, too"
+    echo "README.md, docs/guide.md, docs/benchmarks.md and docs/appendix/benchmarks.md say that nobody has run manic on a GPU: change that, too"
 fi
 exit "$status"

@@ -24,14 +24,16 @@ from manic.tuners import multiplicative
 from support import fault_cases, lost_rank_cases
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = {str(page.relative_to(ROOT)): page for page in [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]}
+WORDS = 1200
 
 
 def blocks(page: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
-BLOCKS = [(page.name, index) for page in PAGES for index in range(len(blocks(page)))]
+BLOCKS = [(name, index) for name, page in PAGES.items() for index in range(len(blocks(page)))]
 
 
 class Net(nn.Module):
@@ -78,8 +80,7 @@ def execute(page: str, index: int) -> None:
         if dist.get_rank() == 0:
             leave_a_run_of_mechanic_pytorch()
         dist.barrier()
-        paths = {page.name: page for page in PAGES}
-        exec(compile(blocks(paths[page])[index], f"{page} block {index}", "exec"), names)
+        exec(compile(blocks(PAGES[page])[index], f"{page} block {index}", "exec"), names)
         for name, thing in list(names.items()):
             if name.startswith("test_"):
                 thing.__manic_on_each_rank__()
@@ -98,8 +99,8 @@ def test_block_runs(page: str, index: int) -> None:
     run(execute, 2, page, index)
 
 
-def test_reliability_page_counts_the_tests() -> None:
-    rows = [line.split("|") for line in (ROOT / "docs" / "reliability.md").read_text().splitlines()]
+def test_page_of_faults_counts_the_tests() -> None:
+    rows = [line.split("|") for line in (DOCS / "appendix" / "faults.md").read_text().splitlines()]
     counts = {row[1].split(":")[0].strip(): (row[2].strip(), row[3].strip()) for row in rows if len(row) == 6}
     tried, quick = fault_cases.tried(), fault_cases.tried(quick=True)
     assert counts["a gradient that is nan or infinite"] == (str(tried["gradients"]), str(quick["gradients"]))
@@ -108,17 +109,34 @@ def test_reliability_page_counts_the_tests() -> None:
     assert counts["a rank that is killed, exits, raises or hangs"] == of_ranks
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def prose(page: Path) -> str:
+    return re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES.values(), ids=PAGES.keys())
 def test_links_have_targets(page: Path) -> None:
-    text = re.sub(r"```text\n.*?```", "", page.read_text(), flags=re.DOTALL)  # output, of which nothing is a link
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
-        assert target.startswith("https://") or (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", prose(page)):
+        if not target.startswith("https://"):
+            path = page.parent / target if target else page
+            assert path.exists(), target
+            assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
 
 
-def test_variants_page_has_the_constants_of_the_default_tuner() -> None:
-    rows = re.findall(
-        r"^\| (`[A-Z_`, ]+`) \| ([0-9., ]+) \|", (ROOT / "docs" / "variants.md").read_text(), re.MULTILINE
-    )
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+def test_page_is_short(page: Path) -> None:
+    words = [word for word in prose(page).split() if re.search(r"\w", word)]
+    assert len(words) <= WORDS, f"{len(words)} words: move measurements and histories to docs/appendix"
+
+
+def test_page_of_the_default_tuner_has_its_constants() -> None:
+    text = (DOCS / "multiplicative.md").read_text()
+    rows = re.findall(r"^\| (`[A-Z_`, ]+`) \| ([0-9., ]+) \|", text, re.MULTILINE)
     told = {
         name.strip("`"): float(value)
         for names, values in rows

@@ -372,7 +372,7 @@ def plot(costs: dict[str, Cost], title: str, path: str) -> None:
     ratios = [costs[name].seconds / costs[REFERENCE].seconds for name in names]
     bars = axes.barh(names, ratios, color=["#3566a8" if name.startswith("Mechanic(") else "#a0a0a0" for name in names])
     axes.bar_label(bars, [f" {ratio:.2f}" for ratio in ratios])
-    axes.set_xlabel("time of a step, in steps of fused AdamW")
     figure.suptitle(textwrap.fill(title, 70), fontsize="medium")
+    figure.supxlabel("time of a step, in steps of fused AdamW", fontsize="medium")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

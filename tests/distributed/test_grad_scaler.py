@@ -165,7 +165,7 @@ def factor_after_an_overflow(layout: str, kind: str, overflowing: tuple[int, ...
     ("tp+fsdp2", 4, True),
 ])  # fmt: skip
 def test_unsharded_scaler_makes_ranks_disagree(layout: str, world_size: int, reverse: bool) -> None:
-    # If the first assertion fails, torch makes ranks agree: update docs/reliability.md.
+    # If the first assertion fails, torch makes ranks agree: update docs/low-precision.md.
     last = (world_size - 1,)
     assert set(run(factor_after_an_overflow, world_size, layout, "plain", last, reverse)) == {FACTOR, FACTOR / 2}
     assert set(run(factor_after_an_overflow, world_size, layout, "sharded", last, reverse)) == {FACTOR / 2}

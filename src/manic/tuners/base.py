@@ -23,9 +23,9 @@ Sums = Mapping[str, Tensor]
 scale per group; of the tuner's dtype, on its device."""
 
 EARLY_SUMS = ("delta_grad", "grad_square", "delta_x", "delta_square", "x_square", "lr")
-"""What a tuner may ask for before the base step: <Delta_t, g_t>, |g_t|^2, <Delta_t, x_t>, |Delta_t|^2, |x_t|^2, and the
-largest learning rate of all param groups, or of the one that the sums are of, on all ranks. Delta_t is x_t - x_ref
-where S multiplies updates."""
+"""What a tuner may ask for before the base step: ``<Delta_t, g_t>``, ``|g_t|^2``, ``<Delta_t, x_t>``, ``|Delta_t|^2``,
+``|x_t|^2``, and the largest learning rate of all param groups, or of the one that the sums are of, on all ranks.
+``Delta_t`` is ``x_t - x_ref`` where S multiplies updates."""
 
 MOST_REFERENCES = 8
 """How many references a tuner may have: each is a copy of the parameters."""
@@ -34,16 +34,16 @@ MOST_REFERENCES = 8
 def early_sums(references: int) -> tuple[str, ...]:
     """What a tuner with so many references may ask for before the base step.
 
-    That is :data:`EARLY_SUMS`, and of each further reference i ``delta_grad_i``, <x_t - ref_i, g_t>, and
-    ``delta_square_i``, |x_t - ref_i|^2.
+    That is :data:`EARLY_SUMS`, and of each further reference i ``delta_grad_i``, ``<x_t - ref_i, g_t>``,
+    and ``delta_square_i``, ``|x_t - ref_i|^2``.
     """
     further = (f"{name}_{index}" for index in range(1, references) for name in ("delta_grad", "delta_square"))
     return (*EARLY_SUMS, *further)
 
 
 LATE_SUMS = ("delta_x", "x_square", "update_square")
-"""What it may ask for after the base step: <Delta_t, y> and |y|^2, where y is x as that step left it; |u_t|^2 over the
-elements whose gradient is not 0: elsewhere an update is of weight decay alone."""
+"""What it may ask for after the base step: ``<Delta_t, y>`` and ``|y|^2``, where y is x as that step left it;
+``|u_t|^2`` over the elements whose gradient is not 0: elsewhere an update is of weight decay alone."""
 
 
 class Learned(NamedTuple):

@@ -1,7 +1,7 @@
 """manic's own tuner: S scales each update, and is multiplied by a factor near 1 in every step.
 
-docs/variants.md has the formulas, docs/tuning.md the measurements behind the constants. What a tuner does not know is
-in base.py; multiplicative_reference.py has the same rule in plain float64.
+docs/multiplicative.md has the formulas, docs/appendix/tuning-rule.md the measurements behind the constants. What a
+tuner does not know is in base.py; multiplicative_reference.py has the same rule in plain float64.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """manic's own tuner in plain float64 loops over whole parameters: to read first, and what the tests compare with.
 
-The rule of docs/variants.md for one process, with nothing of manic's other code in it.
+The rule of docs/multiplicative.md for one process, with nothing of manic's other code in it.
 """
 
 from __future__ import annotations
