@@ -12,53 +12,22 @@ import manic
 from manic import Mechanic, unwrap
 from manic.testing import run
 from support.accelerated import be_torchrun
+from support.language_model import llama, texts, tokenizer
 
 pytest.importorskip("trl", reason="trl is not installed")
 pytest.importorskip("peft", reason="peft is not installed")
 pytestmark = pytest.mark.usefixtures("new_processes")
 
 STEPS, BATCH = 10, 4
-WORDS = [
-    "the",
-    "scale",
-    "of",
-    "a",
-    "learning",
-    "rate",
-    "is",
-    "found",
-    "while",
-    "the",
-    "model",
-    "trains",
-    "and",
-    "then",
-    "it",
-    "stays",
-]
 
 
 def trainer(folder: str, lora: bool, seed: int = 0, **settings: Any) -> Any:
     from datasets import Dataset
     from peft import LoraConfig
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     from trl import SFTConfig, SFTTrainer
 
     be_torchrun()
-    words = ["<pad>", "<eos>", "<unk>", *sorted(set(WORDS))]
-    inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-    generator = torch.Generator().manual_seed(0)
-    starts = torch.randint(len(WORDS), (STEPS * BATCH * 2,), generator=generator).tolist()
-    texts = [" ".join((WORDS * 2)[start : start + 12]) for start in starts]
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=32, bos_token_id=None, eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    model = llama()
     torch.manual_seed(seed)
     arguments = SFTConfig(
         output_dir=folder, max_steps=STEPS, per_device_train_batch_size=BATCH, lr_scheduler_type="constant",
@@ -66,7 +35,8 @@ def trainer(folder: str, lora: bool, seed: int = 0, **settings: Any) -> Any:
         gradient_checkpointing=False, disable_tqdm=True, **{"save_strategy": "no", **settings},
     )  # fmt: skip
     return SFTTrainer(
-        model, arguments, train_dataset=Dataset.from_dict({"text": texts}), processing_class=tokenizer,
+        model, arguments, train_dataset=Dataset.from_dict({"text": texts(STEPS * BATCH * 2)}),
+        processing_class=tokenizer(),
         peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj"]) if lora else None,
         optimizer_cls_and_kwargs=(manic.AdamW, {"lr": 1.0}),
     )  # fmt: skip
@@ -109,3 +79,36 @@ def resume(folder: str, lora: bool) -> None:
 @pytest.mark.parametrize("lora", [False, True])
 def test_resumes_bit_for_bit(lora: bool, tmp_path: Path) -> None:
     run(resume, 2, str(tmp_path), lora)
+
+
+def scale_of_dpo(folder: str) -> float:
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    from manic.integrations.transformers import MechanicCallback
+
+    be_torchrun()
+    model, rows = llama(), texts(STEPS * BATCH)
+    pairs = {"prompt": rows, "chosen": [" model trains" for _ in rows], "rejected": [" rate stays" for _ in rows]}
+    arguments = DPOConfig(
+        output_dir=folder, max_steps=STEPS, per_device_train_batch_size=BATCH, logging_steps=1, use_cpu=True,
+        bf16=False, max_length=32, report_to="none", gradient_checkpointing=False, disable_tqdm=True,
+        save_strategy="no",
+    )  # fmt: skip
+    optimizer = manic.AdamW(model.parameters())
+    by_trainer = DPOTrainer(
+        model, ref_model=llama(), args=arguments, train_dataset=Dataset.from_dict(pairs),
+        processing_class=tokenizer(), optimizers=(optimizer, None),
+    )  # fmt: skip
+    MechanicCallback.add_to(by_trainer)
+    by_trainer.train()
+    last = [each for each in by_trainer.state.log_history if "scale" in each][-1]
+    assert last["scale"] == optimizer.scale.item()
+    assert last["learning_rate"] == last["scale"] * last["base_learning_rate"]
+    return last["scale"]
+
+
+@pytest.mark.framework("TRL", "DPOTrainer, given an optimizer: trains, and logs S and S * lr")
+def test_dpo_takes_an_optimizer(tmp_path: Path) -> None:
+    (scale,) = run(scale_of_dpo, 1, str(tmp_path))
+    assert scale > 1e-6
