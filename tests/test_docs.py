@@ -74,7 +74,7 @@ def execute(page: str, index: int) -> None:
             "__name__": "block", "torch": torch, "model": model, "optimizer": optimizer, "steps": 10, "step": 3,
             "scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10), "world_size": 2,
             "batches": [(torch.randn(3, 4), torch.randn(3, 2)) for _ in range(3)],
-            "Mechanic": manic.Mechanic, "mechanize": manic.mechanize, "fully_shard": fully_shard,
+            "manic": manic, "Mechanic": manic.Mechanic, "mechanize": manic.mechanize, "fully_shard": fully_shard,
             "mesh": init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp")), "init_device_mesh": init_device_mesh,
             "parallelize_module": parallelize_module, "ColwiseParallel": ColwiseParallel,
             "RowwiseParallel": RowwiseParallel, "ZeroRedundancyOptimizer": ZeroRedundancyOptimizer,

@@ -6,17 +6,19 @@ import copy
 import importlib
 import inspect
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import manic
 from manic import Mechanic, mechanize
+from manic.checkpoint import Checkpointer
 from manic.testing import run
 from support.problems import problem
 from support.training import assert_identical, tensors, train
@@ -152,13 +154,16 @@ def test_may_be_subclassed() -> None:
     assert Mine(problem()[0]).defaults["weight_decay"] == 0.3
 
 
-def in_zero(ready_made: bool) -> tuple[float, Any]:
-    torch.manual_seed(0)
+def zero(ready_made: bool, seed: int) -> tuple[nn.Module, ZeroRedundancyOptimizer]:
+    torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
     cls = manic.AdamW if ready_made else mechanize(torch.optim.AdamW, plain="sharded")
     options = {"plain": "sharded"} if ready_made else {}
-    optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=cls, lr=1.0, **options)
-    for step in range(5):
+    return model, ZeroRedundancyOptimizer(model.parameters(), optimizer_class=cls, lr=1.0, **options)
+
+
+def train_zero(model: nn.Module, optimizer: ZeroRedundancyOptimizer, steps: range) -> tuple[float, list[Tensor]]:
+    for step in steps:
         x = torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
         optimizer.zero_grad()
         (model(x) - x[:, :2].sin()).square().mean().backward()
@@ -166,7 +171,26 @@ def in_zero(ready_made: bool) -> tuple[float, Any]:
     return manic.unwrap(optimizer).scale.item(), [p.detach() for p in model.parameters()]
 
 
+def in_zero(ready_made: bool) -> tuple[float, list[Tensor]]:
+    return train_zero(*zero(ready_made, 0), range(5))
+
+
 def test_is_a_class_for_zero() -> None:
     for (scale, parameters), (expected, of_mechanize) in zip(run(in_zero, 2, True), run(in_zero, 2, False)):
         assert scale == expected
         assert_identical(parameters, of_mechanize)
+
+
+def resume_zero(folder: str) -> None:
+    whole = zero(True, 0)
+    train_zero(*whole, range(5))
+    Checkpointer(folder, *whole).save(5)
+    resumed = zero(True, 1)
+    Checkpointer(folder, *resumed).load()
+    (scale, parameters), (expected, of_whole) = (train_zero(*each, range(5, 9)) for each in (resumed, whole))
+    assert scale == expected
+    assert_identical(parameters, of_whole)
+
+
+def test_resumes_in_zero(tmp_path: Path) -> None:
+    run(resume_zero, 2, str(tmp_path))

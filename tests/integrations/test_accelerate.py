@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from manic import unwrap
-from manic.testing import run
+from manic.testing import run, shutdown
 from support.accelerated import STEPS, Accelerated, alone, be_torchrun, resume
 
 pytest.importorskip("accelerate", reason="accelerate is not installed")
-pytestmark = pytest.mark.usefixtures("new_processes")  # Accelerate has one state for the whole process
 
 
-def scales(layout: str, split: int, **options: Any) -> tuple[list[list[float]], list[list[float]]]:
+@pytest.fixture(params=["DDP", "FSDP2"], scope="module")
+def layout(request: pytest.FixtureRequest) -> Iterator[str]:
+    """In new processes: Accelerate has one state for a whole process."""
+    shutdown()
+    yield request.param
+    shutdown()
+
+
+def scales(layout: str, split: int) -> tuple[list[list[float]], list[list[float]]]:
     be_torchrun()
-    accelerated = Accelerated(layout, split=split, **options)
-    return accelerated.train(range(STEPS)), alone(accelerated.accelerator.num_processes, **options)
+    return Accelerated(layout, split=split).train(range(STEPS)), alone(2)
 
 
-@pytest.mark.framework(
-    "Accelerate", "DDP and FSDP2, 2 ranks, with gradient accumulation and clipping: S of a plain run"
-)
+@pytest.mark.framework("Accelerate", "DDP and FSDP2, 2 ranks, gradient accumulation and clipping: S of a plain run")
 @pytest.mark.parametrize("split", [1, 3])
-@pytest.mark.parametrize("layout", ["DDP", "FSDP2"])
 def test_finds_the_scale_of_a_plain_run(layout: str, split: int) -> None:
     for found, expected in run(scales, 2, layout, split):
         assert [s for (s,) in found] == pytest.approx([s for (s,) in expected], rel=1e-9)
 
 
-@pytest.mark.framework(
-    "Accelerate", "DDP and FSDP2, 2 ranks, save_state and load_state: a resumed run ends bit for bit"
-)
-@pytest.mark.parametrize("layout", ["DDP", "FSDP2"])
+@pytest.mark.framework("Accelerate", "DDP and FSDP2, 2 ranks, save_state, load_state: a resumed run ends bit for bit")
 def test_resumes_bit_for_bit(layout: str, tmp_path: Path) -> None:
     run(resume, 2, str(tmp_path), layout)
 

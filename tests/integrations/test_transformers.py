@@ -136,6 +136,7 @@ def logs_of(folder: str) -> tuple[list[dict[str, float]], dict[str, list[float]]
 
 
 @pytest.mark.framework("transformers", "Trainer, its logs, also in TensorBoard: S, and S * lr as learning_rate")
+@pytest.mark.usefixtures("new_processes")
 def test_logs_have_the_effective_learning_rate(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     ((history, written),) = run(logs_of, 1, str(tmp_path))

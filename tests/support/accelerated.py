@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 import manic
 
@@ -82,6 +84,8 @@ class Accelerated:
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(base, T_max=STEPS)
         self.model, self.optimizer, self.scheduler = self.accelerator.prepare(model, base, schedule)
         self.split = split
+        assert all(isinstance(p, DTensor) == (layout == "FSDP2") for p in self.model.parameters())
+        assert isinstance(self.model, DistributedDataParallel) == (layout == "DDP")
 
     def train(self, steps: range) -> list[list[float]]:
         """Take steps; S after each."""
