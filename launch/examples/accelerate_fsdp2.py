@@ -94,6 +94,9 @@ def main() -> None:
     if saved:
         accelerator.load_state(saved[-1])
         accelerator.print(f"resumed at step {progress.step}")
+    if progress.step >= options.steps:
+        accelerator.print("nothing left to train")
+        return
 
     for (tokens,) in accelerator.skip_first_batches(loader, progress.step):
         if progress.step >= options.steps:

@@ -70,6 +70,9 @@ def main() -> None:
     )
     MechanicCallback.add_to(trainer)
     last = get_last_checkpoint(options.output) if options.output.is_dir() else None
+    if last is not None and int(last.rpartition("-")[2]) >= options.steps:
+        print("nothing left to train")  # the Trainer would take one more step
+        return
     trainer.train(resume_from_checkpoint=last)
     metrics = manic.unwrap(trainer.optimizer).metrics(to_host=True)
     if trainer.is_world_process_zero():

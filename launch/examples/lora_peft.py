@@ -3,8 +3,7 @@
     torchrun --nproc-per-node 2 launch/examples/lora_peft.py --output runs/lora --steps 50
     torchrun --nproc-per-node 2 launch/examples/lora_peft.py --output runs/lora  # goes on from step 50
 
-The base is trained on this Python's sources, and adapted to the same in capital letters. Both learn their learning rate
-by themselves, the adapter one for the A and one for the B of its matrices.
+The base is trained on this Python's sources, and adapted to the same in capital letters. Each learns its learning rate.
 """
 
 import argparse
@@ -42,10 +41,10 @@ def data(capital: bool) -> Dataset:
     return TensorDataset(rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))])
 
 
-def fit(model: torch.nn.Module, groups: list[dict], rows: Dataset, until: int, state: Path, **options) -> None:
+def fit(model: torch.nn.Module, rows: Dataset, until: int, state: Path) -> None:
     """Train ``model`` from where ``state`` is, or the start, to step ``until``, and save."""
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), step_scheduler_with_optimizer=False)
-    optimizer = manic.AdamW(groups, lr=1.0, **options)
+    optimizer = manic.AdamW((parameter for parameter in model.parameters() if parameter.requires_grad), lr=1.0)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=STEPS)
     loader = DataLoader(rows, batch_size=8, drop_last=True)
     model, optimizer, scheduler, loader = accelerator.prepare(model, optimizer, scheduler, loader)
@@ -54,6 +53,8 @@ def fit(model: torch.nn.Module, groups: list[dict], rows: Dataset, until: int, s
     if state.exists():
         accelerator.load_state(state)
         accelerator.print(f"resumed {state.name} at step {progress.step}")
+    if progress.step >= until:
+        return
     for (tokens,) in accelerator.skip_first_batches(loader, progress.step):
         if progress.step >= until:
             break
@@ -66,8 +67,10 @@ def fit(model: torch.nn.Module, groups: list[dict], rows: Dataset, until: int, s
         progress.step += 1
         if progress.step % 10 == 0:
             metrics = manic.unwrap(optimizer).metrics(to_host=True)
-            shown = {name: f"{value:.3e}" for name, value in metrics.items() if name.startswith(("scale", "eff"))}
-            accelerator.print(f"{state.name} step {progress.step}: loss {loss.item():.4f}, {shown}")
+            accelerator.print(
+                f"{state.name}, step {progress.step}: loss {loss.item():.4f}, S {metrics['scale']:.3e}, "
+                f"lr {metrics['effective_lr/0']:.3e}"
+            )
     accelerator.save_state(state)
     accelerator.wait_for_everyone()
 
@@ -84,13 +87,10 @@ def main() -> None:
         num_key_value_heads=4, max_position_embeddings=LENGTH, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     base = LlamaForCausalLM(config)
-    fit(base, [{"params": list(base.parameters())}], data(capital=False), STEPS, options.output / "base")
+    fit(base, data(capital=False), STEPS, options.output / "base")
 
     model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
-    of_a = [parameter for name, parameter in model.named_parameters() if "lora_A" in name]
-    of_b = [parameter for name, parameter in model.named_parameters() if "lora_B" in name]
-    groups = [{"params": of_a}, {"params": of_b}]
-    fit(model, groups, data(capital=True), options.steps, options.output / "adapter", scale="per group")
+    fit(model, data(capital=True), options.steps, options.output / "adapter")
     if Accelerator().is_main_process:
         model.save_pretrained(options.output / "lora")
 

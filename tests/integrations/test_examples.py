@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.timeout(900)  # each calls torchrun three times
 EXAMPLES = Path(__file__).parents[2] / "launch" / "examples"
 
 
@@ -37,7 +38,7 @@ def check(example: str, weights: str, steps: int, folder: Path) -> None:
     losses = [float(each) for each in re.findall(r"loss\D+([0-9.]+)", once)]
     assert losses[-1] < losses[0]
     assert once.splitlines()[-1] == resumed.splitlines()[-1]
-    assert re.search(r"S [0-9.e-]+, lr [0-9.e-]+|'scale/0': '[0-9.e-]+'.*'effective_lr/0': '[0-9.e-]+'", resumed)
+    assert re.search(r"S [0-9.e-]+, lr [0-9.e-]+", resumed)
 
 
 @pytest.mark.framework("Accelerate", "example `accelerate_fsdp2.py`, 2 ranks: trains, resumes bit for bit")
