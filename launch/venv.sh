@@ -1,9 +1,10 @@
-# Create .venv and install manic in it with the extras in $1. Sourced by the other scripts.
-# Set PYTHON to choose the interpreter, PIP_EXTRA_INDEX_URL to choose the index for torch.
+# Create a virtual environment in the folder $2 (default: .venv) and install manic in it with the extras in $1. Sourced
+# by the other scripts. Set PYTHON to choose the interpreter, PIP_EXTRA_INDEX_URL to choose the index for torch.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-if [ ! -x .venv/bin/python ]; then
+venv=${2:-.venv}
+if [ ! -x "$venv/bin/python" ]; then
     "${PYTHON:-python3}" -c 'import sys; assert sys.version_info >= (3, 11), "manic needs Python 3.11 or newer"'
-    "${PYTHON:-python3}" -m venv .venv
+    "${PYTHON:-python3}" -m venv "$venv"
 fi
 # Without an NVIDIA GPU, use PyTorch's CPU build, a tenth of the download.
 cpu_index=https://download.pytorch.org/whl/cpu
@@ -11,4 +12,4 @@ if [ "$(uname)" = Linux ] && [ -z "${PIP_EXTRA_INDEX_URL:-}" ] && ! command -v n
     curl --silent --fail --head --max-time 5 --output /dev/null "$cpu_index/torch/"; then
     export PIP_EXTRA_INDEX_URL=$cpu_index
 fi
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$1]"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$1]"

@@ -1,4 +1,7 @@
-"""Every Python block in the README and the docs runs on two ranks, and its optimizer trains."""
+"""Every Python block in the README and the docs runs on two ranks, and its optimizer trains.
+
+Those of the pages about frameworks are run in tests/integrations/test_page.py, where the frameworks are.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 import manic
 from manic.testing import run
 from manic.tuners import multiplicative
-from support import fault_cases, lost_rank_cases
+from support import fault_cases, frameworks, lost_rank_cases
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -33,7 +36,13 @@ def blocks(page: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
-BLOCKS = [(name, index) for name, page in PAGES.items() for index in range(len(blocks(page)))]
+# The blocks about frameworks need their packages: tests/integrations runs them.
+BLOCKS = [
+    (name, index)
+    for name, page in PAGES.items()
+    if not page.name.startswith("frameworks")
+    for index in range(len(blocks(page)))
+]
 
 
 class Net(nn.Module):
@@ -71,7 +80,7 @@ def execute(page: str, index: int) -> None:
             "__name__": "block", "torch": torch, "model": model, "optimizer": optimizer, "steps": 10, "step": 3,
             "scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10), "world_size": 2,
             "batches": [(torch.randn(3, 4), torch.randn(3, 2)) for _ in range(3)],
-            "Mechanic": manic.Mechanic, "mechanize": manic.mechanize, "fully_shard": fully_shard,
+            "manic": manic, "Mechanic": manic.Mechanic, "mechanize": manic.mechanize, "fully_shard": fully_shard,
             "mesh": init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp")), "init_device_mesh": init_device_mesh,
             "parallelize_module": parallelize_module, "ColwiseParallel": ColwiseParallel,
             "RowwiseParallel": RowwiseParallel, "ZeroRedundancyOptimizer": ZeroRedundancyOptimizer,
@@ -144,3 +153,27 @@ def test_page_of_the_default_tuner_has_its_constants() -> None:
     }
     assert len(told) == 12
     assert told == {name: getattr(multiplicative, f"_{name}") for name in told}
+
+
+def test_frameworks_page_has_the_promises_of_the_tests() -> None:
+    promised = {(each.framework, each.what): each.limit for each in frameworks.promises()}
+    found = {(row.framework, row.what): row.outcome for row in frameworks.read()}
+    assert found.keys() == promised.keys(), "run pytest tests/integrations --write-frameworks"
+    for promise, outcome in found.items():
+        limit = promised[promise]
+        assert outcome.startswith((f"limit: {limit}" if limit else "works", "not run: "))
+
+
+def test_frameworks_table_is_written_only_after_all_tests_passed() -> None:
+    first = frameworks.Promise("test_a.py::test_first", "pytest", "does this", None)
+    second = frameworks.Promise("test_b.py::test_second", "nothing", "does that", "refused")
+    passed = {"test_a.py::test_first": [("passed", ""), ("passed", "")]}
+    works, limit = frameworks.rows_of([first, second], {**passed, "test_b.py::test_second": [("passed", "")]})[::-1]
+    assert (works.version, works.outcome) == (pytest.__version__, "works")
+    assert (limit.version, limit.outcome) == ("none", "limit: refused")
+    (row,) = frameworks.rows_of([second], {"test_b.py": [("skipped", "nothing is not installed")]})
+    assert row.outcome == "not run: nothing is not installed"
+    with pytest.raises(ValueError, match=r"test_second was not run"):
+        frameworks.rows_of([first, second], passed)
+    with pytest.raises(ValueError, match=r"test_first has failed"):
+        frameworks.rows_of([first], {"test_a.py::test_first": [("passed", ""), ("failed", "")]})

@@ -9,7 +9,7 @@ between steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -316,8 +316,18 @@ class Mechanic(OptimizerWrapper):
         self._share_global_state()
         self._state.rebase()
 
-    def metrics(self) -> dict[str, Tensor]:
-        """What to log: 0-dim tensors on the parameters' device, the same on every rank; no sync, no communication.
+    @overload
+    def metrics(self, *, to_host: Literal[False] = False) -> dict[str, Tensor]: ...
+
+    @overload
+    def metrics(self, *, to_host: Literal[True]) -> dict[str, float]: ...
+
+    def metrics(self, *, to_host: bool = False) -> dict[str, Tensor] | dict[str, float]:
+        """What to log, the same on every rank; no communication.
+
+        Args:
+            to_host: Whether to return floats, with one host sync, instead of 0-dim tensors on the parameters' device,
+                with none.
 
         Returns:
             ``scale``; ``h``, ``grad_norm`` and ``param_norm`` of the last step in which the tuner made its sums, over
@@ -327,7 +337,11 @@ class Mechanic(OptimizerWrapper):
             stages of a pipeline may not have.
         """
         self._share_global_state()
-        return self._monitor.metrics(self.param_groups)
+        metrics = self._monitor.metrics(self.param_groups)
+        if not to_host:
+            return metrics
+        together = torch.stack([each.to(metrics["nonfinite_steps"]) for each in metrics.values()])
+        return dict(zip(metrics, together.tolist()))
 
     @property
     def _is_capturing(self) -> bool:

@@ -1,19 +1,41 @@
-"""mechanize(AdamW): Mechanic as a class, for code that needs a class; a drop-in for mechanic-pytorch."""
+"""Mechanic as a class, for code that needs a class; mechanize(AdamW) makes one, as mechanic-pytorch does."""
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 from torch.optim import Optimizer
 
 from manic.mechanic import Mechanic
 
-__all__ = ["is_mechanized", "mechanize"]
+__all__ = ["MechanicClass", "is_mechanized", "mechanize"]
 
 logger = logging.getLogger(__name__)
+
+
+class MechanicClass(Mechanic):
+    """A :class:`~manic.Mechanic` that builds its base optimizer, from the arguments of the base's class.
+
+    Args:
+        params: Parameters or param groups, as for the base.
+        *args: Further arguments of the base.
+        **kwargs: Keyword arguments of the base, and what a subclass takes out of them for itself.
+    """
+
+    BASE: ClassVar[Callable[..., Optimizer]]
+    """What creates the base optimizer: a class or a function."""
+
+    def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        arguments, options = self._divide(kwargs)
+        super().__init__(type(self).BASE(params, *args, **arguments), **options)
+
+    @classmethod
+    def _divide(cls, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The base's keyword arguments, and Mechanic's."""
+        raise NotImplementedError
 
 
 def _log_scale(data: dict[str, Any]) -> None:
@@ -31,7 +53,8 @@ def mechanize(
     """Make a class that builds ``optimizer_class`` and wraps it in :class:`~manic.Mechanic`.
 
     Args:
-        optimizer_class: An optimizer class, or a function that creates an optimizer.
+        optimizer_class: An optimizer class, or a function that creates an optimizer. For those of torch there are
+            ready-made classes, :mod:`manic.optim`.
         log_func: Called with ``{"iter_count": int, "s": float}``, or a list of floats with a scale per group; default:
             ``logging`` at level info.
         log_every: Number of steps between calls; 0, the default: never. Each call is a host sync.
@@ -50,10 +73,16 @@ def mechanize(
         raise TypeError(f"{optimizer_class.__name__} is mechanized already; pass the base class")
     log = log_func or _log_scale
 
-    class Mechanized(Mechanic):
+    class Mechanized(MechanicClass):
+        BASE = staticmethod(optimizer_class)
+
         def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
-            super().__init__(optimizer_class(params, *args, **kwargs), **options)
+            super().__init__(params, *args, **kwargs)
             self._log_steps()
+
+        @classmethod
+        def _divide(cls, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+            return dict(kwargs), options
 
         def __setstate__(self, state: dict[str, Any]) -> None:
             super().__setstate__(state)
@@ -102,5 +131,5 @@ def _rebuild(optimizer_class: Any, options: dict[str, Any]) -> Mechanic:
 
 
 def is_mechanized(optimizer: object) -> bool:
-    """Whether ``optimizer`` is a :class:`~manic.Mechanic`, created with or without :func:`mechanize`."""
+    """Whether ``optimizer`` is a :class:`~manic.Mechanic`, created by any of the ways there are."""
     return isinstance(optimizer, Mechanic)

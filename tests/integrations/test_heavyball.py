@@ -39,6 +39,7 @@ def train(model: nn.Module, optimizer: Any, steps: range) -> None:
         optimizer.step()
 
 
+@pytest.mark.framework("heavyball", "AdamW, SOAP, Muon: a resumed run ends bit for bit, by torch.save and Checkpointer")
 @pytest.mark.parametrize("how", ["torch.save", "Checkpointer"])
 @pytest.mark.parametrize("variant", [None, "multiplicative", "optax"])
 @pytest.mark.parametrize("base", ["AdamW", "SOAP", "Muon"])
@@ -63,6 +64,7 @@ def test_resumes_bit_for_bit(base: str, variant: str | None, how: str, tmp_path:
         assert torch.equal(p, q)
 
 
+@pytest.mark.framework("heavyball", "beside another optimizer, `Mechanic([first, second])`", limit="refused")
 def test_refuses_heavyball_beside_another_base() -> None:
     model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16))
     bases = [heavyball.AdamW(list(model[0].parameters())), torch.optim.AdamW(model[1].parameters())]

@@ -303,12 +303,16 @@ class OptimizerWrapper(Optimizer):
         return own
 
     def __repr__(self) -> str:
-        bases = ", ".join(type(optimizer).__name__ for optimizer in self.optimizers)
-        lines = [f"{type(self).__name__}({bases}, {self._settings()}) ("]
+        lines = [f"{self._title()} ("]
         for index, group in enumerate(self.param_groups):
             lines.append(f"Parameter Group {index}")
             lines += [f"    {key}: {group[key]}" for key in sorted(group) if key not in ("params", self.GROUP_KEY)]
         return "\n".join(lines) + "\n)"
+
+    def _title(self) -> str:
+        """The class, what it wraps, and its settings, in words."""
+        bases = ", ".join(type(optimizer).__name__ for optimizer in self.optimizers)
+        return f"{type(self).__name__}({bases}, {self._settings()})"
 
     def _settings(self) -> str:
         """The wrapper's own settings, in words."""
