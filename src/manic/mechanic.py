@@ -251,7 +251,7 @@ class Mechanic(OptimizerWrapper):
             return
         try:
             if self._layout.plain == "sharded":
-                clear_padding(self.param_groups, self._layout.group, device)
+                clear_padding(self.param_groups)
             compare_exchanged(self._state)
         except BaseException:
             self._agreement.forget()

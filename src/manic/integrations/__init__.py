@@ -1,0 +1,1 @@
+"""What some frameworks need beyond an optimizer: each module imports its framework, and none is imported by manic."""

@@ -1,0 +1,102 @@
+"""DeepSpeed's own checkpoints with the real package: a resumed run is the uninterrupted one, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from manic.testing import run, shutdown
+from support.deepspeed_runs import Run, engine_of, take_step, weights_of
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+
+
+@pytest.fixture(autouse=True)
+def _new_processes() -> Iterator[None]:
+    """DeepSpeed keeps process groups in its modules, so that each test needs processes of its own."""
+    shutdown()
+    yield
+    shutdown()
+
+
+SAVED = 6
+STEPS = 12
+FLOAT32 = [
+    *(Run(stage, groups=groups) for stage in range(4) for groups in (1, 2)),
+    Run(3, groups=2, sub_group_size=1),
+    *(Run(stage, groups=2, variant="optax") for stage in range(4)),
+    Run(2, groups=2, offloads=True),
+]
+LOW = [Run(stage, groups=2, dtype=torch.bfloat16) for stage in range(4)]
+
+
+def train(engine: Any, optimizer: Any, first: int, last: int) -> list[float]:
+    scales = []
+    for step in range(first, last):
+        take_step(engine, step)
+        scales.append(optimizer.scale.item())
+    return scales
+
+
+def resumes(runs: list[Run], folder: Path) -> None:
+    for index, each in enumerate(runs):
+        engine, optimizer = engine_of(each)
+        train(engine, optimizer, 0, SAVED)
+        engine.save_checkpoint(folder / str(index))
+        expected = train(engine, optimizer, SAVED, STEPS), weights_of(engine)
+        engine, optimizer = engine_of(each)
+        path, _ = engine.load_checkpoint(folder / str(index))
+        assert path is not None, each
+        scales, weights = train(engine, optimizer, SAVED, STEPS), weights_of(engine)
+        assert scales == expected[0], each
+        assert torch.equal(weights, expected[1]), each
+
+
+@pytest.mark.framework("DeepSpeed", "`save_checkpoint` and `load_checkpoint` on the same ranks: bit for bit")
+@pytest.mark.parametrize("runs", [FLOAT32, LOW], ids=["float32", "bfloat16"])
+def test_a_resumed_run_is_the_uninterrupted_one(runs: list[Run], tmp_path: Path) -> None:
+    run(resumes, 2, runs, tmp_path)
+
+
+def saves(runs: list[Run], folder: Path) -> None:
+    for each in runs:
+        engine, optimizer = engine_of(each)
+        train(engine, optimizer, 0, SAVED)
+        engine.save_checkpoint(folder / str(each.stage))
+
+
+def refuses_other_ranks(runs: list[Run], folder: Path) -> None:
+    for each in runs:
+        engine, _ = engine_of(each)
+        with pytest.raises(Exception, match=r"world size|partition"):
+            engine.load_checkpoint(folder / str(each.stage))
+
+
+@pytest.mark.framework("DeepSpeed", "`load_checkpoint` on another number of ranks", limit="refused by DeepSpeed")
+def test_other_ranks(tmp_path: Path) -> None:
+    runs = [Run(stage) for stage in (1, 2, 3)]
+    run(saves, 2, runs, tmp_path)
+    shutdown()
+    run(refuses_other_ranks, 1, runs, tmp_path)
+
+
+def starts_anew(runs: list[Run], folder: Path) -> None:
+    for each in runs:
+        engine, optimizer = engine_of(each)
+        train(engine, optimizer, 0, SAVED)
+        engine.save_checkpoint(folder / str(each.stage))
+        weights = weights_of(engine)
+        engine, optimizer = engine_of(each)
+        engine.load_checkpoint(folder / str(each.stage), load_optimizer_states=False)
+        assert torch.equal(weights_of(engine), weights), each
+        assert optimizer.scale.item() == 0.0, each
+        assert train(engine, optimizer, SAVED, SAVED + 1)[0] > 0.0, each
+
+
+@pytest.mark.framework("DeepSpeed", "`load_optimizer_states=False`: a new scale from the loaded weights")
+def test_weights_alone(tmp_path: Path) -> None:
+    run(starts_anew, 2, [Run(stage, groups=2) for stage in range(4)], tmp_path)
