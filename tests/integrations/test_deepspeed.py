@@ -127,7 +127,7 @@ def raises(runs: list[Run]) -> None:
 
 @pytest.mark.framework("DeepSpeed", "a gradient that is not finite, where DeepSpeed skips none: an error on all ranks")
 def test_nonfinite_gradients() -> None:
-    run(raises, 2, [Run(0), Run(2, groups=2, dtype=torch.bfloat16)])
+    run(raises, 2, [Run(0), Run(2, groups=2, dtype=torch.bfloat16, checks_overflow=False)])
 
 
 def begins_with_zero(runs: list[Run]) -> None:
@@ -217,7 +217,7 @@ def built_by_deepspeed() -> None:
     assert isinstance(mechanic, Mechanic)
     for step in range(8):
         take_step(engine, step)
-        assert mechanic.param_groups[0]["lr"] == pytest.approx((step + 1) / 10)
+        assert mechanic.param_groups[0]["lr"] == pytest.approx(step / 10)
     assert mechanic.scale.item() > 0.0
     assert engine.get_lr() == [mechanic.param_groups[0]["lr"]]
 
@@ -233,7 +233,7 @@ def named_in_the_configuration() -> None:
 
     model = make(Run(1))
     config = {**Run(1).config, "optimizer": {"type": "manic.AdamW", "params": {"lr": 1.0}}}
-    with pytest.raises(AttributeError, match="has no attribute"):
+    with pytest.raises(AssertionError, match="manic.AdamW is not a supported DeepSpeed Optimizer"):
         deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
 
 

@@ -36,6 +36,8 @@ class Run:
     """Micro batches of a step."""
     joins: bool = True
     """Whether whole_model_steps is called."""
+    checks_overflow: bool = True
+    """Whether ZeRO skips steps whose gradients are not finite, in bfloat16."""
     plain: str = "sharded"
 
     @property
@@ -54,7 +56,7 @@ class Run:
             config["zero_force_ds_cpu_optimizer"] = False
             zero["offload_optimizer"] = {"device": "cpu"}
         if self.dtype == torch.bfloat16:
-            config["bf16"] = {"enabled": True}
+            config["bf16"] = {"enabled": True, "check_grad_overflow": self.checks_overflow}
             if self.stage:
                 config["data_types"] = {"grad_accum_dtype": "fp32"}
         if self.dtype == torch.float16:
