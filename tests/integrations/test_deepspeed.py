@@ -233,7 +233,7 @@ def named_in_the_configuration() -> None:
 
     model = make(Run(1))
     config = {**Run(1).config, "optimizer": {"type": "manic.AdamW", "params": {"lr": 1.0}}}
-    with pytest.raises(AssertionError, match="manic.AdamW is not a supported DeepSpeed Optimizer"):
+    with pytest.raises(AssertionError, match="is not a supported DeepSpeed Optimizer"):
         deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
 
 
