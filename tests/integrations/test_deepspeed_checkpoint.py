@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from manic.testing import run, shutdown
 from support.deepspeed_runs import Run, engine_of, take_step, weights_of
+from support.torchrun import by_path, run_example
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 
@@ -100,3 +102,24 @@ def starts_anew(runs: list[Run], folder: Path) -> None:
 @pytest.mark.framework("DeepSpeed", "`load_optimizer_states=False`: a new scale from the loaded weights")
 def test_weights_alone(tmp_path: Path) -> None:
     run(starts_anew, 2, [Run(stage, groups=2) for stage in range(4)], tmp_path)
+
+
+def saved_by_example(folder: Path) -> dict[str, Any]:
+    """What the example has saved of the model and of each rank's optimizer."""
+    names = ["mp_rank_00_model_states.pt", *(f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1))]
+    states = [torch.load(folder / "checkpoints" / "global_step10" / name, weights_only=False) for name in names]
+    return by_path(
+        [states[0]["module"], *(each["optimizer_state_dict"]["base_optimizer_state"] for each in states[1:])]
+    )
+
+
+@pytest.mark.framework("DeepSpeed", "launch/examples/deepspeed_zero.py: trains, and resumes bit for bit")
+def test_the_example(tmp_path: Path) -> None:
+    run_example("deepspeed_zero.py", tmp_path / "stopped", "--steps", "6")
+    resumed = run_example("deepspeed_zero.py", tmp_path / "stopped", "--steps", "10")
+    whole = run_example("deepspeed_zero.py", tmp_path / "whole", "--steps", "10")
+    assert "resumed at step 6" in resumed
+    assert re.search(r"step 10: loss [\d.]+, S [\d.e-]+, lr [\d.e-]+, gradient norm", whole)
+    saved = saved_by_example(tmp_path / "whole")
+    assert any("mechanic_x_ref" in name for name in saved)
+    assert saved_by_example(tmp_path / "stopped") == saved

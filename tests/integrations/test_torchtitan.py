@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from manic import Mechanic
 from manic.testing import run
+from support.torchrun import by_path, run_example
 
 pytest.importorskip("torchtitan", reason="torchtitan is not installed")
 
@@ -240,3 +243,21 @@ def test_other_ranks(tmp_path: Path) -> None:
     (expected, _) = run(saves, 2, tmp_path)
     for scales in run(loads, 3, tmp_path):
         assert scales == pytest.approx(expected, rel=1e-4)
+
+
+def saved_by_example(folder: Path) -> dict[str, Any]:
+    """What the example has saved, by name."""
+    dcp_to_torch_save(folder / "checkpoint" / "step-10", folder / "saved.pt")
+    return by_path(torch.load(folder / "saved.pt", weights_only=False))
+
+
+@pytest.mark.framework("torchtitan", "launch/examples/torchtitan_container.py: trains, and resumes bit for bit")
+def test_the_example(tmp_path: Path) -> None:
+    run_example("torchtitan_container.py", tmp_path / "stopped", "--steps", "6")
+    resumed = run_example("torchtitan_container.py", tmp_path / "stopped", "--steps", "10")
+    whole = run_example("torchtitan_container.py", tmp_path / "whole", "--steps", "10")
+    assert "resumed at step 6" in resumed
+    assert re.search(r"step 10: loss [\d.]+, S [\d.e-]+, lr [\d.e-]+", whole)
+    saved = saved_by_example(tmp_path / "whole")
+    assert any("mechanic_x_ref" in name for name in saved)
+    assert saved_by_example(tmp_path / "stopped") == saved
