@@ -13,6 +13,7 @@ from manic import Mechanic, mechanize
 from manic.integrations.deepspeed import whole_model_steps
 from manic.testing import run, shutdown
 from support.deepspeed_runs import (
+    STEPS,
     Run,
     begin,
     engine_of,
@@ -45,50 +46,55 @@ def equal(runs: list[Run], scale: float, weights: float) -> None:
     """Train each run with DeepSpeed, and compare it with one process: the largest relative differences allowed."""
     for each in runs:
         found, expected = with_deepspeed(each), in_one_process(each)
-        assert found.scales[-1] == pytest.approx(expected.scales[-1], rel=scale), each
-        moved = (expected.weights - torch.cat([p.detach().float().flatten() for p in make(each).parameters()])).norm()
+        assert found.scales == pytest.approx(expected.scales, rel=scale), each
+        moved = (expected.weights - start_of(each)).norm()
         assert (found.weights - expected.weights).norm() < weights * moved, each
         if each.stage:
             assert found.norms == pytest.approx(expected.norms, rel=10 * scale), each
 
 
+def start_of(each: Run) -> torch.Tensor:
+    return torch.cat([p.detach().float().flatten() for p in make(each).parameters()])
+
+
 @pytest.mark.framework("DeepSpeed", "ZeRO-0 to 3, one param group, 1 to 3 ranks: the scale of one process")
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_one_group(world_size: int) -> None:
-    run(equal, world_size, ONE_GROUP, 1e-3, 1e-3)
+    run(equal, world_size, ONE_GROUP, 1e-5, 1e-4)
 
 
-@pytest.mark.framework("DeepSpeed", "ZeRO-0 to 3, several param groups: one scale with `whole_model_steps`")
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.framework(
+    "DeepSpeed", "ZeRO-0 to 3, several param groups, 1 and 2 ranks: one scale with `whole_model_steps`"
+)
+@pytest.mark.parametrize("world_size", [1, 2])
 def test_several_groups(world_size: int) -> None:
-    run(equal, world_size, SEVERAL_GROUPS, 1e-3, 1e-3)
+    run(equal, world_size, SEVERAL_GROUPS, 1e-5, 1e-4)
 
 
-@pytest.mark.framework("DeepSpeed", "ZeRO-3, several sub-groups: one scale with `whole_model_steps`")
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_sub_groups(world_size: int) -> None:
-    run(equal, world_size, SUB_GROUPS, 1e-3, 1e-3)
+@pytest.mark.framework("DeepSpeed", "ZeRO-3, several sub-groups, 3 ranks: one scale with `whole_model_steps`")
+def test_sub_groups() -> None:
+    run(equal, 3, SUB_GROUPS, 1e-5, 1e-4)
 
 
 @pytest.mark.framework("DeepSpeed", "ZeRO-0 to 3 in bfloat16, gradients accumulated in float32")
 def test_bfloat16() -> None:
-    run(equal, 2, LOW, 0.05, 0.05)
+    run(equal, 2, LOW, 1e-3, 0.05)
 
 
 @pytest.mark.framework("DeepSpeed", "ZeRO-1 to 3 with the optimizer offloaded to the CPU")
 def test_offload() -> None:
-    run(equal, 2, [Run(stage, groups=groups, offloads=True) for stage in (1, 2, 3) for groups in (1, 2)], 1e-3, 1e-3)
+    run(equal, 2, [Run(stage, groups=groups, offloads=True) for stage in (1, 2, 3) for groups in (1, 2)], 1e-5, 1e-4)
 
 
 @pytest.mark.framework("DeepSpeed", "`gradient_clipping`, and micro batches")
 def test_clipping_and_accumulation() -> None:
     runs = [Run(stage, groups=2, clipping=0.05, accumulates=3) for stage in range(4)]
-    run(equal, 2, runs, 1e-3, 1e-3)
+    run(equal, 2, runs, 1e-5, 1e-4)
 
 
 @pytest.mark.framework("DeepSpeed", 'ZeRO-0: `plain="sharded"` and `"replicated"` have the same scale')
 def test_plain_of_stage_0() -> None:
-    run(equal, 2, [Run(0, plain="replicated", variant=variant) for variant in VARIANTS], 1e-3, 1e-3)
+    run(equal, 2, [Run(0, plain="replicated", variant=variant) for variant in VARIANTS], 1e-5, 1e-4)
 
 
 def leaves_out(runs: list[Run]) -> None:
@@ -113,6 +119,30 @@ def test_skipped_steps() -> None:
     run(leaves_out, 2, [*(Run(stage, groups=2) for stage in (1, 2, 3)), *low])
 
 
+def overflows_at_first(runs: list[Run]) -> None:
+    begin()
+    from deepspeed.accelerator import get_accelerator
+
+    if not get_accelerator().is_fp16_supported():
+        pytest.skip("this CPU has no float16 operators")
+    for each in runs:
+        engine, optimizer = engine_of(each)
+        while engine.skipped_steps == engine.global_steps:
+            assert optimizer.scale.item() == 0.0, each
+            take_step(engine, engine.global_steps)
+        assert engine.skipped_steps > 0, each
+        scales = [optimizer.scale.item()]
+        while engine.global_steps < STEPS:
+            take_step(engine, engine.global_steps)
+            scales.append(optimizer.scale.item())
+        assert scales == pytest.approx(in_one_process(each, first=engine.skipped_steps).scales, rel=1e-2), each
+
+
+@pytest.mark.framework("DeepSpeed", "float16: steps that overflow before the first that is taken set no scale")
+def test_float16() -> None:
+    run(overflows_at_first, 2, [Run(stage, groups=2, dtype=torch.float16) for stage in (1, 2, 3)])
+
+
 def raises(runs: list[Run]) -> None:
     for each in runs:
         engine, optimizer = engine_of(each)
@@ -135,12 +165,29 @@ def begins_with_zero(runs: list[Run]) -> None:
         engine, optimizer = engine_of(each)
         before = weights_of(engine)
         assert optimizer.scale.item() == 0.0, each
-        assert torch.equal(before, torch.cat([p.detach().float().flatten() for p in make(each).parameters()])), each
+        assert torch.equal(before, start_of(each)), each
 
 
 @pytest.mark.framework("DeepSpeed", "the step with zero gradients in `deepspeed.initialize` sets no scale")
 def test_zero_gradients_at_first() -> None:
     run(begins_with_zero, 2, [*LOW, Run(3, groups=2), Run(3, groups=2, sub_group_size=1)])
+
+
+def shows_state(runs: list[Run]) -> None:
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    for each in runs:
+        engine, _ = engine_of(each)
+        take_step(engine, 0)
+        for parameter in engine.module.parameters():
+            for found in (safe_get_full_fp32_param(parameter), safe_get_full_optimizer_state(parameter, "exp_avg")):
+                assert found.shape == getattr(parameter, "ds_shape", parameter.shape), each
+                assert found.any(), each
+
+
+@pytest.mark.framework("DeepSpeed", "`safe_get_full_optimizer_state` and `safe_get_full_fp32_param`")
+def test_access_to_the_state() -> None:
+    run(shows_state, 2, [Run(stage, groups=groups) for stage in (1, 2, 3) for groups in (1, 2)])
 
 
 def two_engines() -> None:

@@ -159,14 +159,19 @@ def with_deepspeed(run: Run) -> Outcome:
     return Outcome(scales, weights_of(engine), norms)
 
 
-def in_one_process(run: Run) -> Outcome:
-    """The same run on this rank alone, with float32 masters of the model's parameters. Every rank must call it."""
+def in_one_process(run: Run, first: int = 0) -> Outcome:
+    """The same run on this rank alone, with float32 masters of the model's parameters. Every rank must call it.
+
+    Args:
+        run: The run.
+        first: The step to begin with.
+    """
     alike = ("groups", "variant", "dtype", "clipping")
-    return _in_one_process(Run(0, **{name: getattr(run, name) for name in alike}), dist.get_world_size())
+    return _in_one_process(Run(0, **{name: getattr(run, name) for name in alike}), dist.get_world_size(), first)
 
 
 @cache
-def _in_one_process(run: Run, world: int) -> Outcome:
+def _in_one_process(run: Run, world: int, first: int) -> Outcome:
     alone = [dist.new_group([each]) for each in range(world)][dist.get_rank()]
     model = make(run)
     parameters = list(model.parameters())
@@ -175,7 +180,7 @@ def _in_one_process(run: Run, world: int) -> Outcome:
     optimizer = Mechanic(base, variant=run.variant, process_group=alone)
     x, y = data(world)
     scales, norms = [], []
-    for step in range(STEPS):
+    for step in range(first, STEPS):
         part = slice(step * world * PER_RANK, (step + 1) * world * PER_RANK)
         model.zero_grad()
         nn.functional.mse_loss(model(x[part].to(run.dtype)).float(), y[part]).backward()

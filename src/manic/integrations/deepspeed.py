@@ -62,6 +62,9 @@ class _Parts(Protocol):
     def copies(self) -> Sequence[Tensor]:
         """What the model's parameters are made of; DeepSpeed copies each master there after its call of ``step``."""
 
+    def link(self, state: Any) -> None:
+        """Show the state, which exists now, where ``deepspeed.utils.safe_get_full_optimizer_state`` looks for it."""
+
 
 class _ParamGroups:
     """The parts of ZeRO-1 and 2.
@@ -86,6 +89,12 @@ class _ParamGroups:
     def copies(self) -> Sequence[Tensor]:
         by_group = zip(self._zero.parallel_partitioned_bit16_groups, self._zero.real_dp_process_group)
         return [partitions[dist.get_rank(group)] for partitions, group in by_group]
+
+    def link(self, state: Any) -> None:
+        from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+        for parameters, master in zip(self._zero.bit16_groups, self.masters):
+            lazy_init_hp_params_optimizer_state(parameters, master, state)
 
 
 class _SubGroups:
@@ -112,6 +121,9 @@ class _SubGroups:
     def copies(self) -> Sequence[Tensor]:
         found: Sequence[Tensor] = self._zero.fp16_partitioned_groups_flat
         return found
+
+    def link(self, state: Any) -> None:
+        """Nothing: it is looked up in the optimizer."""
 
 
 def _parts_of(zero: Any) -> _Parts | None:
@@ -156,6 +168,7 @@ class _StepOfParts:
         self._parts = parts
         self._shown: list[dict[str, Any]] | None = None
         self._gradients: list[Tensor | None] = []
+        self._is_linked = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["optimizer"], name)
@@ -184,6 +197,11 @@ class _StepOfParts:
     def state(self, state: Any) -> None:
         self.optimizer.state = state
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the Mechanic's."""
+        self._is_linked = False
+        self.optimizer.load_state_dict(state_dict)
+
     @torch.no_grad()
     def step(self) -> None:
         """Keep the gradient of the part that is shown; with that of the last part, step.
@@ -208,6 +226,9 @@ class _StepOfParts:
         for master, copy in zip(masters, self._parts.copies):
             if copy.data_ptr() != master.data_ptr():  # ZeRO-3 in float32 has no copies
                 copy.copy_(master)
+        if not self._is_linked:  # DeepSpeed does it after its first call of step, when no part had a state
+            self._parts.link(self.state)
+            self._is_linked = True
 
     @contextmanager
     def _all_shown(self, masters: Sequence[Tensor]) -> Iterator[None]:

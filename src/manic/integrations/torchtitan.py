@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 from torchtitan.components.optimizer import OptimizersContainer
 
 from manic.mechanic import Mechanic
@@ -36,7 +37,8 @@ class MechanicContainer(OptimizersContainer):
 
     def __init__(self, config: Config, *, model_parts: list[nn.Module]) -> None:
         super().__init__(config, model_parts=model_parts)
-        self.optimizers = [Mechanic(self.optimizers, **config.mechanic)]
+        bases: list[Optimizer] = self.optimizers
+        self.optimizers: list[Mechanic] = [Mechanic(bases, **config.mechanic)]
 
     @property
     def mechanic(self) -> Mechanic:
