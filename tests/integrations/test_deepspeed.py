@@ -64,14 +64,14 @@ def test_one_group(world_size: int) -> None:
 
 
 @pytest.mark.framework(
-    "DeepSpeed", "ZeRO-0 to 3, several param groups, 1 and 2 ranks: one scale with `whole_model_steps`"
+    "DeepSpeed", "ZeRO-0 to 3, several param groups, 1 to 2 ranks: one scale by `whole_model_steps`"
 )
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_several_groups(world_size: int) -> None:
     run(equal, world_size, SEVERAL_GROUPS, 1e-5, 1e-4)
 
 
-@pytest.mark.framework("DeepSpeed", "ZeRO-3, several sub-groups, 3 ranks: one scale with `whole_model_steps`")
+@pytest.mark.framework("DeepSpeed", "ZeRO-3, several sub-groups, 3 ranks: one scale by `whole_model_steps`")
 def test_sub_groups() -> None:
     run(equal, 3, SUB_GROUPS, 1e-5, 1e-4)
 

@@ -37,7 +37,7 @@ class MechanicContainer(OptimizersContainer):
 
     def __init__(self, config: Config, *, model_parts: list[nn.Module]) -> None:
         super().__init__(config, model_parts=model_parts)
-        bases: list[Optimizer] = self.optimizers
+        bases: list[Optimizer] = list(self.optimizers)
         self.optimizers: list[Mechanic] = [Mechanic(bases, **config.mechanic)]
 
     @property
