@@ -31,7 +31,9 @@ def blocks(page: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
-BLOCKS = [(page.name, index) for page in PAGES for index in range(len(blocks(page)))]
+BLOCKS = [
+    (page.name, index) for page in PAGES if not page.name.startswith("frameworks") for index in range(len(blocks(page)))
+]
 
 
 class Net(nn.Module):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from support.deepspeed_runs import (
     weights_of,
     with_deepspeed,
 )
+from support.pages import run_section
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 
@@ -63,9 +66,7 @@ def test_one_group(world_size: int) -> None:
     run(equal, world_size, ONE_GROUP, 1e-5, 1e-4)
 
 
-@pytest.mark.framework(
-    "DeepSpeed", "ZeRO-0 to 3, several param groups, 1 to 2 ranks: one scale by `whole_model_steps`"
-)
+@pytest.mark.framework("DeepSpeed", "ZeRO-0 to 3, several param groups, 1 to 2 ranks: one scale by `whole_model_steps`")
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_several_groups(world_size: int) -> None:
     run(equal, world_size, SEVERAL_GROUPS, 1e-5, 1e-4)
@@ -289,3 +290,18 @@ def named_in_the_configuration() -> None:
 )
 def test_named_in_the_configuration() -> None:
     run(named_in_the_configuration, 1)
+
+
+def runs_the_page(folder: Path) -> None:
+    os.chdir(folder)
+    begin()
+    x = torch.randn(10, 8, 16, generator=torch.Generator().manual_seed(dist.get_rank()))
+    loader = [(each, each[:, :5].sin()) for each in x]
+    names = run_section("DeepSpeed", {"model": make(Run(2)), "steps": 10, "loader": loader})
+    assert names["optimizer"].scale.item() > 0.0
+    assert (folder / "checkpoints" / "latest").read_text() == "global_step10"
+
+
+@pytest.mark.framework("DeepSpeed", "the blocks of this page")
+def test_the_page(tmp_path: Path) -> None:
+    run(runs_the_page, 2, tmp_path)

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 
 from manic import Mechanic
 from manic.testing import run
+from support.pages import run_section
 from support.torchrun import by_path, run_example
 
 pytest.importorskip("torchtitan", reason="torchtitan is not installed")
@@ -261,3 +262,20 @@ def test_the_example(tmp_path: Path) -> None:
     saved = saved_by_example(tmp_path / "whole")
     assert any("mechanic_x_ref" in name for name in saved)
     assert saved_by_example(tmp_path / "stopped") == saved
+
+
+def runs_the_page() -> None:
+    parts = sharded()
+    names = run_section("torchtitan", {"model_parts": parts, "steps": STEPS})
+    for step in range(2):
+        x, y = batch(step)
+        names["optimizers"].zero_grad()
+        (parts[1](parts[0](x)) - y).square().mean().backward()
+        names["optimizers"].step()
+        names["schedulers"].step()
+    assert names["optimizers"].mechanic.scale.item() > 0.0
+
+
+@pytest.mark.framework("torchtitan", "the blocks of this page")
+def test_the_page() -> None:
+    run(runs_the_page, 2)
