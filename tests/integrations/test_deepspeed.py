@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,6 +88,18 @@ def test_offload() -> None:
     run(equal, 2, [Run(stage, groups=groups, offloads=True) for stage in (1, 2, 3) for groups in (1, 2)], 1e-5, 1e-4)
 
 
+@pytest.mark.framework("DeepSpeed", "ZeRO-3 with a model that is built in `deepspeed.zero.Init`")
+def test_partitioned_at_first() -> None:
+    run(equal, 2, [Run(3, groups=groups, begins_partitioned=True) for groups in (1, 2)], 1e-5, 1e-4)
+
+
+@pytest.mark.framework("DeepSpeed", '`scale="per group"` and other options of Mechanic')
+def test_options() -> None:
+    options = [{"scale": "per group"}, {"nonfinite": "ignore"}, {"store_delta": True, "check_every": 3}]
+    runs = [Run(stage, groups=2, options=tuple(each.items())) for each in options for stage in (1, 3)]
+    run(equal, 2, runs, 1e-5, 1e-4)
+
+
 @pytest.mark.framework("DeepSpeed", "`gradient_clipping`, and micro batches")
 def test_clipping_and_accumulation() -> None:
     runs = [Run(stage, groups=2, clipping=0.05, accumulates=3) for stage in range(4)]
@@ -154,11 +167,50 @@ def raises(runs: list[Run]) -> None:
             take_step(engine, 4, float("inf") if dist.get_rank() == 1 else 1.0)
         assert torch.equal(optimizer.scale, scale), each
         assert torch.equal(weights_of(engine), before), each
+        engine.optimizer.zero_grad()
+        for step in range(4, 8):
+            take_step(engine, step)
+        assert optimizer.scale > scale, each
 
 
 @pytest.mark.framework("DeepSpeed", "a gradient that is not finite, where DeepSpeed skips none: an error on all ranks")
 def test_nonfinite_gradients() -> None:
-    run(raises, 2, [Run(0), Run(2, groups=2, dtype=torch.bfloat16, checks_overflow=False)])
+    low = Run(2, groups=2, dtype=torch.bfloat16, checks_overflow=False)
+    run(raises, 2, [Run(0), low])
+
+
+def fails_in_the_middle(runs: list[Run]) -> None:
+    for each in runs:
+        (engine, optimizer), (other, reference) = engine_of(each), engine_of(each)
+        for step in range(8):
+            if step == 4:
+                optimizer.optimizers[0].register_step_pre_hook(stop_once())
+                with pytest.raises(KeyboardInterrupt):
+                    take_step(engine, step)
+                engine.optimizer.zero_grad()
+            take_step(engine, step)
+            take_step(other, step)
+        assert torch.equal(optimizer.scale, reference.scale), each
+        assert torch.equal(weights_of(engine), weights_of(other)), each
+
+
+def stop_once() -> Callable[..., None]:
+    """A hook that raises KeyboardInterrupt when it is called first."""
+    calls = iter((KeyboardInterrupt(),))
+
+    def hook(*_: Any) -> None:
+        for error in calls:
+            raise error
+
+    return hook
+
+
+@pytest.mark.framework("DeepSpeed", "an error in the middle of a step: the next one goes on from before it")
+def test_errors_in_a_step() -> None:
+    # A hook makes Mechanic take snapshots, in both engines.
+    options = (("update", "snapshot"),)
+    runs = [Run(stage, groups=2, options=options) for stage in (1, 2, 3)]
+    run(fails_in_the_middle, 2, [*runs, Run(3, groups=2, sub_group_size=1, options=options)])
 
 
 def begins_with_zero(runs: list[Run]) -> None:

@@ -39,6 +39,10 @@ class Run:
     checks_overflow: bool = True
     """Whether ZeRO skips steps whose gradients are not finite, in bfloat16."""
     plain: str = "sharded"
+    options: tuple[tuple[str, Any], ...] = ()
+    """Mechanic's."""
+    begins_partitioned: bool = False
+    """Whether the model is built in zero.Init."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -69,7 +73,7 @@ class Outcome:
     """Where a run has come to."""
 
     scales: list[float]
-    """S after each step."""
+    """S after each step; with a scale per group, those of all groups."""
     weights: Tensor
     """All parameters of the model, one after the other, in float32."""
     norms: list[float]
@@ -98,8 +102,11 @@ def groups_of(run: Run, parameters: Sequence[Tensor]) -> list[Any]:
     """Param groups."""
     if run.groups == 1:
         return list(parameters)
-    decayed = [p for p in parameters if p.ndim > 1]
-    return [{"params": decayed, "weight_decay": 0.1}, {"params": [p for p in parameters if p.ndim < 2], "lr": 0.5}]
+    shapes = [getattr(p, "ds_shape", p.shape) for p in parameters]
+    decayed, others = (
+        [p for p, shape in zip(parameters, shapes) if (len(shape) > 1) == is_in] for is_in in (True, False)
+    )
+    return [{"params": decayed, "weight_decay": 0.1}, {"params": others, "lr": 0.5}]
 
 
 @cache
@@ -115,9 +122,10 @@ def engine_of(run: Run) -> tuple[Any, Mechanic]:
     begin()
     import deepspeed
 
-    model = make(run)
+    with deepspeed.zero.Init(config_dict_or_path=run.config, enabled=run.begins_partitioned):
+        model = make(run)
     base = torch.optim.AdamW(groups_of(run, list(model.parameters())), lr=1.0)
-    optimizer = Mechanic(base, variant=run.variant, plain=run.plain)  # type: ignore[arg-type]
+    optimizer = Mechanic(base, variant=run.variant, plain=run.plain, **dict(run.options))  # type: ignore[arg-type]
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=run.config)
     if run.joins:
         whole_model_steps(engine)
@@ -154,7 +162,7 @@ def with_deepspeed(run: Run) -> Outcome:
     scales, norms = [], []
     for step in range(STEPS):
         take_step(engine, step)
-        scales.append(optimizer.scale.item())
+        scales += torch.atleast_1d(optimizer.scale).tolist()
         norms.append(float(engine.get_global_grad_norm() or 0.0))
     return Outcome(scales, weights_of(engine), norms)
 
@@ -166,7 +174,7 @@ def in_one_process(run: Run, first: int = 0) -> Outcome:
         run: The run.
         first: The step to begin with.
     """
-    alike = ("groups", "variant", "dtype", "clipping")
+    alike = ("groups", "variant", "dtype", "clipping", "options")
     return _in_one_process(Run(0, **{name: getattr(run, name) for name in alike}), dist.get_world_size(), first)
 
 
@@ -177,7 +185,7 @@ def _in_one_process(run: Run, world: int, first: int) -> Outcome:
     parameters = list(model.parameters())
     masters = [nn.Parameter(p.detach().float().clone()) for p in parameters]
     base = torch.optim.AdamW(groups_of(run, masters), lr=1.0)
-    optimizer = Mechanic(base, variant=run.variant, process_group=alone)
+    optimizer = Mechanic(base, variant=run.variant, process_group=alone, **dict(run.options))
     x, y = data(world)
     scales, norms = [], []
     for step in range(first, STEPS):
@@ -192,5 +200,5 @@ def _in_one_process(run: Run, world: int, first: int) -> Outcome:
         with torch.no_grad():
             for master, p in zip(masters, parameters):
                 p.copy_(master)
-        scales.append(optimizer.scale.item())
+        scales += torch.atleast_1d(optimizer.scale).tolist()
     return Outcome(scales, torch.cat([p.detach().float().flatten() for p in parameters]), norms)

@@ -59,6 +59,10 @@ class _Parts(Protocol):
         """The param group of each."""
 
     @property
+    def are_hidden(self) -> bool:
+        """Whether param groups are empty between steps."""
+
+    @property
     def copies(self) -> Sequence[Tensor]:
         """What the model's parameters are made of; DeepSpeed copies each master there after its call of ``step``."""
 
@@ -72,6 +76,8 @@ class _ParamGroups:
     Args:
         zero: DeepSpeed's optimizer.
     """
+
+    are_hidden = False
 
     def __init__(self, zero: Any) -> None:
         self._zero = zero
@@ -103,6 +109,8 @@ class _SubGroups:
     Args:
         zero: DeepSpeed's optimizer.
     """
+
+    are_hidden = True
 
     def __init__(self, zero: Any) -> None:
         self._zero = zero
@@ -221,14 +229,24 @@ class _StepOfParts:
         self._gradients.append(shown.grad)
         if len(self._gradients) < len(masters):
             return
-        with self._all_shown(masters):
-            self.optimizer.step()
+        try:
+            with self._all_shown(masters):
+                self.optimizer.step()
+        except BaseException:
+            self._hide()
+            raise
         for master, copy in zip(masters, self._parts.copies):
             if copy.data_ptr() != master.data_ptr():  # ZeRO-3 in float32 has no copies
                 copy.copy_(master)
         if not self._is_linked:  # DeepSpeed does it after its first call of step, when no part had a state
             self._parts.link(self.state)
             self._is_linked = True
+
+    def _hide(self) -> None:
+        """Show what there is between steps, as DeepSpeed does after a call of ``step`` that has not raised."""
+        self._shown = None
+        for group in self.optimizer.param_groups if self._parts.are_hidden else ():
+            group["params"] = []
 
     @contextmanager
     def _all_shown(self, masters: Sequence[Tensor]) -> Iterator[None]:
