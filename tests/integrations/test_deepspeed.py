@@ -88,6 +88,12 @@ def test_offload() -> None:
     run(equal, 2, [Run(stage, groups=groups, offloads=True) for stage in (1, 2, 3) for groups in (1, 2)], 1e-5, 1e-4)
 
 
+@pytest.mark.slow  # DeepSpeed compiles it first
+def test_cpu_adam() -> None:
+    runs = [Run(stage, groups=2, offloads=True, compiles=True) for stage in (1, 2, 3)]
+    run(equal, 2, runs, 1e-4, 1e-3, timeout=280)
+
+
 @pytest.mark.framework("DeepSpeed", "ZeRO-3 with a model that is built in `deepspeed.zero.Init`")
 def test_partitioned_at_first() -> None:
     run(equal, 2, [Run(3, groups=groups, begins_partitioned=True) for groups in (1, 2)], 1e-5, 1e-4)

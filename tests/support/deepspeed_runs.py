@@ -31,6 +31,8 @@ class Run:
     sub_group_size: int = 10**9
     """Elements of this rank's partitions after which ZeRO-3 begins another sub-group."""
     offloads: bool = False
+    compiles: bool = False
+    """Whether DeepSpeedCPUAdam takes the place of torch's AdamW."""
     clipping: float = 0.0
     accumulates: int = 1
     """Micro batches of a step."""
@@ -124,7 +126,8 @@ def engine_of(run: Run) -> tuple[Any, Mechanic]:
 
     with deepspeed.zero.Init(config_dict_or_path=run.config, enabled=run.begins_partitioned):
         model = make(run)
-    base = torch.optim.AdamW(groups_of(run, list(model.parameters())), lr=1.0)
+    make_base = deepspeed.ops.adam.DeepSpeedCPUAdam if run.compiles else torch.optim.AdamW
+    base = make_base(groups_of(run, list(model.parameters())), lr=1.0, weight_decay=0.01)
     optimizer = Mechanic(base, variant=run.variant, plain=run.plain, **dict(run.options))  # type: ignore[arg-type]
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=run.config)
     if run.joins:
