@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +68,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(runs: list[Run], tmp_path: Path)
     run(resumes, 2, runs, tmp_path)
 
 
-def saves(runs: list[Run], folder: Path) -> None:
+def saves(runs: list[Run], folder: Path) -> float:
     for each in runs:
         engine, optimizer = engine_of(each)
         train(engine, optimizer, 0, SAVED)
         engine.save_checkpoint(folder / str(each.stage))
+    return optimizer.scale.item()
 
 
 def refuses_other_ranks(runs: list[Run], folder: Path) -> None:
@@ -84,6 +89,38 @@ def test_other_ranks(tmp_path: Path) -> None:
     run(saves, 2, runs, tmp_path)
     shutdown()
     run(refuses_other_ranks, 1, runs, tmp_path)
+
+
+def convert(folder: Path) -> None:
+    """Make a universal checkpoint of the one in ``folder``, as DeepSpeed's users do."""
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(folder / f"global_step{SAVED}"), "--output_folder", str(folder / "universal")]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def goes_on_after_rebase(runs: list[Run], folder: Path, scale: float) -> None:
+    for each in runs:
+        engine, optimizer = engine_of(each)
+        engine.load_checkpoint(folder / str(each.stage), tag="universal")
+        with pytest.raises(ValueError, match=r"no rank has an x_ref of any parameter.*or call rebase\(\)"):
+            take_step(engine, SAVED)
+        engine, optimizer = engine_of(each)
+        engine.load_checkpoint(folder / str(each.stage), tag="universal")
+        optimizer.rebase()
+        assert optimizer.scale.item() == pytest.approx(scale, rel=1e-5), each
+        assert scale < train(engine, optimizer, SAVED, STEPS)[-1] < 10 * scale, each
+
+
+@pytest.mark.framework("DeepSpeed", "universal checkpoints, on other ranks", limit="refused until `optimizer.rebase()`")
+def test_universal_checkpoints(tmp_path: Path) -> None:
+    runs = [Run(stage, groups=2) for stage in (1, 3)]
+    scale, _ = run(saves, 2, runs, tmp_path)
+    for each in runs:
+        convert(tmp_path / str(each.stage))
+    shutdown()
+    run(goes_on_after_rebase, 1, [replace(each, is_universal=True) for each in runs], tmp_path, scale)
 
 
 def starts_anew(runs: list[Run], folder: Path) -> None:

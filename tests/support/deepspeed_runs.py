@@ -45,6 +45,8 @@ class Run:
     """Mechanic's."""
     begins_partitioned: bool = False
     """Whether the model is built in zero.Init."""
+    is_universal: bool = False
+    """Whether checkpoints that are loaded are universal ones."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -57,6 +59,7 @@ class Run:
             "train_micro_batch_size_per_gpu": PER_RANK // self.accumulates, "zero_optimization": zero,
             "gradient_accumulation_steps": self.accumulates, "gradient_clipping": self.clipping,
             "zero_allow_untested_optimizer": True, "steps_per_print": None,
+            "checkpoint": {"load_universal": self.is_universal},
         }  # fmt: skip
         if self.offloads:
             config["zero_force_ds_cpu_optimizer"] = False
