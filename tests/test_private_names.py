@@ -1,4 +1,4 @@
-"""Every private name of torch that manic uses is listed here, and is there: a torch that changes one fails by name."""
+"""Every private name of torch that manic uses is listed here; a torch that has changed one fails a test of its name."""
 
 from __future__ import annotations
 

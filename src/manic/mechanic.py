@@ -275,7 +275,7 @@ class Mechanic(OptimizerWrapper):
             return
         try:
             if self._layout.plain == "sharded":
-                clear_padding(self.param_groups, self._layout.group, device)
+                clear_padding(self.param_groups)
             compare_exchanged(self._state)
         except BaseException:
             self._agreement.forget()

@@ -1,8 +1,8 @@
 """The padding of DeepSpeed's ZeRO-3 partitions: memory that nothing has written, and that would count in |x|^2.
 
-ZeRO-3 gives the optimizer one flat tensor with this rank's partitions of all parameters. Where the ranks do not divide
+ZeRO-3 gives the optimizer flat tensors with this rank's partitions of all parameters. Where the ranks do not divide
 a parameter, its last partition is longer than what is left of it. This module reads the attributes that DeepSpeed sets
-on parameters, and imports nothing of it.
+on parameters and on its optimizers, and imports nothing of it.
 """
 
 from __future__ import annotations
@@ -13,54 +13,36 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed import ProcessGroup
+from torch import Tensor
 
-from manic.distributed.collectives import raise_together
 from manic.distributed.instances import instances_of
 
 __all__ = ["clear_padding"]
 
 
-def clear_padding(groups: Sequence[Mapping[str, Any]], group: ProcessGroup | None, device: torch.device) -> None:
-    """Set the padding of this rank to 0, if ZeRO-3 has partitioned the model. Every rank must call it.
-
-    With several flat tensors nothing is done: they are stepped one by one, which is refused.
+def clear_padding(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Set the padding of this rank in flat tensors of ZeRO-3 to 0; other parameters are left alone.
 
     Args:
         groups: The optimizer's param groups.
-        group: The process group, or ``None`` for this process alone.
-        device: A device that the group's backend supports.
-
-    Raises:
-        ValueError: on every rank alike, if padding cannot be told from parameters.
     """
-    raise_together(ValueError, _clear(groups) if "deepspeed" in sys.modules else "", group, device)
+    module: Any = sys.modules.get("deepspeed.runtime.zero.stage3")
+    if module is None:
+        return
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    # No parameter refers to the optimizer that has partitioned it before its first step.
+    for zero in instances_of(module.DeepSpeedZeroOptimizer_Stage3):
+        for flat, parameters in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups):
+            if id(flat) in held:
+                _clear(flat, parameters)
 
 
 @torch.no_grad()
-def _clear(groups: Sequence[Mapping[str, Any]]) -> str:
-    """Why it cannot be done, in words; empty if it is done, or there is none."""
-    # No reference is kept to them: the optimizer has flat tensors in their place, and torch may swap them.
-    parameters: list[Any] = [each for each in instances_of(nn.Parameter) if hasattr(each, "ds_tensor")]
-    managed = sorted((each for each in parameters if each.requires_grad), key=lambda each: int(each.ds_id))
-    held = [parameter for group in groups for parameter in group["params"]]
-    sizes = [parameter.ds_tensor.ds_numel for parameter in managed]
-    if len(held) != 1 or held[0].numel() != sum(sizes):
-        return ""
-    (flat,) = held
-    start, padding = 0, list[Tensor]()
-    for parameter, size in zip(managed, sizes):
-        rank = dist.get_rank(parameter.ds_process_group)
+def _clear(flat: Tensor, parameters: Sequence[Any]) -> None:
+    """Clear one flat tensor, which has a partition of each parameter."""
+    start = 0
+    for parameter in parameters:
+        size, rank = parameter.ds_tensor.ds_numel, dist.get_rank(parameter.ds_process_group)
         filled = min(max(parameter.ds_numel - size * rank, 0), size)
-        part, partition = flat.detach()[start : start + size], parameter.ds_tensor.detach()
-        if partition.numel() == size and not torch.equal(part[:filled], partition[:filled].to(part)):
-            return (
-                "DeepSpeed's ZeRO-3 has its partitions in another order than the optimizer its parameters, so that "
-                "padding cannot be told from parameters: build the optimizer with list(model.parameters())"
-            )
-        padding.append(part[filled:])
+        flat[start + filled : start + size].zero_()
         start += size
-    for part in padding:
-        part.zero_()
-    return ""

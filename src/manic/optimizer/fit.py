@@ -52,8 +52,9 @@ def first_misfit(optimizers: Sequence[Optimizer]) -> str:
         return (
             f"{len(gone)} parameters that earlier steps have moved are in no param group any more, the first of shape "
             f"{tuple(gone[0].shape)}. A step learns from all parameters together, so they cannot be stepped part "
-            "by part (DeepSpeed's ZeRO does that with several param groups or sub-groups: use one). If they were "
-            "taken out on purpose, call rebase() before the step, or delete their entries of optimizer.state"
+            "by part (DeepSpeed's ZeRO does that with several param groups or sub-groups: call "
+            "manic.integrations.deepspeed.whole_model_steps(engine) after deepspeed.initialize). If they were taken "
+            "out on purpose, call rebase() before the step, or delete their entries of optimizer.state"
         )
     return ""
 
