@@ -26,7 +26,7 @@ from support.deepspeed_runs import (
     weights_of,
     with_deepspeed,
 )
-from support.pages import run_section
+from support.pages import run_page
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 
@@ -355,7 +355,7 @@ def runs_the_page(folder: Path) -> None:
     begin()
     x = torch.randn(10, 8, 16, generator=torch.Generator().manual_seed(dist.get_rank()))
     loader = [(each, each[:, :5].sin()) for each in x]
-    names = run_section("DeepSpeed", {"model": make(Run(2)), "steps": 10, "loader": loader})
+    names = run_page("frameworks-deepspeed", {"model": make(Run(2)), "steps": 10, "loader": loader})
     assert names["optimizer"].scale.item() > 0.0
     assert (folder / "checkpoints" / "latest").read_text() == "global_step10"
 

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 
 from manic import Mechanic
 from manic.testing import run
-from support.pages import run_section
+from support.pages import run_page
 from support.torchrun import by_path, run_example
 
 pytest.importorskip("torchtitan", reason="torchtitan is not installed")
@@ -266,7 +266,7 @@ def test_the_example(tmp_path: Path) -> None:
 
 def runs_the_page() -> None:
     parts = sharded()
-    names = run_section("torchtitan", {"model_parts": parts, "steps": STEPS})
+    names = run_page("frameworks-torchtitan", {"model_parts": parts, "steps": STEPS})
     for step in range(2):
         x, y = batch(step)
         names["optimizers"].zero_grad()

@@ -1,4 +1,4 @@
-"""The Python blocks of the pages about frameworks."""
+"""The Python blocks of the pages about single frameworks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from typing import Any
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-def run_section(title: str, names: dict[str, Any]) -> dict[str, Any]:
-    """Run a section's blocks one after the other, with what it takes for granted; returns all names that there are."""
-    text = "".join(f"\n{page.read_text()}" for page in sorted(DOCS.glob("frameworks*.md")))
-    _, rest = text.split(f"\n## {title}\n")
-    section, _, _ = rest.partition("\n## ")
-    for index, block in enumerate(re.findall(r"```python\n(.*?)```", section, re.DOTALL)):
-        exec(compile(block, f"{title}, block {index}", "exec"), names)
+def run_page(name: str, names: dict[str, Any]) -> dict[str, Any]:
+    """Run a page's blocks one after the other, with what it takes for granted; returns all names that there are."""
+    page = DOCS / f"{name}.md"
+    for index, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)):
+        exec(compile(block, f"{page.name}, block {index}", "exec"), names)
     return names
