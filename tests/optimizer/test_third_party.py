@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -43,7 +44,7 @@ def test_the_base_optimizer_sees_no_entry_but_its_own(variant: str) -> None:
     optimizer = Mechanic(CountsItsState(parameters), variant=variant)
     train(optimizer)
     resumed = Mechanic(CountsItsState([p.detach().clone().requires_grad_() for p in parameters]), variant=variant)
-    resumed.load_state_dict(optimizer.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for each in (optimizer, resumed):
         train(each)
     assert optimizer.scale == resumed.scale > 0
