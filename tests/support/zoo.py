@@ -7,10 +7,10 @@ An optimizer is sorted by experiment alone, on a network of 448 parameters: noth
 
 from __future__ import annotations
 
-import copy
 import functools
 import importlib.metadata
 import importlib.util
+import io
 import re
 import sys
 import types
@@ -245,8 +245,11 @@ def _resumes(case: Case, dtype: torch.dtype, *, is_wrapped: bool) -> bool:
     runs = [new(), new()]
     for step in range(8):
         runs[0][0].step(runs[0][1], step)
-    saved = copy.deepcopy((runs[0][0].model.state_dict(), runs[0][1].state_dict()))
     try:
+        file = io.BytesIO()
+        torch.save((runs[0][0].model.state_dict(), runs[0][1].state_dict()), file)
+        file.seek(0)
+        saved = torch.load(file, weights_only=False)
         runs[1][0].model.load_state_dict(saved[0])
         runs[1][1].load_state_dict(saved[1])
         for step in range(8, 12):
@@ -346,6 +349,17 @@ def _timm_optim() -> Any:
 def _of_bitsandbytes() -> Iterator[Case]:
     from bitsandbytes import optim
 
+    return _of_low_precision(optim)
+
+
+def _of_torchao() -> Iterator[Case]:
+    from torchao import optim
+
+    return _of_low_precision(optim)
+
+
+def _of_low_precision(optim: types.ModuleType) -> Iterator[Case]:
+    """All optimizers of a module that quantizes states of 4,096 elements and more."""
     for name in sorted(vars(optim)):
         cls = getattr(optim, name)
         if isinstance(cls, type) and issubclass(cls, Optimizer):
@@ -354,12 +368,13 @@ def _of_bitsandbytes() -> Iterator[Case]:
             def make(model: nn.Module, lr: float | None, cls: Any = cls, settings: Any = settings) -> Optimizer:
                 return cls(model.parameters(), lr=1e-3 if lr is None else lr, **settings)
 
-            yield Case(name, make, width=64, dtypes=(torch.float32,))  # of 4,096 elements on in 8 bits
+            yield Case(name, make, width=64, dtypes=(torch.float32,))
 
 
 PACKAGES: dict[str, Callable[[], Iterator[Case]]] = {
     "pytorch_optimizer": _of_pytorch_optimizer,
     "timm": _of_timm,
+    "torchao": _of_torchao,
     "bitsandbytes": _of_bitsandbytes,
 }
 
