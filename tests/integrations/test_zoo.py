@@ -57,3 +57,9 @@ def test_torchao(part: int) -> None:
 @pytest.mark.parametrize("part", PARTS)
 def test_bitsandbytes(part: int) -> None:
     check("bitsandbytes", part)
+
+
+@pytest.mark.framework("heavyball", "all its optimizers are sorted: none is silently wrong")
+@pytest.mark.parametrize("part", PARTS)
+def test_heavyball(part: int) -> None:
+    check("heavyball", part)

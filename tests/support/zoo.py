@@ -371,11 +371,27 @@ def _of_low_precision(optim: types.ModuleType) -> Iterator[Case]:
             yield Case(name, make, width=64, dtypes=(torch.float32,))
 
 
+def _of_heavyball() -> Iterator[Case]:
+    import heavyball
+
+    for name in sorted(vars(heavyball)):
+        cls = getattr(heavyball, name)
+        if isinstance(cls, type) and issubclass(cls, Optimizer) and not name.endswith(("Base", "Opt")):
+
+            def make(model: nn.Module, lr: float | None, cls: Any = cls) -> Optimizer:
+                if cls is heavyball.SAMWrapper:
+                    return cls(list(model.parameters()), heavyball.SGD(list(model.parameters()), compile_step=False))
+                return cls(list(model.parameters()), lr=1e-3 if lr is None else lr, compile_step=False)
+
+            yield Case(name, make, dtypes=(torch.float32,))
+
+
 PACKAGES: dict[str, Callable[[], Iterator[Case]]] = {
     "pytorch_optimizer": _of_pytorch_optimizer,
     "timm": _of_timm,
     "torchao": _of_torchao,
     "bitsandbytes": _of_bitsandbytes,
+    "heavyball": _of_heavyball,
 }
 
 

@@ -35,20 +35,7 @@ _OWN_KEYS = frozenset(STATE_KEYS)
 
 
 class _CannotCopy(Exception):
-    """A copy of the optimizer would not be one of this parameter alone."""
-
-
-class _Memo(dict[int, Any]):
-    """The memo of a deep copy that must not reach the other parameters, whose optimizer would step on them."""
-
-    def __init__(self, others: set[int]) -> None:
-        super().__init__()
-        self._others = others
-
-    def get(self, key: int, default: Any = None) -> Any:
-        if key in self._others:
-            raise _CannotCopy
-        return super().get(key, default)
+    """A copy of the optimizer could not step by itself."""
 
 
 class _Alone(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -71,8 +58,8 @@ def share_moved_back(optimizer: Optimizer, group: dict[str, Any], parameter: Ten
         g: The gradient of the same elements.
 
     Returns:
-        0: nothing; 1: all of it. 0 also where it cannot be asked: the optimizer has no learning rate, holds other
-        parameters outside of its groups, communicates, or cannot be copied.
+        0: nothing; 1: all of it. 0 also where it cannot be asked: the optimizer has no learning rate or has step hooks,
+        communicates, or cannot be copied.
     """
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x.device, x.dtype)
     size = torch.linalg.vector_norm(x) / x.numel() ** 0.5
@@ -101,7 +88,10 @@ def _after_a_step(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor
         raise _CannotCopy
     stand_in: Tensor = nn.Parameter(x.detach().clone())
     stand_in.grad = g.detach().clone()
-    memo = _Memo({id(each) for one in optimizer.param_groups for each in one["params"]} - {id(parameter)})
+    # Wherever else the optimizer holds parameters, the copy finds tensors without elements and gradient.
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(x.new_empty(0)) for one in optimizer.param_groups for p in one["params"]
+    }
     memo[id(parameter)] = stand_in
     skipped = ("state", "param_groups", "step")  # a scheduler puts a step in the place of the class's
     twin = object.__new__(type(optimizer))
