@@ -11,8 +11,8 @@ if [ "${1:-}" = --integrations ]; then
     export HF_HUB_OFFLINE=1
 fi
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh" "$extras" "$folder"
-if [ "$folder" = .venv-integrations ]; then # its datasets<4.8 excludes other packages' newer one, and is not used here
-    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps torchtitan
+if [ "$folder" = .venv-integrations ]; then # what else these two ask for excludes other packages, and is not used here
+    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps torchtitan timm
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec "$folder/bin/python" -m pytest --numprocesses auto --durations 5 "${tests[@]}" "$@"

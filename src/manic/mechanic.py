@@ -25,7 +25,7 @@ from manic.optimizer.local_step import step_on_shards
 from manic.optimizer.names import GROUP_KEY, STATE_KEYS
 from manic.optimizer.positions import PositionCheck
 from manic.optimizer.state import MechanicState
-from manic.optimizer.supported import check_bases
+from manic.optimizer.supported import check_bases, closure_explained
 from manic.optimizer.transaction import hidden, transaction
 from manic.optimizer.wrapper import OptimizerWrapper
 from manic.step.base_step import base_step
@@ -176,9 +176,11 @@ class Mechanic(OptimizerWrapper):
                 proposal, reading = decided
             elif plan.takes_scale:
                 proposal = survey.propose(pending)
+            if self._positions.are_due and not self._is_capturing:
+                self._positions.ask(plan.captures, self.param_groups)
             scales = survey.scales(plan, proposal, reading)
             with base_step(plan.captures, scales, taken.is_committed, is_left_out):
-                with hidden(self.optimizers):
+                with hidden(self.optimizers), closure_explained():
                     for base in self.optimizers:
                         step_on_shards(base)
                 self._refuse_positions(plan)

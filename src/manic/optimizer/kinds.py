@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 __all__ = [
-    "UPDATES", "decay_is_decoupled", "is_elementwise", "is_known", "is_proportional", "is_fused", "keeps_place",
-    "largest_lr", "learning_rate", "resolve_update",
+    "UPDATES", "decay_is_decoupled", "has_step_hooks", "is_elementwise", "is_fused", "is_known", "is_proportional",
+    "keeps_place", "largest_lr", "learning_rate", "resolve_update",
 ]  # fmt: skip
 
 UPDATES = ("snapshot", "decoupled", "coupled")
@@ -82,7 +82,7 @@ def is_proportional(optimizer: Optimizer) -> bool:
     """
     if resolve_update(optimizer, "auto") == "snapshot" or isinstance(optimizer, torch.optim.Rprop):
         return False
-    return not _has_step_hooks(optimizer)
+    return not has_step_hooks(optimizer)
 
 
 def is_elementwise(optimizer: Optimizer) -> bool:
@@ -91,7 +91,7 @@ def is_elementwise(optimizer: Optimizer) -> bool:
     A step hook, or a step that somebody has put in the place of the class's, may look at the parameters. A scheduler
     puts one there that counts calls. With ``differentiable`` the parameters' history matters, too.
     """
-    if type(optimizer).__name__ not in _ELEMENTWISE or not is_known(optimizer) or _has_step_hooks(optimizer):
+    if type(optimizer).__name__ not in _ELEMENTWISE or not is_known(optimizer) or has_step_hooks(optimizer):
         return False
     # The scheduler's mark is private: tests/optimizer/test_kinds.py fails if it is renamed.
     is_replaced = "step" in vars(optimizer) and not hasattr(optimizer.step, "_wrapped_by_lr_sched")
@@ -99,7 +99,7 @@ def is_elementwise(optimizer: Optimizer) -> bool:
     return not is_replaced and not any(is_differentiable)
 
 
-def _has_step_hooks(optimizer: Optimizer) -> bool:
+def has_step_hooks(optimizer: Optimizer) -> bool:
     """Whether functions of others run before or after its step."""
     # torch has no public way to ask for hooks; tests/optimizer/test_kinds.py fails if they are renamed.
     own = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks

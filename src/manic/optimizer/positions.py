@@ -1,7 +1,8 @@
 """The check that base optimizers hold no position of their own, which they would write into the parameters.
 
 Float32 masters, averages, slow weights: an optimizer that sets a parameter from such a copy undoes the scaled step
-before it. What it holds is compared with where its first steps begin and end. It does not know how a step is scaled.
+before it. What it holds is compared with where its first steps begin and end; and a copy of it is asked whether it
+moves a displaced parameter back. It does not know how a step is scaled.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 
 from manic.distributed.collectives import on_any_rank, raise_together
 from manic.distributed.layout import local_storage
+from manic.optimizer.displaced import share_moved_back
 from manic.optimizer.kinds import is_known
 from manic.optimizer.names import GROUP_KEY, STATE_KEYS, describe
 from manic.step.capture import Capture
@@ -34,6 +36,12 @@ _FEW = 8
 _VALUES = 1 << 12
 # How far a copy may be from the way of the step, as a share of the parameter's spread.
 _NEAR = 0.05
+# The steps before which a copy is asked: state is there from the second on, and a sum of steps weighs most in the last.
+_ASKED = (1, FIRST_STEPS - 1)
+# From which share of a displacement on it counts as moved back; weight decay that ignores the learning rate is below.
+_MOVED_BACK = 0.2
+# Bytes of an optimizer's attributes up to which it is copied.
+_COPIED = 1 << 26
 # How deep an optimizer's attributes are searched, and how many things in them.
 _DEPTH = 6
 _THINGS = 100_000
@@ -55,6 +63,7 @@ class PositionCheck:
         self._unknown = [optimizer for optimizer in optimizers if not is_known(optimizer)]
         self._is_needed = bool(self._unknown)
         self._steps = 0
+        self._asked = ""
         self._seen: set[tuple[int, str]] = set()
         self._is_varied: dict[int, bool] = {}
 
@@ -70,6 +79,45 @@ class PositionCheck:
     def agree(self, group: ProcessGroup | None, device: torch.device) -> None:
         """Let all ranks check if one has to. Every rank must call it."""
         self._is_needed = on_any_rank(bool(self._unknown), group, device)
+
+    def ask(self, captures: Iterable[Capture], param_groups: Sequence[Mapping[str, Any]]) -> None:
+        """Let copies of the optimizers step from displaced parameters; :meth:`raise_if_found` raises what they tell.
+
+        Of each param group one parameter is asked for, a small matrix if there is one. Neither parameters nor
+        optimizers are changed.
+
+        Args:
+            captures: Of the step, before the base optimizers have stepped.
+            param_groups: To name parameters by.
+        """
+        self._asked = ""
+        if self._steps not in _ASKED:
+            return
+        chosen: dict[int, Shard] = {}
+        for shard in sorted((each for capture in captures for each in capture.shards), key=_rank_to_ask):
+            if any(shard.optimizer is each for each in self._unknown) and self._can_ask(shard):
+                chosen.setdefault(id(shard.group), shard)
+        for shard in chosen.values():
+            assert shard.gradient is not None
+            x, g = shard.x, shard.gradient
+            share = share_moved_back(shard.optimizer, dict(shard.group), shard.parameter, x, g)
+            if share > _MOVED_BACK:
+                self._asked = (
+                    f"Mechanic cannot scale {type(shard.optimizer).__name__}: its next step would move "
+                    f"{describe(shard.parameter, param_groups)} back by {share:.0%} of a displacement, whatever the "
+                    "learning rate. It computes the position anew from what it has summed, or projects it, and so "
+                    "undoes the scaled steps. Use an optimizer that adds its update to the parameter"
+                )
+                return
+
+    def _can_ask(self, shard: Shard) -> bool:
+        x, g = shard.x, shard.gradient
+        if g is None or shard.keeps_place or not (_is_comparable(x) and _is_comparable(g)):
+            return False
+        if not _FEW <= x.numel() <= _COMPARED or not _has_many_values(x):
+            return False
+        held = _tensors(_attributes(shard.optimizer), "attribute")
+        return sum(each.numel() * each.element_size() for _, each in held) <= _COPIED
 
     def raise_if_found(
         self,
@@ -98,7 +146,7 @@ class PositionCheck:
             complaint = next((self._complaint(found, param_groups) for found in self._find(places)), "")
         except (RuntimeError, TypeError):  # other ranks wait, and what cannot be compared is not known to be a position
             complaint = ""
-        raise_together(TypeError, complaint, group, device)
+        raise_together(TypeError, complaint or self._asked, group, device)
 
     def _complaint(self, found: tuple[Shard, str], param_groups: Sequence[Mapping[str, Any]]) -> str:
         shard, name = found
@@ -147,6 +195,11 @@ class PositionCheck:
             self._is_varied[key] = _has_many_values(x if before is None else before)
         is_update = before is not None and _equals(x - before, x)
         return shard.gradient is not None and self._is_varied[key] and not is_update
+
+
+def _rank_to_ask(shard: Shard) -> tuple[bool, int]:
+    """Matrices first, since vectors are often left out of projections; and small ones."""
+    return shard.parameter.ndim < 2, shard.x.numel()
 
 
 def _attributes(optimizer: Optimizer) -> dict[str, Any]:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from torch.optim import Optimizer
 
 from manic.optimizer.own_state_dict import has_own_state_dict
 from manic.optimizer.wrapper import OptimizerWrapper
 
-__all__ = ["check_bases"]
+__all__ = ["check_bases", "closure_explained"]
+
+_CLOSURE = (
+    "Mechanic calls the closure once, and the base optimizer's step without one. An optimizer that evaluates the loss "
+    "in its step (SAM, AliG, LBFGS) cannot be wrapped"
+)
 
 # Reason by the name of a class in torch.optim.
 _UNSUPPORTED = {
@@ -37,6 +44,11 @@ def check_bases(optimizers: Sequence[Optimizer], may_be_empty: bool) -> None:
     for optimizer in optimizers:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"Mechanic wraps torch.optim.Optimizer objects, got {type(optimizer).__name__}")
+        if not isinstance(getattr(optimizer, "param_groups", None), list):
+            raise TypeError(
+                f"{type(optimizer).__name__} has no param_groups, through which Mechanic finds the parameters. If it "
+                "wraps another optimizer, wrap that one in Mechanic first"
+            )
         if isinstance(optimizer, OptimizerWrapper):
             raise TypeError("the optimizer is already a Mechanic; wrap the base optimizer once")
         for cls in type(optimizer).__mro__:
@@ -47,6 +59,9 @@ def check_bases(optimizers: Sequence[Optimizer], may_be_empty: bool) -> None:
                     "Mechanic must be inside ZeroRedundancyOptimizer: pass "
                     'optimizer_class=mechanize(AdamW, plain="sharded")'
                 )
+        closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            raise TypeError(f"Mechanic cannot wrap {type(optimizer).__name__}: its step needs a closure. {_CLOSURE}")
         if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
             raise TypeError(
                 f"Mechanic cannot wrap {type(optimizer).__name__}: by its train() and eval() it moves the parameters "
@@ -71,6 +86,17 @@ def check_bases(optimizers: Sequence[Optimizer], may_be_empty: bool) -> None:
     trainable = any(p.requires_grad for base in optimizers for group in base.param_groups for p in group["params"])
     if not trainable and not may_be_empty:
         raise ValueError("no parameter requires a gradient; there is nothing to train")
+
+
+@contextmanager
+def closure_explained() -> Iterator[None]:
+    """Add to an error of a base optimizer's step, if it asks for a closure, why there is none."""
+    try:
+        yield
+    except Exception as error:
+        if "closure" in f"{type(error).__name__} {error}".lower():
+            error.add_note(_CLOSURE)
+        raise
 
 
 def _check_state_dict(optimizer: Optimizer, is_alone: bool) -> None:

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from manic.distributed.layout import local
 from manic.optimizer.fit import remove_own
+from manic.optimizer.kinds import is_known
 from manic.optimizer.names import STATE_KEYS, X_REF
 
 __all__ = ["Transaction", "hidden", "transaction"]
@@ -68,23 +69,30 @@ def _forget(optimizers: Sequence[Optimizer], known: set[int], is_first: bool) ->
 
 @contextmanager
 def hidden(optimizers: Sequence[Optimizer]) -> Iterator[None]:
-    """Show base optimizers no state where only we have any: many initialise theirs where they find none."""
+    """Show base optimizers no state of ours: many initialise theirs where they find none, or as many entries as none.
+
+    Those of ``torch.optim`` do so where they find none at all, so ours is hidden from them only where they have none.
+    """
     own = set(STATE_KEYS)
     ours = [
-        (optimizer.state, parameter, state)
+        (optimizer.state, parameter, {key: state[key] for key in STATE_KEYS if key in state}, state)
         for optimizer in optimizers
+        for is_unknown in (not is_known(optimizer),)
         for parameter, state in optimizer.state.items()
-        if isinstance(state, dict) and state.keys() <= own
+        if isinstance(state, dict) and (state.keys() <= own or (is_unknown and not own.isdisjoint(state)))
     ]
 
     def show() -> None:
-        for states, parameter, state in ours:
-            states.setdefault(parameter, {}).update(state)
+        for states, parameter, mine, _ in ours:
+            states.setdefault(parameter, {}).update(mine)
 
     try:
         try:
-            for states, parameter, _ in ours:
-                del states[parameter]
+            for states, parameter, mine, state in ours:
+                if len(state) == len(mine):
+                    del states[parameter]
+                else:
+                    remove_own(state)
             yield
         finally:
             show()

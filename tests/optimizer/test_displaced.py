@@ -1,0 +1,159 @@
+"""Base optimizers that would move a displaced parameter back are refused, and nothing of them is changed by asking."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.optim import Optimizer
+
+from manic import Mechanic
+from manic.optimizer.positions import FIRST_STEPS
+from manic.testing import ranks
+from support.positions import Base
+from support.problems import problem
+
+
+class FollowsTheLeader(Base):
+    """As FTRL: the position is computed from sums of gradients and of earlier positions."""
+
+    def update(self, p: Tensor, g: Tensor, state: dict[str, Any], lr: float) -> None:
+        z, n = (state.setdefault(name, torch.zeros_like(p)) for name in "zn")
+        sigma = ((n + g * g).sqrt() - n.sqrt()) / lr
+        z.add_(g - sigma * p)
+        n.add_(g * g)
+        p.copy_(-lr * z / n.sqrt())
+
+
+class OnASphere(Base):
+    """Rows keep their length."""
+
+    def update(self, p: Tensor, g: Tensor, state: dict[str, Any], lr: float) -> None:
+        length = state.setdefault("length", p.norm(dim=-1, keepdim=True))
+        p.add_(g, alpha=-lr)
+        p.mul_(length / p.norm(dim=-1, keepdim=True))
+
+
+class OnASphereAfterTenSteps(OnASphere):
+    def update(self, p: Tensor, g: Tensor, state: dict[str, Any], lr: float) -> None:
+        if self.steps > 10:
+            super().update(p, g, state, lr)
+        else:
+            p.add_(g, alpha=-lr)
+
+
+class DecaysFast(Base):
+    """Weight decay, both in proportion to the learning rate and not."""
+
+    def update(self, p: Tensor, g: Tensor, state: dict[str, Any], lr: float) -> None:
+        p.mul_(1.0 - 0.1 - 0.5 * lr).add_(g, alpha=-lr)
+
+
+class Noisy(Base):
+    def update(self, p: Tensor, g: Tensor, state: dict[str, Any], lr: float) -> None:
+        p.add_(g + torch.randn_like(g), alpha=-lr)
+
+
+class Counts(Base):
+    """Its attributes, settings and state change in every step."""
+
+    def begin(self) -> None:
+        self.seen: list[Tensor] = []
+        for group in self.param_groups:
+            group["count"] = torch.zeros(())
+
+    def update(self, p: Tensor, g: Tensor, state: dict[str, Any], lr: float) -> None:
+        self.seen.append(g.clone())
+        self.param_groups[0]["count"] += 1
+        state.setdefault("sum", torch.zeros_like(p)).add_(g)
+        p.add_(g, alpha=-lr)
+
+
+class StepsAnother(Base):
+    """An optimizer over all parameters does its work."""
+
+    def begin(self) -> None:
+        self.inner = torch.optim.SGD([p for group in self.param_groups for p in group["params"]], lr=0.1)
+
+    def step(self, closure: Any = None) -> None:
+        self.inner.step()
+
+
+def train(optimizer: Optimizer, loss: Callable[[int], Tensor], steps: int = FIRST_STEPS + 2) -> None:
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss(step).backward()
+        torch.manual_seed(step)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"variant": "optax"}, {"nonfinite": "ignore"}, {"update": "decoupled"}], ids=str
+)
+@pytest.mark.parametrize("base", [FollowsTheLeader, OnASphere, OnASphereAfterTenSteps])
+def test_refused(base: type[Base], options: dict[str, Any], dtype: torch.dtype) -> None:
+    parameters, loss = problem(dtype)
+    optimizer = Mechanic(base(parameters, lr=1.0), **options)
+    with pytest.raises(TypeError, match=rf"cannot scale {base.__name__}: its next step would move parameter \d"):
+        train(optimizer, loss)
+
+
+@pytest.mark.parametrize("base", [DecaysFast, Noisy, Counts, StepsAnother])
+def test_accepted_and_not_changed_by_asking(base: type[Base], monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = []
+    for asks in (True, False):
+        parameters, loss = problem()
+        optimizer = base(parameters, lr=0.5)
+        if not asks:
+            monkeypatch.setattr("manic.optimizer.positions.PositionCheck.ask", lambda *_: None)
+        train(Mechanic(optimizer), loss)
+        ends.append([*parameters, *getattr(optimizer, "seen", [])])
+    assert len(ends[0]) == len(ends[1])
+    assert all(torch.equal(one, two) for one, two in zip(*ends))
+
+
+def test_nothing_has_changed_after_the_error() -> None:
+    parameters, loss = problem()
+    optimizer = Mechanic(FollowsTheLeader(parameters, lr=1.0))
+    train(optimizer, loss, 1)
+    before, scale = copy.deepcopy(parameters), optimizer.scale
+    with pytest.raises(TypeError, match="Use an optimizer that adds its update"):
+        train(optimizer, loss, 1)
+    assert all(torch.equal(p, q) for p, q in zip(parameters, before))
+    assert optimizer.scale == scale
+
+
+class Communicates(Base):
+    """A step of one rank alone would hang."""
+
+    def update(self, p: Tensor, g: Tensor, state: dict[str, Any], lr: float) -> None:
+        total = g.square().sum()
+        dist.all_reduce(total)
+        p.add_(g / total.sqrt(), alpha=-lr)
+
+
+@ranks(2)
+def test_a_base_that_communicates_takes_no_further_step() -> None:
+    rank = dist.get_rank()
+    x = nn.Parameter(torch.ones(4, 4) if rank else torch.randn(4, 4))  # ones are not asked for, so rank 1 does not step
+    optimizer = Mechanic(Communicates([x], lr=1.0), plain="sharded")
+    train(optimizer, lambda step: (x * torch.linspace(-1, 2, 16).view(4, 4)).sum())
+    assert optimizer.scale > 0
+
+
+@ranks(2)
+def test_refused_on_all_ranks_under_fsdp2() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    fully_shard(model)
+    optimizer = Mechanic(FollowsTheLeader(model.parameters(), lr=1.0))
+    x = torch.randn(8, 6, dtype=torch.float64)
+    with pytest.raises(TypeError, match="rank 0: Mechanic cannot scale FollowsTheLeader"):
+        train(optimizer, lambda step: model(x).square().mean())
