@@ -37,6 +37,7 @@ MODULES = {
     "torch.distributed.checkpoint.state_dict": ("_get_fqns", "_init_optim_state"),
     "torch.optim.optimizer": ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks"),
     "torch.serialization": ("_get_layout",),
+    "torch.utils._python_dispatch": ("TorchDispatchMode",),
 }
 # Of an optimizer that a scheduler drives.
 OPTIMIZER = (

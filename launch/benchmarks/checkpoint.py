@@ -1,7 +1,8 @@
-"""Cost of a checkpoint of Mechanic(AdamW) with FSDP2: bytes, seconds, seconds that training waits, host memory."""
+"""Cost of a checkpoint with FSDP2, with and without Mechanic: bytes, seconds, seconds that training waits, memory."""
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import statistics
 import tempfile
@@ -25,7 +26,10 @@ SEQ_LEN = 64
 SIZES = {"1M": (128, 5), "25M": (512, 8), "124M": (768, 17), "1B": (2048, 20)}
 
 
-def measure(width: int, layers: int, directory: str | None, repeats: int) -> dict[str, float]:
+OPTIMIZERS = ("AdamW", "Mechanic(AdamW)")
+
+
+def measure(name: str, width: int, layers: int, directory: str | None, repeats: int) -> dict[str, float]:
     """Measure on every rank; times are medians of ``repeats`` in seconds, sizes are in bytes."""
     box = [tempfile.mkdtemp(dir=directory)]
     dist.broadcast_object_list(box)
@@ -35,7 +39,8 @@ def measure(width: int, layers: int, directory: str | None, repeats: int) -> dic
     for block in model.blocks:
         fully_shard(block)
     fully_shard(model)
-    optimizer = Mechanic(torch.optim.AdamW(model.parameters(), lr=1.0, fused=True))
+    base = torch.optim.AdamW(model.parameters(), lr=1.0, fused=True)
+    optimizer = base if name == "AdamW" else Mechanic(base)
     model(torch.randint(256, (1, SEQ_LEN))).square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -76,19 +81,19 @@ def median(action: Callable[[], Any], repeats: int, after: Callable[[], Any] = l
 
 
 def table(sizes: dict[str, tuple[int, int]], ranks: list[int], directory: str | None, repeats: int) -> str:
-    """A Markdown table with one line for each size and number of ranks."""
+    """A Markdown table with one line for each size, number of ranks and optimizer."""
     heads = [
-        "parameters", "ranks", "on disk", "largest shard", "`save`", "`async_save` blocks", "share", "`load`",
+        "parameters", "ranks", "", "on disk", "largest shard", "`save`", "`async_save` blocks", "share", "`load`",
         '`load`, `verify="size"`', "memory of `save`", "of `async_save`",
     ]  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     for size, (width, layers) in sizes.items():
-        for world_size in ranks:
-            each = run(measure, world_size, width, layers, directory, repeats, timeout=1800)
+        for world_size, name in itertools.product(ranks, OPTIMIZERS):
+            each = run(measure, world_size, name, width, layers, directory, repeats, timeout=1800)
             # A run waits for its slowest rank.
             worst = {key: max(found[key] for found in each) for key in each[0]}
             cells = [
-                size, str(world_size), megabytes(worst["bytes"]), megabytes(worst["shard"]),
+                size, str(world_size), name, megabytes(worst["bytes"]), megabytes(worst["shard"]),
                 f"{worst['save']:.2f} s", f"{worst['async_blocked']:.2f} s",
                 f"{worst['async_blocked'] / worst['save']:.0%}", f"{worst['load_full']:.2f} s",
                 f"{worst['load_size']:.2f} s", megabytes(worst["save_memory"]), megabytes(worst["async_memory"]),
