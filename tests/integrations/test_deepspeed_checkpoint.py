@@ -151,6 +151,7 @@ def saved_by_example(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.framework("DeepSpeed", "launch/examples/deepspeed_zero.py: trains, and resumes bit for bit")
+@pytest.mark.timeout(900)
 def test_the_example(tmp_path: Path) -> None:
     run_example("deepspeed_zero.py", tmp_path / "stopped", "--steps", "6")
     resumed = run_example("deepspeed_zero.py", tmp_path / "stopped", "--steps", "10")

@@ -93,7 +93,10 @@ def begin() -> None:
         WORLD_SIZE=str(dist.get_world_size()), MASTER_ADDR="127.0.0.1", MASTER_PORT="29500",
     )  # fmt: skip
     import deepspeed
+    import deepspeed.ops
 
+    # It compiles an all_reduce in shared memory otherwise, for minutes, and waits for a lock that a killed run leaves.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo")
 
 

@@ -14,12 +14,18 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 EXAMPLES = Path(__file__).parents[2] / "launch" / "examples"
 
 
-def run_example(name: str, output: Path, *arguments: str, timeout: float = 200.0) -> str:
+def run_example(name: str, output: Path, *arguments: str, timeout: float = 400.0) -> str:
     """Run it under torchrun, and return what it has printed; it must succeed."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*torchrun, str(EXAMPLES / name), "--output", str(output), *arguments],
-        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        # DeepSpeed compiles there, and waits for a lock that a killed run leaves.
+        env={
+            **os.environ,
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            "TORCH_EXTENSIONS_DIR": str(output.parent / "extensions"),
+        },
         capture_output=True,
         text=True,
         timeout=timeout,
