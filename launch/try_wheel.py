@@ -1,4 +1,4 @@
-"""Run the README's first lines of Python with the installed manic, and see that the optimizer trains; for package.sh."""
+"""Run the README's first lines of Python with the installed manic, and see that it trains; for package.sh."""
 
 from __future__ import annotations
 
