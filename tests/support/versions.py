@@ -58,8 +58,13 @@ class Job:
                 parameter.copy_(_numbers(parameter.shape, 0))
         self.forward: nn.Module = self.model
         if self.world > 1:
-            self.forward = fully_shard(self.model) if is_sharded else DistributedDataParallel(self.model)
-        groups = [{"params": [self.model.weight]}, {"params": [self.model.bias], "weight_decay": 0.0}]
+            self.forward = self.model if is_sharded else DistributedDataParallel(self.model)
+            if is_sharded:
+                fully_shard(self.model)
+        groups: list[dict[str, Any]] = [
+            {"params": [self.model.weight]},
+            {"params": [self.model.bias], "weight_decay": 0.0},
+        ]
         self.optimizer = Mechanic(torch.optim.AdamW(groups, lr=1.0, weight_decay=0.1), **options)
 
     def train(self, steps: range) -> None:
