@@ -81,6 +81,16 @@ def test_every_benchmark_that_a_page_names_is_made_with_the_same_options(tmp_pat
         assert normalised(shlex.split(command)) in there, command
 
 
+def test_the_page_of_figures_has_every_name_and_picture() -> None:
+    page = (ROOT / "docs" / "appendix" / "figures.md").read_text()
+    rows = re.findall(r"^\| (.*) \| (.*) \| .* \|$", page, re.MULTILINE)[1:]
+    refused = figures("nothing").stderr
+    names = set(refused.rpartition("there are: ")[2].split())
+    assert {name for _, made_by in rows if "none" not in made_by for name in re.findall("`([^`]*)`", made_by)} == names
+    for picture in (ROOT / "docs" / "images").glob("*.png"):
+        assert f"`{picture.name}`" in page, picture
+
+
 def test_a_figure_that_fails_is_named_and_the_others_are_made(tmp_path: Path) -> None:
     python = interpreter(
         tmp_path, 'case "$*" in *latency*) echo half; echo "it broke" >&2; exit 3 ;; *) echo whole ;; esac'
