@@ -46,11 +46,11 @@ def test_a_version_s_checkpoint_is_loaded_and_the_run_goes_on(
 
 
 def test_the_files_are_of_the_version_that_their_folder_names(tmp_path: Path) -> None:
-    for version in {version for version, _ in SAVED}:
+    for version, name in SAVED:
         unpack(version, tmp_path / version)
-        manifests = list((tmp_path / version).glob("*/step_*/manifest.json"))
-        assert len(manifests) == 2 * len(versions.KINDS)
-        assert {json.loads(manifest.read_text())["manic"] for manifest in manifests} == {version}
+        if not name.startswith(versions.PLAIN):
+            (manifest,) = (tmp_path / version / name).glob("step_*/manifest.json")
+            assert json.loads(manifest.read_text())["manic"] == version
 
 
 def test_this_version_has_its_files() -> None:
@@ -67,7 +67,7 @@ def test_a_difference_is_seen() -> None:
     """The stored numbers tell a run that goes on from one whose tuner or moments start again."""
     for version, name in SAVED:
         stored = json.loads((VERSIONS / version / versions.NEXT).read_text())[name]
-        fresh = versions.Job(versions.KINDS.get(name.rpartition("-")[0], {}))
+        fresh = versions.Job(versions.KINDS[name.rpartition("-")[0]])
         fresh.train(range(versions.SAVED_AFTER, versions.SAVED_AFTER + versions.GOES_ON))
         with pytest.raises(AssertionError):
             assert_close(fresh.outcome(), stored)

@@ -32,15 +32,16 @@ from manic.testing import run
 SAVED_AFTER, GOES_ON = 5, 3
 """Steps before the checkpoint, and steps after it whose outcome is stored."""
 
+PLAIN = "plain"
+"""The kind of a state dict that torch.save wrote."""
+
 KINDS: dict[str, dict[str, Any]] = {
+    PLAIN: {},
     "multiplicative": {},
     "optax": {"variant": "optax", "s_init": 1e-3},
     "per-group": {"scale": "per group"},
 }
-"""Options of Mechanic, by the name of the checkpoints' folder."""
-
-PLAIN = "plain"
-"""The name of a state dict that torch.save wrote."""
+"""Options of Mechanic. Kinds that a version was saved with stay here."""
 
 ARCHIVE, NEXT = "checkpoints.tar.xz", "next.json"
 """In a version's folder: a folder for each kind and number of ranks, ``optax-2``; and what comes next, by their names.
@@ -96,7 +97,7 @@ def _whole(parameter: Tensor) -> Tensor:
 
 def go_on(folder: str, kind: str) -> dict[str, Any]:
     """Load a checkpoint, or the state dict, in a new run on all ranks, take further steps, and return the outcome."""
-    job = Job(KINDS.get(kind, {}), is_sharded=kind != PLAIN)
+    job = Job(KINDS[kind], is_sharded=kind != PLAIN)
     if kind == PLAIN:
         saved = torch.load(Path(folder, "state.pt"), weights_only=True)
         job.model.load_state_dict(saved["model"])
@@ -110,7 +111,7 @@ def go_on(folder: str, kind: str) -> dict[str, Any]:
 def _save(folder: str, kind: str) -> dict[str, Any]:
     random.seed(0)  # random states that are all the same need no space
     torch.manual_seed(0)
-    job = Job(KINDS.get(kind, {}))
+    job = Job(KINDS[kind])
     job.train(range(SAVED_AFTER))
     if kind == PLAIN:
         state = {"model": job.model.state_dict(), "optimizer": job.optimizer.state_dict()}
@@ -131,10 +132,11 @@ def make(versions: Path) -> Path:
     folder.mkdir(parents=True)
     outcomes = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for kind, ranks in [(PLAIN, 1), *((kind, ranks) for kind in KINDS for ranks in (1, 2))]:
-            name = f"{kind}-{ranks}"
-            Path(scratch, name).mkdir()
-            outcomes[name] = run(_save, ranks, str(Path(scratch, name)), kind)[0]
+        for kind in KINDS:
+            for ranks in (1,) if kind == PLAIN else (1, 2):
+                name = f"{kind}-{ranks}"
+                Path(scratch, name).mkdir()
+                outcomes[name] = run(_save, ranks, str(Path(scratch, name)), kind)[0]
         with tarfile.open(folder / ARCHIVE, "w:xz") as archive:
             archive.add(scratch, ".")
     (folder / NEXT).write_text(json.dumps(outcomes, indent=1) + "\n")
