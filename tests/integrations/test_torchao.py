@@ -64,7 +64,7 @@ def test_torchs_functions_read_the_state_of_a_new_optimizer(base: str) -> None:
 def resume(base: str, variant: str | None, how: str, shards: bool) -> None:
     model, optimizer = new(base, variant, 0, shards)
     train(model, optimizer, range(5))
-    model[0].requires_grad_(how != "frozen")  # type: ignore[index, operator]
+    model[0].requires_grad_(how != "frozen")
     train(model, optimizer, range(5, 6))
     box = [tempfile.mkdtemp()]
     if shards:
@@ -76,7 +76,7 @@ def resume(base: str, variant: str | None, how: str, shards: bool) -> None:
         checkpointer.save(6)
     checkpointer.wait()
     other, resumed = new(base, variant, 1, shards)
-    other[0].requires_grad_(how != "frozen")  # type: ignore[index, operator]
+    other[0].requires_grad_(how != "frozen")
     Checkpointer(box[0], other, resumed).load()
     for each in (model, optimizer), (other, resumed):
         train(*each, range(6, 8))

@@ -78,7 +78,7 @@ def train(parameters: list[Tensor], loss: Any, optimizer: Mechanic, steps: Any, 
         optimizer.zero_grad()
         loss(step).backward()
         if step in bad:
-            parameters[1].grad[2, 1] = bad[step]  # type: ignore[index]
+            parameters[1].grad[2, 1] = bad[step]
         optimizer.step()
 
 
@@ -152,7 +152,7 @@ def test_a_run_stopped_beside_a_left_out_step_goes_on_the_same(stop: int, how: s
             optimizer.zero_grad()
             loss(step).backward()
             if step in bad:
-                parameters[1].grad[2, 1] = math.nan  # type: ignore[index]
+                parameters[1].grad[2, 1] = math.nan
             for p, q in zip(mine, others):
                 q.grad = None if p.grad is None else p.grad.clone()
             optimizer.step()
@@ -236,7 +236,7 @@ def _fsdp(skips: bool) -> tuple[list[Tensor], float]:
         optimizer.zero_grad()
         model(x).square().mean().backward()
         if step in bad and dist.get_rank() == 1:
-            model[0].weight.grad.to_local().fill_(math.nan)  # type: ignore[union-attr, operator]
+            model[0].weight.grad.to_local().fill_(math.nan)
         optimizer.step()
     return [p.full_tensor().detach() for p in model.parameters()], optimizer.scale.item()  # type: ignore[attr-defined]
 
