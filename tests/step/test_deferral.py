@@ -287,3 +287,40 @@ def test_sums_that_lose_digits_do_not_part_the_ranks(fused: tuple[bool, bool]) -
     (_, one, left_out, _), (_, other, _, _) = run(_stages, 2, fused, 0, "tiny")
     assert one == other
     assert left_out == 0
+
+
+def _late_group(bad: int) -> tuple[list[float], float]:
+    """The second group is empty on rank 0, and gets its first gradient on rank 1 in step FIRST."""
+    rank = dist.get_rank()
+    torch.manual_seed(rank)
+    first, second = nn.Parameter(torch.randn(5, 4)), nn.Parameter(torch.randn(5, 4))
+    groups = [{"params": [first]}, {"params": [second] if rank else []}]
+    base = torch.optim.AdamW(groups, lr=1.0, fused=True)
+    optimizer = Mechanic(base, nonfinite="skip", scale="per group", pipeline_stages=2)
+    second.requires_grad_(False)
+    for step in range(FIRST + 6):
+        torch.manual_seed(step)
+        first.grad = torch.randn(5, 4) + first.detach()
+        if step >= FIRST and rank:
+            second.requires_grad_(True)
+            second.grad = torch.randn(5, 4) + second.detach()
+        if step == bad and rank:
+            first.grad[0] = math.nan
+        optimizer.step()
+    return optimizer.scale.tolist(), optimizer.metrics()["nonfinite_steps"].item()
+
+
+@pytest.mark.parametrize(("bad", "left_out"), [(FIRST, 1.0), (FIRST + 2, 1.0), (-1, 0.0)])
+def test_a_group_that_begins_in_a_left_out_step_parts_no_ranks(bad: int, left_out: float) -> None:
+    (ours, count), (theirs, other) = run(_late_group, 2, bad, timeout=60)
+    assert ours == theirs
+    assert count == other == left_out
+
+
+def test_momentum_that_begins_in_a_left_out_step_is_not_made_of_nothing() -> None:
+    parameters, loss, optimizer = make("SGD")
+    train(parameters, loss, optimizer, range(FIRST))
+    for group in optimizer.param_groups:
+        group["momentum"] = 0.9
+    train(parameters, loss, optimizer, [FIRST], {FIRST: math.nan})
+    assert not any("momentum_buffer" in state for state in optimizer.state.values())
