@@ -261,7 +261,7 @@ class TestOptimizerInterface:
 
     def test_step_hooks_run_once(self) -> None:
         parameters, loss = problem()
-        optimizer = mechanize(torch.optim.SGD, variant="optax")(parameters, lr=1.0)  # type: ignore[arg-type, call-arg]
+        optimizer = mechanize(torch.optim.SGD, variant="optax")(parameters, lr=1.0)
         calls: list[str] = []
         optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
         optimizer.register_step_post_hook(lambda *_: calls.append("after"))
@@ -331,7 +331,7 @@ class TestOptimizerInterface:
                 [torch.optim.SGD(parameters[:1], lr=1.0, momentum=0.9), adamw(parameters[1:])], variant="optax"
             )
         else:
-            optimizer = mechanize(torch.optim.AdamW, s_init=1e-3, variant="optax")(parameters, lr=1.0)  # type: ignore[arg-type, call-arg]
+            optimizer = mechanize(torch.optim.AdamW, s_init=1e-3, variant="optax")(parameters, lr=1.0)
         CosineAnnealingLR(optimizer, T_max=10)  # replaces the object's step
         train(optimizer, loss, 5)
         twin = copy.deepcopy(optimizer) if how == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
@@ -397,7 +397,7 @@ class TestMechanize:
     def test_is_the_wrapper_as_a_class(self) -> None:
         parameters, loss = problem()
         cls = mechanize(torch.optim.SGD, s_init=1e-3, variant="optax")
-        optimizer = cls(parameters, lr=1.0, momentum=0.9)  # type: ignore[arg-type, call-arg]
+        optimizer = cls(parameters, lr=1.0, momentum=0.9)
         twin_parameters, twin_loss = problem()
         twin = Mechanic(torch.optim.SGD(twin_parameters, lr=1.0, momentum=0.9), s_init=1e-3, variant="optax")
         train(optimizer, loss, 10)
@@ -408,14 +408,14 @@ class TestMechanize:
 
     def test_is_mechanized(self) -> None:
         parameters, _ = problem()
-        assert is_mechanized(mechanize(torch.optim.SGD, variant="optax")(parameters, lr=1.0))  # type: ignore[arg-type, call-arg]
+        assert is_mechanized(mechanize(torch.optim.SGD, variant="optax")(parameters, lr=1.0))
         assert is_mechanized(Mechanic(adamw(parameters), variant="optax"))
         assert not is_mechanized(adamw(parameters))
 
     def test_logs_every_n_steps(self) -> None:
         parameters, loss = problem()
         seen: list[dict[str, Any]] = []
-        optimizer = mechanize(torch.optim.SGD, log_func=seen.append, log_every=3, variant="optax")(parameters, lr=1.0)  # type: ignore[arg-type, call-arg]
+        optimizer = mechanize(torch.optim.SGD, log_func=seen.append, log_every=3, variant="optax")(parameters, lr=1.0)
         train(optimizer, loss, 7)
         assert [record["iter_count"] for record in seen] == [3, 6]
         optimizer.load_state_dict(optimizer.state_dict())

@@ -124,7 +124,7 @@ def test_metrics_and_the_log_name_groups(caplog: pytest.LogCaptureFixture) -> No
     parameters, loss = problem()
     logged: list[dict[str, Any]] = []
     cls = mechanize(torch.optim.SGD, log_every=1, log_func=logged.append, scale="per group")
-    optimizer = cls([{"params": [p], "lr": lr} for p, lr in zip(parameters, (1.0, 1e7))])  # type: ignore[misc]
+    optimizer = cls([{"params": [p], "lr": lr} for p, lr in zip(parameters, (1.0, 1e7))])
     in_steps([optimizer], parameters, loss, range(2))
     metrics = {name: float(value) for name, value in optimizer.metrics().items()}
     scales = optimizer.scale.tolist()

@@ -8,7 +8,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 
-class Bucket(LocalFileSystem):  # type: ignore[misc]
+class Bucket(LocalFileSystem):
     """Files on a disk without atomic renames, like an object store."""
 
     protocol = "bucket"
