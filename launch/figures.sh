@@ -23,7 +23,7 @@ while [ $# -gt 0 ]; do
 done
 cd "$root"
 names=(step step-124M small-tensors host latency scale train train-optax checkpoint run run-optax run-untuned
-    tuning-held-out tuning-choosing tuning-named)
+    tuning-held-out tuning-choosing tuning-named tuning-ladder)
 for name in "${chosen[@]}"; do
     [[ " ${names[*]} " == *" $name "* ]] || { echo "no figure $name; there are: ${names[*]}" >&2 && exit 2; }
 done
@@ -99,7 +99,7 @@ figure run 1 "${torchrun[@]}" "${run[@]}" --metrics "$output/run.jsonl" # draws 
 figure run-optax 1 "${torchrun[@]}" "${run[@]}" --variant optax --metrics "$output/run-optax.jsonl"
 figure run-untuned 1 "${torchrun[@]}" "${run[@]}" --tuner none --metrics "$output/run-untuned.jsonl"
 # The runs that docs/ has are taken from there; only runs of other code are made again.
-cp docs/tuning.jsonl docs/tuning-generated.jsonl "$output"
+cp docs/tuning.jsonl docs/tuning-generated.jsonl docs/tuning-ladder.jsonl "$output"
 figure tuning-held-out 1 launch/benchmark.py tuning --held-out --seeds 2 --base-lrs 1 \
     --results "$output/tuning-generated.jsonl" --profile "$output/tuning-profile.png" \
     --methods sweep 'fixed lr' multiplicative optax pytorch Prodigy D-Adaptation Schedule-Free "${runs[@]}"
@@ -107,6 +107,8 @@ figure tuning-choosing 1 launch/benchmark.py tuning --generated --seeds 1 \
     --results "$output/tuning-generated.jsonl" "${runs[@]}"
 figure tuning-named 1 launch/benchmark.py tuning --seeds 3 --base-lrs 1 \
     --results "$output/tuning.jsonl" --plot "$output/tuning.png" "${runs[@]}"
+figure tuning-ladder 1 launch/benchmark.py tuning --ladder --seeds 1 --methods sweep multiplicative optax \
+    --results "$output/tuning-ladder.jsonl" --plot "$output/ladder.png" "${runs[@]}"
 
 echo "tables and pictures are in $output"
 if [ ${#failed[@]} -gt 0 ]; then
