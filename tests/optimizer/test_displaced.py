@@ -144,14 +144,17 @@ class ThroughAReference(ThroughAFunction):
 class OwnsAHandle(Base):
     """As one that frees memory of its own."""
 
+    are_open: dict[int, bool] = {}
+
     def begin(self) -> None:
-        self.handle = ["open"]
+        self.handle = id(self)
+        self.are_open[self.handle] = True
 
     def __del__(self) -> None:
-        self.handle[0] = "closed"
+        self.are_open.pop(self.handle, None)
 
     def update(self, p: Tensor, g: Tensor, state: dict[str, Any], lr: float) -> None:
-        assert self.handle == ["open"]
+        assert self.are_open[self.handle]
         p.add_(g, alpha=-lr)
 
 
