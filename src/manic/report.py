@@ -73,8 +73,9 @@ def read(source: str | os.PathLike[str]) -> Run:
 
     Args:
         source: A file of JSON lines, each with ``step`` and metrics, as ``optimizer.metrics(to_host=True)`` names them,
-            with or without a prefix that ends with "/" (where there are ``effective_lr/<i>``, S has theirs); lines that are incomplete are skipped, and the last value of a
-            step counts. Or a folder of checkpoints: a local path or a URL.
+            with or without a prefix that ends with "/"; where there is an ``effective_lr/<i>``, S has its prefix. Lines
+            that are incomplete are skipped, and the last value of a step counts. Or a folder of checkpoints: a local
+            path or a URL.
 
     Raises:
         FileNotFoundError: if there is neither.
