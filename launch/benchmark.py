@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -186,78 +187,119 @@ def run_tuning(options: argparse.Namespace) -> None:
         tuning_plots.profile(found, chosen, options.profile)
 
 
-def main() -> None:
-    """Run a subcommand and print its table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(required=True)
-    add = commands.add_parser("step", help="time and memory of the optimizer step")
-    add.set_defaults(run=run_step)
-    add.add_argument("--params", choices=step.SIZES, default="25M")
-    add.add_argument("--methods", nargs="+", choices=step.METHODS, default=list(step.METHODS))
-    add.add_argument("--repeats", type=int, default=20)
-    add.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add.add_argument("--json", metavar="FILE", help="write the results to this file")
-    add.add_argument("--plot", metavar="FILE", help="plot the ratios to this file")
-    add = commands.add_parser("host", help="host time of a step over many small DTensors, on simulated ranks")
-    add.set_defaults(run=run_host)
-    add.add_argument("--methods", nargs="+", choices=host.METHODS, default=list(host.METHODS))
-    add.add_argument("--layers", type=int, default=32, help="blocks of a Llama-like model, nine tensors each")
-    add.add_argument("--ranks", type=int, default=64, help="number of ranks that the tensors are sharded over")
-    add.add_argument("--repeats", type=int, default=30)
-    add.add_argument("--json", metavar="FILE", help="write the results to this file")
-    add = commands.add_parser("latency", help="the part of an all_reduce's latency that a step waits for, on a CPU")
-    add.set_defaults(run=run_latency)
-    add.add_argument("--params", choices=step.SIZES, default="25M")
-    add.add_argument("--delays", type=float, nargs="+", default=[0.002, 0.005, 0.1], help="seconds")
-    add.add_argument("--repeats", type=int, default=20)
-    add = commands.add_parser("train", help="tokens/s of launch/train.py with and without the tuner")
-    add.set_defaults(run=run_train)
-    add.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    add.add_argument("--steps", type=int, default=100)
-    add.add_argument("--repeats", type=int, default=3)
-    add.add_argument("--options", default="", help="options of launch/train.py, in one string")
-    add = commands.add_parser("scale", help="cost of a step on thousands of simulated ranks")
-    add.set_defaults(run=run_scale)
-    add.add_argument("--models", choices=scale.MODELS, nargs="+", default=list(scale.MODELS))
-    add.add_argument("--ranks", type=int, nargs="+", default=[64, 1024, 16384])
-    add.add_argument("--repeats", type=int, default=5)
-    add.add_argument("--node", type=int, default=8, help="ranks per node, for the model of the all_reduce's latency")
-    add.add_argument("--hop", type=float, default=10e-6, help="seconds per message between nodes, for that model")
-    add = commands.add_parser("checkpoint", help="size, time and memory of checkpoints, on CPU ranks")
-    add.set_defaults(run=run_checkpoint)
-    add.add_argument("--params", choices=checkpoint.SIZES, nargs="+", default=["25M", "124M"])
-    add.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    add.add_argument("--repeats", type=int, default=5)
-    add.add_argument("--directory", help="where to write (default: the temporary directory)")
-    for name, run, about in (
-        ("gpu-syncs", run_gpu_syncs, "host syncs of a step on a GPU, against those documented"),
-        ("gpu-capture", run_gpu_capture, "replays of a step in a CUDA graph, against eager steps"),
-    ):
-        add = commands.add_parser(name, help=about)
-        add.set_defaults(run=run)
-        add.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add = commands.add_parser("gpu-page", help="the page of launch/gpu_report.sh, which calls this")
-    add.set_defaults(run=run_gpu_page)
-    add.add_argument("--sections", type=Path, required=True, metavar="FOLDER", help="what the script left")
-    add.add_argument("--output", type=Path, required=True, metavar="FILE")
-    add.add_argument("--command", required=True, help="what the page says that it was written by")
-    add.add_argument("--dry-run", action="store_true", help="say that no GPU was used")
-    add = commands.add_parser("tuning", help="one run against the best of a sweep, over tasks, methods and seeds")
-    add.set_defaults(run=run_tuning)
-    of = add.add_mutually_exclusive_group()
+def step_options(parser: argparse.ArgumentParser) -> None:
+    """Of step."""
+    add = parser.add_argument
+    add("--params", choices=step.SIZES, default="25M")
+    add("--methods", nargs="+", choices=step.METHODS, default=list(step.METHODS))
+    add("--repeats", type=int, default=20)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--json", metavar="FILE", help="write the results to this file")
+    add("--plot", metavar="FILE", help="plot the ratios to this file")
+
+
+def host_options(parser: argparse.ArgumentParser) -> None:
+    """Of host."""
+    add = parser.add_argument
+    add("--methods", nargs="+", choices=host.METHODS, default=list(host.METHODS))
+    add("--layers", type=int, default=32, help="blocks of a Llama-like model, nine tensors each")
+    add("--ranks", type=int, default=64, help="number of ranks that the tensors are sharded over")
+    add("--repeats", type=int, default=30)
+    add("--json", metavar="FILE", help="write the results to this file")
+
+
+def latency_options(parser: argparse.ArgumentParser) -> None:
+    """Of latency."""
+    add = parser.add_argument
+    add("--params", choices=step.SIZES, default="25M")
+    add("--delays", type=float, nargs="+", default=[0.002, 0.005, 0.1], help="seconds")
+    add("--repeats", type=int, default=20)
+
+
+def train_options(parser: argparse.ArgumentParser) -> None:
+    """Of train."""
+    add = parser.add_argument
+    add("--ranks", type=int, nargs="+", default=[1, 2])
+    add("--steps", type=int, default=100)
+    add("--repeats", type=int, default=3)
+    add("--options", default="", help="options of launch/train.py, in one string")
+
+
+def scale_options(parser: argparse.ArgumentParser) -> None:
+    """Of scale."""
+    add = parser.add_argument
+    add("--models", choices=scale.MODELS, nargs="+", default=list(scale.MODELS))
+    add("--ranks", type=int, nargs="+", default=[64, 1024, 16384])
+    add("--repeats", type=int, default=5)
+    add("--node", type=int, default=8, help="ranks per node, for the model of the all_reduce's latency")
+    add("--hop", type=float, default=10e-6, help="seconds per message between nodes, for that model")
+
+
+def checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    """Of checkpoint."""
+    add = parser.add_argument
+    add("--params", choices=checkpoint.SIZES, nargs="+", default=["25M", "124M"])
+    add("--ranks", type=int, nargs="+", default=[1, 2])
+    add("--repeats", type=int, default=5)
+    add("--directory", help="where to write (default: the temporary directory)")
+
+
+def gpu_page_options(parser: argparse.ArgumentParser) -> None:
+    """Of gpu-page."""
+    add = parser.add_argument
+    add("--sections", type=Path, required=True, metavar="FOLDER", help="what the script left")
+    add("--output", type=Path, required=True, metavar="FILE")
+    add("--command", required=True, help="what the page says that it was written by")
+    add("--dry-run", action="store_true", help="say that no GPU was used")
+
+
+def tuning_options(parser: argparse.ArgumentParser) -> None:
+    """Of tuning."""
+    add = parser.add_argument
+    of = parser.add_mutually_exclusive_group()
     of.add_argument("--tasks", choices=TASKS, nargs="+", help="named tasks (default: all of them)")
     of.add_argument("--generated", action="store_true", help="the generated tasks of seeds 0 to 47, to choose a rule")
     of.add_argument("--generated-seeds", type=int, nargs=2, metavar=("FIRST", "END"), help="other generated tasks")
     of.add_argument("--held-out", action="store_true", help="those of seeds 1000 to 1031, for when the rule is frozen")
     of.add_argument("--ladder", action="store_true", help="two models and three schedules, 300 to 30,000 steps")
-    add.add_argument("--methods", choices=methods.NAMED_METHODS, nargs="+", help="default: all that suit the tasks")
-    add.add_argument("--seeds", type=int, default=3, help="seeds of the first weights and the order of the data")
-    add.add_argument("--base-lrs", type=float, nargs="+", help="the tuner's (default: 1e-6 to 100; of the ladder 1)")
-    add.add_argument("--processes", type=int, default=os.cpu_count(), help="concurrent runs, each on one thread")
-    add.add_argument("--results", type=Path, required=True, metavar="FILE", help="read; missing runs are appended")
-    add.add_argument("--no-runs", action="store_true", help="only report what the file has")
-    add.add_argument("--plot", type=Path, metavar="FILE", help="plot losses and scales, by task or horizon")
-    add.add_argument("--profile", type=Path, metavar="FILE", help="plot how often each method comes how near")
+    add("--methods", choices=methods.NAMED_METHODS, nargs="+", help="default: all that suit the tasks")
+    add("--seeds", type=int, default=3, help="seeds of the first weights and the order of the data")
+    add("--base-lrs", type=float, nargs="+", help="the tuner's (default: 1e-6 to 100; of the ladder 1)")
+    add("--processes", type=int, default=os.cpu_count(), help="concurrent runs, each on one thread")
+    add("--results", type=Path, required=True, metavar="FILE", help="read; missing runs are appended")
+    add("--no-runs", action="store_true", help="only report what the file has")
+    add("--plot", type=Path, metavar="FILE", help="plot losses and scales, by task or horizon")
+    add("--profile", type=Path, metavar="FILE", help="plot how often each method comes how near")
+
+
+def device_option(parser: argparse.ArgumentParser) -> None:
+    """Of gpu-syncs and gpu-capture."""
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+COMMANDS: list[tuple[str, Callable[[argparse.Namespace], None], Callable[[argparse.ArgumentParser], None], str]] = [
+    ("step", run_step, step_options, "time and memory of the optimizer step"),
+    ("host", run_host, host_options, "host time of a step over many small DTensors, on simulated ranks"),
+    ("latency", run_latency, latency_options, "the part of an all_reduce's latency that a step waits for, on a CPU"),
+    ("train", run_train, train_options, "tokens/s of launch/train.py with and without the tuner"),
+    ("scale", run_scale, scale_options, "cost of a step on thousands of simulated ranks"),
+    ("checkpoint", run_checkpoint, checkpoint_options, "size, time and memory of checkpoints, on CPU ranks"),
+    ("gpu-syncs", run_gpu_syncs, device_option, "host syncs of a step on a GPU, against those documented"),
+    ("gpu-capture", run_gpu_capture, device_option, "replays of a step in a CUDA graph, against eager steps"),
+    ("gpu-page", run_gpu_page, gpu_page_options, "the page of launch/gpu_report.sh, which calls this"),
+    ("tuning", run_tuning, tuning_options, "one run against the best of a sweep, over tasks, methods and seeds"),
+]
+"""Name, function, its options and what it is for."""
+
+
+def main() -> None:
+    """Run a subcommand and print its table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    for name, run, add_options, about in COMMANDS:
+        command = commands.add_parser(name, help=about)
+        command.set_defaults(run=run)
+        add_options(command)
     options = parser.parse_args()
     options.run(options)
 

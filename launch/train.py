@@ -9,29 +9,19 @@ Without --data it trains on the source of Python's standard library. Stop it wit
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor
 
-from gpt.data import Corpus
-from gpt.model import GPT
-from gpt.optimizers import BASES, SCHEDULES, make_optimizer, make_scheduler, mechanic_of
-from gpt.parallel import MODES, TIMEOUT, Parallel, clip_gradients, parallelize
-from gpt.report import Report
-from manic.checkpoint import Checkpointer, on_first_rank
+from gpt.job import Job
+from gpt.optimizers import BASES, SCHEDULES
+from gpt.parallel import MODES, TIMEOUT
 from manic.tuners.registry import DEFAULT, SCALES, TUNERS
-
-EVAL_BATCHES = 16
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -121,211 +111,24 @@ def set_up(choice: str) -> torch.device:
     return device
 
 
-def next_token_loss(parallel: Parallel, tokens: Tensor) -> Tensor:
-    """Mean nats per token of sequences [n, time + 1]."""
-    with parallel.autocast:
-        logits = parallel.model(tokens[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
-
-
-def rebuild_ddp_buckets(parallel: Parallel, tokens: Tensor) -> None:
-    """Let DDP rebuild its buckets in the order in which gradients arrive, as it does after the first backward.
-
-    Otherwise the first step after a resume would sum in another order than the same step of an uninterrupted run.
-    """
-    next_token_loss(parallel, tokens).backward()
-    parallel.model.zero_grad()
-
-
-def mean_over_ranks(loss: Tensor, parallel: Parallel) -> float:
-    """The mean of the ranks' losses."""
-    total = loss.detach().clone()
-    if parallel.data_size > 1:
-        dist.all_reduce(total)
-        total /= parallel.data_size
-    return total.item()
-
-
-@torch.no_grad()
-def evaluate(corpus: Corpus, parallel: Parallel, options: argparse.Namespace, device: torch.device) -> float:
-    """Mean nats per token over fixed batches of held-out text."""
-    parallel.model.eval()
-    part = parallel.part(options.batch_size)
-    losses = [
-        next_token_loss(parallel, corpus.batch(0, index, options.batch_size, part, held_out=True).to(device))
-        for index in range(EVAL_BATCHES)
-    ]
-    parallel.model.train()
-    return mean_over_ranks(torch.stack(losses).mean(), parallel)
-
-
-def resume(
-    checkpointer: Checkpointer | None,
-    checkpoints_in: Callable[[str], Checkpointer],
-    options: argparse.Namespace,
-    progress: Progress,
-) -> None:
-    """Load the checkpoint that --resume selects."""
-    choice = options.resume
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        choice = "auto" if checkpointer and on_first_rank(checkpointer.latest) is not None else choice
-    if checkpointer is None:
-        if choice not in ("never", "auto"):
-            raise ValueError("--resume PATH needs a --checkpoint-dir to save to")
-        return
-    latest = on_first_rank(checkpointer.latest)
-    if choice == "auto":
-        if latest is not None:  # if the latest is damaged, load an older one
-            checkpointer.load(verify=options.verify, fallback=True)
-        return
-    if choice != "never":
-        elsewhere = checkpoints_in(choice)
-        newest = on_first_rank(elsewhere.latest)
-        try:
-            elsewhere.load(choice if newest is None else newest, verify=options.verify)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"--resume {choice}: neither a checkpoint nor a folder of checkpoints") from None
-    if latest is not None and (choice == "never" or latest > progress.step):
-        raise ValueError(
-            f"--resume {choice}: {checkpointer.directory} already holds a run, up to step {latest}; choose another "
-            "--checkpoint-dir"
-        )
-
-
-class Progress:
-    """The number of steps taken, which with the seed determines the next batch."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.step = 0
-        # A checkpoint with other values of these is of another run.
-        names = "seed batch_size seq_len heads base_optimizer tuner variant lr weight_decay schedule clip"
-        self.identity = {name: getattr(options, name) for name in names.split()}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, **self.identity}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, value in self.identity.items():
-            if state[name] != value:
-                flag = name.replace("_", "-")
-                raise ValueError(
-                    f"the checkpoint has --{flag} {state[name]}, this run has --{flag} {value}; pass the same, or "
-                    "start a new run in another --checkpoint-dir"
-                )
-        self.step = state["step"]
-
-
 def train(options: argparse.Namespace, device: torch.device) -> None:
     """Train, resume, evaluate and save as ``options`` say."""
     stop = StopSignal()
-    corpus = Corpus(options.data, options.seq_len)
-    torch.manual_seed(options.seed)
-    model = GPT(corpus.vocabulary, options.seq_len, options.layers, options.width, options.heads, options.tied)
-    size = sum(parameter.numel() for parameter in model.parameters())
-    parallel = parallelize(model.to(device), options.parallel, device, options.dtype)
-    if options.batch_size % parallel.data_size:
-        raise ValueError(f"--batch-size {options.batch_size} is not a multiple of {parallel.data_size} ranks")
-    optimizer = make_optimizer(
-        parallel.model, options.base_optimizer, options.lr, options.weight_decay, options.tuner, options.parallel,
-        variant=options.variant, scale=options.scale, nonfinite=options.nonfinite, check_every=options.check_every,
-    )  # fmt: skip
-    optimizers = optimizer if isinstance(optimizer, list) else [optimizer]
-    schedulers = [make_scheduler(each, options.schedule, options.warmup, options.steps) for each in optimizers]
-    mechanic = mechanic_of(optimizer)
-
-    part = parallel.part(options.batch_size)
-    if options.parallel in ("ddp", "zero1"):
-        rebuild_ddp_buckets(parallel, corpus.batch(options.seed, 0, options.batch_size, part).to(device))
-    progress = Progress(options)
-    report: Report | None = None
-
-    def checkpoints_in(directory: str) -> Checkpointer:
-        return Checkpointer(
-            directory,
-            parallel.model,
-            optimizers,
-            objects={"progress": progress} | {f"scheduler{i}": each for i, each in enumerate(schedulers)},
-            keep_latest=options.keep_latest,
-            keep_every=options.keep_every,
-            on_error=options.on_save_error,
-            progress=lambda *event: report.progress(*event) if report is not None else None,
-            timeout=TIMEOUT,
-        )
-
-    checkpointer = checkpoints_in(options.checkpoint_dir) if options.checkpoint_dir else None
-    resume(checkpointer, checkpoints_in, options, progress)
-
-    if dist.get_rank() == 0:
-        report = Report(options.steps, progress.step, options.metrics, options.tensorboard)
-        report.message(
-            f"{size:,} parameters, {corpus.tokens.numel():,} tokens, {dist.get_world_size()} rank(s), "
-            f"--parallel {options.parallel}, {device.type}; unigram entropy {corpus.unigram_entropy():.4f} nats"
-        )
-        if progress.step:
-            report.message(f"resumed at step {progress.step}")
-        if progress.step >= options.steps:
-            report.message("nothing left to train; pass more --steps, or another --checkpoint-dir for a new run")
-
-    since, since_step, last_loss = time.perf_counter(), progress.step, math.nan
+    job = Job(options, device)
+    job.resume()
+    job.open_report()
     stopped = False
-    saved: str | None = None
-    while progress.step < options.steps and not stopped:
-        tokens = corpus.batch(options.seed, progress.step, options.batch_size, part).to(device)
-        loss = next_token_loss(parallel, tokens)
-        loss.backward()
-        known: dict[str, Any] = {}
-        if options.clip > 0:
-            norm = clip_gradients(parallel.model, options.clip)
-            known = {"grad_norm": norm} if options.tuner == "mechanic" else {}  # it need not read gradients again
-        lr = optimizers[0].param_groups[0]["lr"]
-        for each in optimizers:
-            each.step(**known)
-            each.zero_grad()
-        for each in schedulers:
-            each.step()
-        progress.step += 1
+    while job.steps_taken < options.steps and not stopped:
+        loss, lr = job.step()
         stopped = stop.on_any_rank()
-
-        last = stopped or progress.step == options.steps
-        if report is not None:
-            report.advance()
-        if progress.step % options.log_every == 0 or last:
-            last_loss = mean_over_ranks(loss, parallel)
-            metrics = {name: value.item() for name, value in mechanic.metrics().items()} if mechanic else {}
-            now = time.perf_counter()
-            if report is not None:
-                scale = metrics.pop("scale", None if options.scale == "per group" and mechanic else 1.0)
-                of_all = {} if scale is None else {"scale": scale, "lr": scale * lr}
-                speed = (progress.step - since_step) * options.batch_size * options.seq_len / (now - since)
-                record = {"step": progress.step, "loss": last_loss, **of_all, "base_lr": lr}
-                report.record({**record, "tokens_per_s": speed, **metrics})
-            since, since_step = now, progress.step
-        if options.eval_every and progress.step % options.eval_every == 0 and not last:
-            eval_loss = evaluate(corpus, parallel, options, device)
-            if report is not None:
-                report.record({"step": progress.step, "eval_loss": eval_loss})
-            since, since_step = time.perf_counter(), progress.step
-        if checkpointer is not None and (progress.step % options.checkpoint_every == 0 or last):
-            if options.async_save and not last:
-                checkpointer.async_save(progress.step)
-            else:
-                saved = checkpointer.save(progress.step)
-            since, since_step = time.perf_counter(), progress.step
-
-    if checkpointer is not None:
-        checkpointer.wait()
-    if stopped and progress.step < options.steps:
-        if report is not None:
-            where = f"; saved in {options.checkpoint_dir}" if saved else "; not saved"
-            report.message(f"stopped after step {progress.step}{where}")
-            report.close()
-        return
-    eval_loss = evaluate(corpus, parallel, options, device)
-    if report is not None:
-        report.record({"step": progress.step, "eval_loss": eval_loss})
-        trained = "" if math.isnan(last_loss) else f"train loss {last_loss:.4f}, "
-        report.message(f"{trained}held-out loss {eval_loss:.4f}")
-        report.close()
+        is_last = stopped or job.steps_taken == options.steps
+        if job.steps_taken % options.log_every == 0 or is_last:
+            job.log(loss, lr)
+        if options.eval_every and job.steps_taken % options.eval_every == 0 and not is_last:
+            job.evaluate()
+        if job.steps_taken % options.checkpoint_every == 0 or is_last:
+            job.save(is_last=is_last)
+    job.finish(was_stopped=stopped)
 
 
 def main() -> int:

@@ -52,7 +52,7 @@ class TestStep:
         optimizer = Mechanic(torch.optim.SGD(parameters, lr=1.0, weight_decay=0.5), variant="optax")
         loss(0).backward()
         before = [p.grad.clone() for p in parameters if p.grad is not None]
-        held = [p.grad for p in parameters]
+        held = [p.grad for p in parameters if p.grad is not None]
         optimizer.step()
         for parameter, gradient, original in zip(parameters, before, held):
             assert parameter.grad is original
@@ -147,7 +147,7 @@ class TestStep:
 
     def test_an_error_in_the_base_step_rolls_back(self) -> None:
         class Fails(torch.optim.SGD):
-            def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            def step(self, closure: Any = None) -> None:
                 super().step()
                 raise RuntimeError("out of luck")
 
@@ -231,7 +231,7 @@ class TestStep:
             convolution = torch.randn(2, 3, 4, 5).double().to(memory_format=torch.channels_last).requires_grad_()
             parameters.append(convolution)
             optimizer = Mechanic(adamw(parameters), s_init=1e-2, update=update, variant="optax")
-            train(optimizer, lambda _: sum((p * p).sum() + p.sum() for p in parameters), 10)  # noqa: B023
+            train(optimizer, lambda _: torch.stack([(p * p).sum() + p.sum() for p in parameters]).sum(), 10)  # noqa: B023
             results.append(tensors(parameters))
         for a, b in zip(*results):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

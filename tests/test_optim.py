@@ -110,7 +110,7 @@ def test_an_option_of_the_tuner_is_known_by_its_name_here(option: str) -> None:
 
 def test_parameters_are_required() -> None:
     with pytest.raises(TypeError, match="params"):
-        manic.AdamW(lr=1.0)
+        manic.AdamW(lr=1.0)  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
@@ -158,7 +158,7 @@ def zero(ready_made: bool, seed: int) -> tuple[nn.Module, ZeroRedundancyOptimize
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
     cls = manic.AdamW if ready_made else mechanize(torch.optim.AdamW, plain="sharded")
-    options = {"plain": "sharded"} if ready_made else {}
+    options: dict[str, Any] = {"plain": "sharded"} if ready_made else {}
     return model, ZeroRedundancyOptimizer(model.parameters(), optimizer_class=cls, lr=1.0, **options)
 
 

@@ -63,12 +63,15 @@ def of_ddp() -> None:
     assert hasattr(DistributedDataParallel(nn.Linear(2, 2)), "_join_config")
 
 
+# Of a tensor.
+TENSOR = "_version"
+
 # On a process group of one rank: of DTensors, of FSDP1's parameters, of DistributedDataParallel.
 DTENSOR, FSDP1, DDP = ("_spec", "_local_tensor"), "_fsdp_flattened", "_join_config"
 
 LISTED = {
     *(part for module, names in MODULES.items() for part in (*module.split("."), *names)),
-    *OPTIMIZER, OF_SCHEDULED_STEP, *DTENSOR, FSDP1, DDP,
+    *OPTIMIZER, OF_SCHEDULED_STEP, TENSOR, *DTENSOR, FSDP1, DDP,
 }  # fmt: skip
 
 # Private names that are not torch's: the key of mechanic-pytorch's state, Python's frames, the start of names above.
@@ -87,6 +90,13 @@ def test_optimizers_have_the_name(name: str) -> None:
 
 def test_a_scheduler_marks_the_step_that_it_replaces() -> None:
     assert hasattr(scheduled().step, OF_SCHEDULED_STEP)
+
+
+def test_tensors_count_what_is_written_to_them() -> None:
+    tensor = torch.zeros(1)
+    before = getattr(tensor, TENSOR)
+    tensor.add_(1)
+    assert getattr(tensor, TENSOR) > before
 
 
 @pytest.mark.parametrize("name", DTENSOR)

@@ -76,6 +76,29 @@ def test_a_resumed_run_counts_each_step_once_and_broken_lines_not(tmp_path: Path
     assert run.scales == {"scale": {1: 0.1, 2: 0.5, 3: 0.1}}
 
 
+def test_steps_may_be_whole_floats(tmp_path: Path) -> None:
+    lines = [{"step": 1.0, "scale": 0.1}, {"step": 1.5, "scale": 0.2}, {"step": math.nan, "scale": 0.3}]
+    assert report.read(write(tmp_path / "run.jsonl", lines)).scales == {"scale": {1: 0.1}}
+
+
+@pytest.mark.parametrize("prefix", ["", "train/"])
+def test_the_scale_of_a_loss_scaler_is_not_taken_for_s(prefix: str, tmp_path: Path) -> None:
+    line = {"step": 1, f"{prefix}scale": 0.1, f"{prefix}effective_lr/0": 0.01, "amp/scale": 65536.0}
+    assert report.read(write(tmp_path / "run.jsonl", [line])).scales == {f"{prefix}scale": {1: 0.1}}
+
+
+@pytest.mark.parametrize("count", [math.inf, math.nan])
+def test_counts_that_are_not_finite_are_ignored(count: float, tmp_path: Path) -> None:
+    lines = [{"step": 1, "scale": 0.1, "nonfinite_steps": 2}, {"step": 2, "scale": 0.1, "nonfinite_steps": count}]
+    assert report.read(write(tmp_path / "run.jsonl", lines)).left_out == 2
+
+
+def test_a_file_without_a_suffix_is_refused(tmp_path: Path) -> None:
+    run = report.read(write(tmp_path / "run.jsonl", records(lambda step: 0.1)))
+    with pytest.raises(ValueError, match=r"has no suffix: expected \.html"):
+        report.draw(run, tmp_path / "picture")
+
+
 def test_checkpoints_of_a_run_are_read(tmp_path: Path) -> None:
     lines, _ = train(tmp_path / "run")
     run = report.read(tmp_path / "run")

@@ -132,7 +132,13 @@ def test_converts_after_any_number_of_steps(steps: int) -> None:
 
 @pytest.mark.parametrize("store_delta", [False, True])
 def test_converts_nondefault_settings(store_delta: bool) -> None:
-    settings = {"betas": (0.8, 0.95, 0.999), "s_init": 1e-4, "s_decay": 0.3, "eps": 1e-6, "store_delta": store_delta}
+    settings: dict[str, Any] = {
+        "betas": (0.8, 0.95, 0.999),
+        "s_init": 1e-4,
+        "s_decay": 0.3,
+        "eps": 1e-6,
+        "store_delta": store_delta,
+    }
     old = old_run("network", "adamw", **settings)
     _, options = from_mechanic_pytorch(old.optimizer.state_dict())
     assert options == {**settings, "variant": "pytorch"}

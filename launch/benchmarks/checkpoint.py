@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import shutil
 import statistics
@@ -58,7 +59,7 @@ def measure(name: str, width: int, layers: int, directory: str | None, repeats: 
         found["async_memory"] = peak() - before
         found["async_blocked"] = median(lambda: checkpointer.async_save(next(steps)), repeats, checkpointer.wait)
         for verify in ("full", "size"):
-            found[f"load_{verify}"] = median(lambda verify=verify: checkpointer.load(verify=verify), repeats)
+            found[f"load_{verify}"] = median(functools.partial(checkpointer.load, verify=verify), repeats)
         latest = Path(checkpointer.path(max(checkpointer.steps())))
         found["bytes"] = sum(file.stat().st_size for file in latest.iterdir())
         found["shard"] = (latest / f"__{dist.get_rank()}_0.distcp").stat().st_size

@@ -83,7 +83,7 @@ def _bases(name: str, draw: Random) -> tuple[Bases, str]:
         "sgd": torch.optim.SGD, "momentum": torch.optim.SGD, "rmsprop": torch.optim.RMSprop,
         "adagrad": torch.optim.Adagrad, "adafactor": torch.optim.Adafactor, "lion": Lion,
     }.get(name)  # fmt: skip
-    settings: dict[str, object] = {
+    settings: dict[str, object] = {  # type: ignore[assignment]
         "adamw": {"betas": (0.9, beta), "fused": True}, "adam": {"betas": (0.9, beta), "fused": True},
         "nadam": {"betas": (0.9, beta)}, "sgd": {"fused": True},
         "momentum": {"momentum": momentum, "nesterov": nesterov, "fused": True},

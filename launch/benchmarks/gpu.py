@@ -22,7 +22,7 @@ FIRST_STEPS, LATER_STEPS = 4, 8
 """In the first steps the tuner finds its first scale; in the later ones the syncs must be as many as documented."""
 CAPTURED_AT, CAPTURE_STEPS = 4, 12
 """A step is captured when so many have been taken, and replayed for the rest."""
-TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
+TOLERANCE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
 """How far replays may be from eager steps."""
 # One matrix of which the default tuner sums over a sample, and small parameters.
 SHAPES: Shapes = [(1024, 512), (64, 64), (64,), (7, 3)]

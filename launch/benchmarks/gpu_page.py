@@ -101,7 +101,7 @@ def machine() -> dict[str, str]:
         every = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
         counts = Counter(f"{each.name}, {each.total_memory / 2**30:.0f} GiB" for each in every)
         gpus = "; ".join(f"{count} x {name}" for name, count in counts.items())
-        nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))
         drivers = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         driver = drivers.splitlines()[0] if drivers else "not known: nvidia-smi cannot be run"
     else:

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import AdamW, Optimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from manic import Mechanic
+from manic.distributed.layout import local
 
 WARM_UP = 5
 REFERENCE = "AdamW, fused"
@@ -25,15 +26,15 @@ _MATRIX, _VECTOR = (2, 4), (2,)
 _IN_BLOCK = [_MATRIX] * 7 + [_VECTOR] * 2
 
 
-def fused(parameters: Sequence[DTensor]) -> Optimizer:
+def fused(parameters: Sequence[Tensor]) -> Optimizer:
     return AdamW(parameters, lr=1.0, weight_decay=0.1, fused=True)
 
 
-def _mechanic(**options: Any) -> Callable[[Sequence[DTensor]], Optimizer]:
+def _mechanic(**options: Any) -> Callable[[Sequence[Tensor]], Optimizer]:
     return lambda parameters: Mechanic(fused(parameters), **options)
 
 
-METHODS: dict[str, Callable[[Sequence[DTensor]], Optimizer]] = {
+METHODS: dict[str, Callable[[Sequence[Tensor]], Optimizer]] = {
     REFERENCE: fused,
     "Mechanic(AdamW)": _mechanic(),
     'Mechanic(AdamW), nonfinite="ignore"': _mechanic(nonfinite="ignore"),
@@ -65,9 +66,8 @@ class Run:
     def __init__(self, method: str, mesh: DeviceMesh, layers: int) -> None:
         self._generator = torch.Generator().manual_seed(0)
         shapes = [_MATRIX, *_IN_BLOCK * layers, _VECTOR, _MATRIX]
-        self._parameters = [
-            nn.Parameter(DTensor.from_local(self._random(shape), mesh, [Shard(0)], run_check=False)) for shape in shapes
-        ]
+        self._mesh = mesh
+        self._parameters = [nn.Parameter(self._sharded(self._random(shape))) for shape in shapes]
         self.seconds: list[float] = []
         self.error: str | None = None
         """The error that the method raised; shown in its row of the table."""
@@ -81,12 +81,7 @@ class Run:
         if self.error is not None:
             return
         for parameter in self._parameters:  # as backward, which creates a new DTensor each time
-            parameter.grad = DTensor.from_local(
-                1e-3 * self._random(parameter.to_local().shape),
-                parameter.device_mesh,
-                parameter.placements,
-                run_check=False,
-            )
+            parameter.grad = self._sharded(1e-3 * self._random(local(parameter).shape))
         start = time.perf_counter()
         try:
             self._optimizer.step()
@@ -96,6 +91,9 @@ class Run:
 
     def _random(self, shape: Sequence[int]) -> torch.Tensor:
         return torch.randn(tuple(shape), generator=self._generator)
+
+    def _sharded(self, shard: Tensor) -> DTensor:
+        return DTensor.from_local(shard, self._mesh, [Shard(0)], run_check=False)
 
 
 def _name(error: Exception) -> str:

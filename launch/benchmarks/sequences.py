@@ -43,7 +43,7 @@ _PRETRAINED = {"inputs": 256, "outputs": 256, "length": 32, "width": 32, "depth"
 @cache
 def _pretrained() -> dict[str, Tensor]:
     """A small GPT after :data:`_PRETRAINING` steps of AdamW on code."""
-    problem = text(lambda: Transformer(**_PRETRAINED, is_causal=True), 32, 16, None, _HELD_OUT)(FIXED_SEED)
+    problem = text(lambda: Transformer(**_PRETRAINED, is_causal=True), 32, 16, None, _HELD_OUT)(FIXED_SEED)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(problem.model.parameters(), lr=4e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, _PRETRAINING)
     for _ in range(_PRETRAINING):
@@ -55,7 +55,7 @@ def _pretrained() -> dict[str, Tensor]:
 
 
 def _fine_tuned() -> Transformer:
-    model = Transformer(**_PRETRAINED, is_causal=True)
+    model = Transformer(**_PRETRAINED, is_causal=True)  # type: ignore[arg-type]
     model.load_state_dict(_pretrained())
     return model
 

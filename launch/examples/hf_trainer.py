@@ -6,10 +6,19 @@ torchrun --nproc-per-node 2 launch/examples/hf_trainer.py --output runs/trainer 
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 import manic
@@ -19,7 +28,7 @@ STEPS = 200  # the length of the schedule
 LENGTH = 64
 
 
-class Bytes(Dataset):
+class Bytes(Dataset[dict[str, torch.Tensor]]):
     """The source of this Python's argparse and others, cut into sequences; no download."""
 
     def __init__(self) -> None:
@@ -40,7 +49,7 @@ class Stop(TrainerCallback):
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= self.step:
             control.should_save = control.should_training_stop = True
 

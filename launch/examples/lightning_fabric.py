@@ -48,7 +48,8 @@ class GPT(nn.Module):
 def shard(model: GPT, mesh: DeviceMesh) -> GPT:
     for block in model.blocks:
         fully_shard(block, mesh=mesh["data_parallel"])
-    return fully_shard(model, mesh=mesh["data_parallel"])
+    fully_shard(model, mesh=mesh["data_parallel"])
+    return model
 
 
 def batch_of(step: int, rank: int, world_size: int) -> tuple[Tensor, Tensor]:

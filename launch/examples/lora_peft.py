@@ -33,7 +33,7 @@ class Progress:
         self.step = state["step"]
 
 
-def data(capital: bool) -> Dataset:
+def data(capital: bool) -> Dataset[tuple[torch.Tensor, ...]]:
     """The source of this Python's argparse and others, cut into sequences; no download."""
     text = b"".join(file.read_bytes() for file in sorted(Path(argparse.__file__).parent.glob("*.py")))
     tokens = torch.frombuffer(bytearray(text.upper() if capital else text), dtype=torch.uint8).long()
@@ -41,7 +41,7 @@ def data(capital: bool) -> Dataset:
     return TensorDataset(rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))])
 
 
-def fit(model: torch.nn.Module, rows: Dataset, until: int, state: Path) -> None:
+def fit(model: torch.nn.Module, rows: Dataset[tuple[torch.Tensor, ...]], until: int, state: Path) -> None:
     """Train ``model`` from where ``state`` is, or the start, to step ``until``, and save."""
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), step_scheduler_with_optimizer=False)
     optimizer = manic.AdamW((parameter for parameter in model.parameters() if parameter.requires_grad), lr=1.0)

@@ -37,10 +37,12 @@ class Part(nn.Module):
         return x
 
 
-def make() -> list[nn.Module]:
+def make() -> list[Part]:
     """Two model parts, as a pipeline schedule with virtual stages has them on one rank."""
-    options = {"d_model": WIDTH, "nhead": 4, "dim_feedforward": 4 * WIDTH, "dropout": 0.0, "batch_first": True}
-    blocks = [nn.TransformerEncoderLayer(**options, norm_first=True) for _ in range(2)]
+    blocks = [
+        nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, dropout=0.0, batch_first=True, norm_first=True)
+        for _ in range(2)
+    ]
     parts = [
         Part({"embed": nn.Embedding(256, WIDTH), "0": blocks[0]}),
         Part({"1": blocks[1], "head": nn.Linear(WIDTH, 256)}),

@@ -60,8 +60,8 @@ def make_optimizer(
     }[base]
     if parallel == "zero1":
         inner = mechanize(cls, plain="sharded", **options) if tuner == "mechanic" else cls
-        return ZeroRedundancyOptimizer(groups, optimizer_class=inner, **settings)
-    optimizer = cls(groups, **settings)
+        return ZeroRedundancyOptimizer(groups, optimizer_class=inner, **settings)  # type: ignore[arg-type]
+    optimizer = cls(groups, **settings)  # type: ignore[arg-type]
     return Mechanic(optimizer, **options) if tuner == "mechanic" else optimizer
 
 

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt.model import GPT, Block
@@ -109,7 +109,7 @@ def parallelize(model: GPT, mode: str, device: torch.device, dtype: str) -> Para
         if heads % world:
             raise ValueError(f"--parallel tp splits the heads: --heads {heads} is not a multiple of {world} ranks")
         mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("tp",))
-        plan = {f"attention.{name}": ColwiseParallel() for name in ("query", "key", "value")}
+        plan: dict[str, ParallelStyle] = {f"attention.{name}": ColwiseParallel() for name in ("query", "key", "value")}
         plan |= {"attention.out": RowwiseParallel(), "mlp.up": ColwiseParallel(), "mlp.down": RowwiseParallel()}
         for block in model.blocks:
             parallelize_module(block, mesh, plan)

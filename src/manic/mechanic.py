@@ -245,9 +245,10 @@ class Mechanic(OptimizerWrapper):
         """Move references, and inform the monitor."""
         is_capturing, plan.was_taken = self._is_capturing, True
         self._state.count_update(is_counted=not is_capturing)
-        follow(plan.captures, proposal.shares, is_finite=reading is not None)
         if defers:
             self._state.deferral = Deferral(proposal, is_counted=True)
+        follow(plan.captures, proposal.shares, is_finite=reading is not None)
+        if defers:
             self._monitor.show(proposal)
         elif not is_capturing:
             self._inform(proposal, reading)

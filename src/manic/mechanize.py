@@ -43,13 +43,35 @@ def _log_scale(data: dict[str, Any]) -> None:
     logger.info("(iter=%d), s_sum (global scaling): %s", data["iter_count"], " ".join(f"{s:g}" for s in scales))
 
 
+def _log_steps(optimizer: Mechanic, log: Callable[[dict[str, Any]], Any], every: int) -> None:
+    """Call ``log`` after each ``every`` updates of ``optimizer``; never if it is 0."""
+    if every == 0:
+        return
+
+    last = optimizer._state.updates_made
+
+    def loaded(_: Optimizer) -> None:
+        nonlocal last
+        last = optimizer._state.updates_made
+
+    def hook(_: Optimizer, args: Any, kwargs: Any) -> None:
+        nonlocal last
+        before, last = last, optimizer._state.updates_made
+        # A step that only created state for checkpointing, or was skipped, is not an update.
+        if last and last != before and last % every == 0:
+            log({"iter_count": last, "s": optimizer.scale.tolist()})
+
+    optimizer.register_step_post_hook(hook)
+    optimizer.register_load_state_dict_post_hook(loaded)
+
+
 def mechanize(
     optimizer_class: Callable[..., Optimizer],
     *,
     log_func: Callable[[dict[str, Any]], Any] | None = None,
     log_every: int = 0,
     **options: Any,
-) -> type[Mechanic]:
+) -> type[MechanicClass]:
     """Make a class that builds ``optimizer_class`` and wraps it in :class:`~manic.Mechanic`.
 
     Args:
@@ -78,7 +100,7 @@ def mechanize(
 
         def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
             super().__init__(params, *args, **kwargs)
-            self._log_steps()
+            _log_steps(self, log, log_every)
 
         @classmethod
         def _divide(cls, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -86,7 +108,7 @@ def mechanize(
 
         def __setstate__(self, state: dict[str, Any]) -> None:
             super().__setstate__(state)
-            self._log_steps()
+            _log_steps(self, log, log_every)
 
         def __reduce__(self) -> Any:
             # mechanize created the class, so unpickling calls mechanize again.
@@ -98,26 +120,6 @@ def mechanize(
             memo[id(self)] = result
             result.__setstate__(copy.deepcopy(self.__getstate__(), memo))
             return result
-
-        def _log_steps(self) -> None:
-            if log_every == 0:
-                return
-
-            last = self._state.updates_made
-
-            def loaded(optimizer: Optimizer) -> None:
-                nonlocal last
-                last = self._state.updates_made
-
-            def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-                nonlocal last
-                before, last = last, self._state.updates_made
-                # A step that only created state for checkpointing, or was skipped, is not an update.
-                if last and last != before and last % log_every == 0:
-                    log({"iter_count": last, "s": self.scale.tolist()})
-
-            self.register_step_post_hook(hook)
-            self.register_load_state_dict_post_hook(loaded)
 
     name = getattr(optimizer_class, "__name__", "")
     Mechanized.__name__ = Mechanized.__qualname__ = f"Mechanized{name}"

@@ -73,8 +73,9 @@ def read(source: str | os.PathLike[str]) -> Run:
 
     Args:
         source: A file of JSON lines, each with ``step`` and metrics, as ``optimizer.metrics(to_host=True)`` names them,
-            with or without a prefix that ends with "/"; lines that are incomplete are skipped, and the last value of a
-            step counts. Or a folder of checkpoints: a local path or a URL.
+            with or without a prefix that ends with "/"; where there is an ``effective_lr/<i>``, S has its prefix. Lines
+            that are incomplete are skipped, and the last value of a step counts. Or a folder of checkpoints: a local
+            path or a URL.
 
     Raises:
         FileNotFoundError: if there is neither.
@@ -87,12 +88,17 @@ def read(source: str | os.PathLike[str]) -> Run:
         for key, value in record.items():
             if key != "step" and isinstance(value, (int, float)) and not isinstance(value, bool):
                 values.setdefault(key, {})[int(record["step"])] = float(value)
+    scales, lrs = _matching(values, _SCALE), _matching(values, _LR)
+    if lrs:  # the prefix of Mechanic's own metrics: a loss scaler may log a scale, too
+        prefixes = {_LR.sub(r"\1", each) for each in lrs}
+        scales = {each: series for each, series in scales.items() if _SCALE.sub(r"\1", each) in prefixes}
+    skipped = [count for series in _matching(values, _SKIPPED).values() for count in series.values()]
     run = Run(
         name,
         _matching(values, _LOSS),
-        _matching(values, _SCALE),
-        _matching(values, _LR),
-        max((int(max(each.values())) for each in _matching(values, _SKIPPED).values()), default=0),
+        scales,
+        lrs,
+        int(max(filter(math.isfinite, skipped), default=0)),
     )
     if not run.scales:
         raise ValueError(
@@ -112,7 +118,10 @@ def _lines(path: Path) -> Iterable[Mapping[str, Any]]:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
+        if not isinstance(record, dict):
+            continue
+        step = record.get("step")
+        if isinstance(step, int) or (isinstance(step, float) and step.is_integer()):
             yield record
 
 
@@ -169,8 +178,11 @@ def draw(run: Run, file: str | os.PathLike[str]) -> None:
 
     Raises:
         ModuleNotFoundError: if matplotlib is not installed.
+        ValueError: if the file's name has no suffix.
     """
     path = Path(file)
+    if not path.suffix:
+        raise ValueError(f"{file} has no suffix: expected .html, .png, .svg, .pdf, or another format of matplotlib")
     if path.suffix.lower() not in (".html", ".htm"):
         _figure(run, path)
         return

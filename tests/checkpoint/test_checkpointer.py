@@ -132,6 +132,7 @@ def refuse_and_accept(directory: str) -> None:
     for _ in range(3):
         train(optimizer, "used")
     path = started.save(3)
+    assert path is not None
     train(optimizer, "used")  # so that the parameters differ from the checkpoint
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(ValueError, match="other betas"):

@@ -433,7 +433,8 @@ def read_state_of_one_element() -> None:
     torch.manual_seed(0)
     results = []
     for reads in (False, True):
-        model = fully_shard(nn.Linear(4, 1, dtype=torch.float64))
+        model = nn.Linear(4, 1, dtype=torch.float64)
+        fully_shard(model)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.fill_(0.5)

@@ -74,7 +74,7 @@ def test_experts_of_one_name_are_refused(
 ) -> None:
     model = experts(layout, is_alike)
     declaration = {"expert_parallel": True} if is_declared else {}
-    groups = [{"params": list(model["dense"].parameters())}, {"params": list(model["expert"].parameters())}]  # type: ignore[index]
+    groups = [{"params": list(model["dense"].parameters())}, {"params": list(model["expert"].parameters())}]
     optimizer = make([groups[0], {**groups[1], **declaration}])
     step(model, optimizer)
     what = "expert.weight has other .* on rank 0 and rank 1, and a checkpoint has one entry of each name"

@@ -19,7 +19,7 @@ from manic.inspect import inspect
 from manic.testing import ranks
 
 
-def net() -> nn.Module:
+def net() -> nn.ModuleDict:
     return nn.ModuleDict({"module": nn.Linear(2, 2), "_orig": nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))})
 
 
@@ -29,7 +29,8 @@ def test_parameter_names_have_no_wrapper_prefixes() -> None:
     expected = [name for name, _ in net().named_parameters()]
     wrapped = net()
     wrapped["_orig"] = checkpoint_wrapper(wrapped["_orig"])
-    for model in (net(), wrapped, DistributedDataParallel(wrapped), torch.compile(DistributedDataParallel(net()))):
+    compiled: Any = torch.compile(DistributedDataParallel(net()))
+    for model in (net(), wrapped, DistributedDataParallel(wrapped), compiled):
         names = parameter_names(model)
         assert [names[id(p)] for p in model.parameters()] == expected
 
@@ -127,7 +128,7 @@ def test_loads_between_mechanic_and_its_plain_base(plain_first: bool, tmp_path: 
 
 
 def test_a_refused_load_leaves_an_objects_tensors_unchanged(tmp_path: Path) -> None:
-    def make(**options: Any) -> tuple[nn.Module, nn.Module, Checkpointer]:
+    def make(**options: Any) -> tuple[nn.Linear, nn.Linear, Checkpointer]:
         model, average = nn.Linear(2, 2), nn.Linear(2, 2)
         optimizer = Mechanic(torch.optim.AdamW(model.parameters()), **{"variant": "optax", **options})
         return model, average, Checkpointer(tmp_path, model, optimizer, objects={"average": average})

@@ -9,7 +9,7 @@ import random
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -154,7 +154,7 @@ class Marking(torch.optim.SGD):
 
     mark: Any = 0
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:
         for parameter in self.param_groups[0]["params"]:
             self.state[parameter]["mark"] = self.mark
 
@@ -177,9 +177,10 @@ def checkpointer(directory: Path, model: nn.Module | None = None, mark: Any = 0,
 ], ids=lambda value: str(value)[:20])  # fmt: skip
 def test_does_not_save_what_a_load_would_refuse(state: Any, name: str, tmp_path: Path) -> None:
     expected = rf"objects\.loader\S* holds .*{name}.*torch\.serialization\.add_safe_globals"
-    for options in ({"on_error": "raise"}, {"on_error": "warn"}):
+    on_errors: list[Literal["raise", "warn"]] = ["raise", "warn"]
+    for on_error in on_errors:
         one = checkpointer(tmp_path, loader=Loader(state))
-        one.on_error = options["on_error"]
+        one.on_error = on_error
         for save in (one.save, one.async_save):
             with pytest.raises(ValueError, match=f"not saved, because a load would refuse it: {expected}"):
                 save(1)
@@ -291,7 +292,7 @@ def test_reads_a_random_state_with_an_array_if_arrays_are_allowed(
     expected = np.random.rand()
     with pytest.raises(ValueError, match=r"random\.0\.numpy holds .*numpy\.ndarray"):
         one.load()
-    arrays = [np.ndarray, np.dtype, np._core.multiarray._reconstruct, type(np.dtype("uint32"))]
+    arrays = [np.ndarray, np.dtype, np._core.multiarray._reconstruct, type(np.dtype("uint32"))]  # type: ignore[attr-defined]
     with torch.serialization.safe_globals(arrays[:-1]), pytest.raises(ValueError, match="UInt32DType"):
         one.load()
     with torch.serialization.safe_globals(arrays):

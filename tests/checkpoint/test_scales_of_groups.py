@@ -146,6 +146,7 @@ def test_inspect_shows_each_scale(tmp_path: Path, capsys: pytest.CaptureFixture[
     optimizer.param_groups[1]["lr"] = 0.5
     scales = take_steps(model, optimizer, range(4))
     path = Checkpointer(tmp_path, model, optimizer).save(4)
+    assert path is not None
     found = inspect(path)
     assert sorted(tuner["scale"] for tuner in found["tuners"]) == sorted(scales)
     effective = sorted(group["effective_lr"] for group in found["groups"])

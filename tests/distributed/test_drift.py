@@ -143,7 +143,7 @@ def test_ranks_check_together_after_a_failed_step(variant: str) -> None:
         with pytest.raises(OSError, match="out of luck"), FailsAt(1, OSError("out of luck"), "addcmul"):
             step_on_ones(optimizer)
     elif dist.get_rank() == 1:
-        base.step = step_and_fail  # type: ignore[method-assign]
+        base.step = step_and_fail  # type: ignore[assignment, method-assign]
         with pytest.raises(OSError, match="out of luck"):
             step_on_ones(optimizer)
         base.step = step  # type: ignore[method-assign]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -47,7 +49,8 @@ class Specified:
 
     def optimizer(self, variant: str, group: dist.ProcessGroup | None) -> Mechanic:
         dense, *experts = self.held.values()
-        base = torch.optim.AdamW([{"params": [dense]}, {"params": experts, "expert_parallel": True}], lr=1.0)
+        groups: list[dict[str, Any]] = [{"params": [dense]}, {"params": experts, "expert_parallel": True}]
+        base = torch.optim.AdamW(groups, lr=1.0)
         return Mechanic(base, variant=variant, s_init=1e-2, process_group=group)
 
     def give_gradients(self, step: int) -> None:
@@ -61,7 +64,7 @@ class Specified:
 @pytest.mark.parametrize("variant", ["optax", "multiplicative"])
 @pytest.mark.parametrize("name", SPECS)
 def test_declared_parameters_with_numbers_of_copies_of_their_own(name: str, variant: str) -> None:
-    runs = []
+    runs: list[list[list[float]]] = []
     for group, rank in ((alone(), None), (None, dist.get_rank())):
         problem = Specified(SPECS[name], rank)
         optimizer = problem.optimizer(variant, group)
@@ -158,7 +161,7 @@ def test_copies_in_low_precision_may_be_an_ulp_apart_when_a_group_is_added() -> 
 def test_compares_again_until_a_gradient_confirms(first_gradient: int, is_frozen: bool, expected: int) -> None:
     """Equal experts, of which the second rank's has the first gradient."""
     dense, expert = draw(0, (3,)).requires_grad_(), draw(1, (4,)).requires_grad_(not is_frozen)
-    groups = [{"params": [dense]}, {"params": [expert], "expert_parallel": True}]
+    groups: list[dict[str, Any]] = [{"params": [dense]}, {"params": [expert], "expert_parallel": True}]
     optimizer = Mechanic(torch.optim.SGD(groups, lr=1.0))
     comparisons = 0
     for step in range(40):

@@ -146,7 +146,7 @@ def test_declared_experts(place: Callable[..., Tensor | None], start: str, drops
 def test_experts_whose_placements_show_them_need_no_declaration(sizes: tuple[int, ...], variant: str) -> None:
     mesh = init_device_mesh("cpu", sizes)
     placements = [*[Replicate()] * (len(sizes) - 1), Shard(0)]
-    runs = []
+    runs: list[list[float]] = []
     for group in (alone(), None):
         experts = draw(0, (EXPERTS, 5, 6))
         dense = draw(1, (3,)).requires_grad_()
@@ -182,9 +182,10 @@ def test_declared_experts_of_fsdp1(use_orig_params: bool) -> None:
     whole = [layer(seed) for seed in range(3)]
     dense, expert = wrapped(layer(0)), wrapped(layer(1 + mesh["ep"].get_local_rank()))
     declared = {"params": list(expert.parameters()), "expert_parallel": True}
+    groups: list[dict[str, Any]] = [{"params": list(dense.parameters())}, declared]
     runs = [
         Mechanic(torch.optim.SGD([p for each in whole for p in each.parameters()], lr=1.0), process_group=alone_),
-        Mechanic(torch.optim.SGD([{"params": list(dense.parameters())}, declared], lr=1.0)),
+        Mechanic(torch.optim.SGD(groups, lr=1.0)),
     ]
     for _ in range(5):
         for optimizer in runs:
@@ -284,7 +285,8 @@ def train_from_checkpoints(folder: str, place: str, load: bool) -> list[float]:
     """Eight steps and a save, or a load; then eight more steps."""
     problem = Problem(PLACES[place], drops_tokens=True)
     model = Model(problem)
-    optimizer = make(problem, "multiplicative", **({} if place == "one process" else {"expert_parallel": True}))
+    declares: dict[str, Any] = {} if place == "one process" else {"expert_parallel": True}
+    optimizer = make(problem, "multiplicative", **declares)
     checkpointer = Checkpointer(folder, model, optimizer)
     if load:
         checkpointer.load()

@@ -14,6 +14,7 @@ from torch.optim import AdamW
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from manic import Mechanic
+from manic.step.guard import Nonfinite
 
 WORLD_SIZE = 8
 VARIANTS = ("optax", "pytorch", "multiplicative")
@@ -44,7 +45,7 @@ def take_steps(model: nn.Module, optimizer: Mechanic) -> None:
 
 @pytest.mark.parametrize("nonfinite", ["raise", "ignore"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_fsdp2(variant: str, nonfinite: str) -> None:
+def test_fsdp2(variant: str, nonfinite: Nonfinite) -> None:
     model = make_model()
     fully_shard(model, mesh=init_device_mesh("cpu", (WORLD_SIZE,)))
     base = AdamW(model.parameters(), lr=1.0, fused=True)

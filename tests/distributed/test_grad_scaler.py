@@ -189,7 +189,7 @@ def test_tensor_parallel_with_every_parameter_on_the_mesh() -> None:
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
     for child in (model.norm, model.head, model.frozen):
-        distribute_module(child, mesh, input_fn=_to_mesh, output_fn=_from_mesh)
+        distribute_module(child, mesh, input_fn=_to_mesh, output_fn=_from_mesh)  # type: ignore[arg-type]
     mechanic = Mechanic(torch.optim.AdamW(model.parameters(), lr=1.0), s_init=S_INIT, variant="optax")
     setup_ = Setup(model, mechanic, mechanic, 0, 1, dict)
     scaler = make_scaler("sharded")

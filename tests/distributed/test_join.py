@@ -14,6 +14,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from manic import Mechanic, mechanize
+from manic.step.guard import Nonfinite
 from manic.testing import ranks
 
 REFUSED = r"inside join\(\) of a DistributedDataParallel.*same number of steps on all ranks"
@@ -43,7 +44,7 @@ def test_torch_has_the_attribute_that_tells() -> None:
 @ranks(2)
 @pytest.mark.parametrize("steps_before", [0, 2])
 @pytest.mark.parametrize("nonfinite", ["raise", "ignore"])
-def test_a_step_inside_join_raises_on_every_rank(steps_before: int, nonfinite: str) -> None:
+def test_a_step_inside_join_raises_on_every_rank(steps_before: int, nonfinite: Nonfinite) -> None:
     model = make_model()
     optimizer = Mechanic(torch.optim.SGD(model.parameters(), lr=0.1), nonfinite=nonfinite, check_every=2)
     train(model, optimizer, steps_before)

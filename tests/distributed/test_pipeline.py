@@ -178,7 +178,8 @@ def test_a_weight_that_two_stages_share(declares: bool, is_dtensor: bool) -> Non
         held = {0: layers[0], **({1: layers[1], 2: layers[2]} if whole else {1 + stage: layers[1 + stage]})}
         params = {index: nn.Parameter(place(layer.detach(), is_split)) for index, layer in held.items()}
         tied = {"params": [params[0]], **({"expert_parallel": True} if declares and not whole else {})}
-        base = torch.optim.AdamW([tied, {"params": [params[index] for index in params if index]}], lr=1.0)
+        groups: list[dict[str, Any]] = [tied, {"params": [params[index] for index in params if index]}]
+        base = torch.optim.AdamW(groups, lr=1.0)
         options = {"process_group": alone()} if whole else {"pipeline_stages": 2}
         optimizer = Mechanic(base, s_init=1e-2, **options)
         runs.append([])

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from manic import Mechanic
 from manic.testing import run
@@ -115,7 +115,7 @@ def train(case: Case) -> tuple[float, int, list[Tensor]]:
             parameter.grad = None if gradient is None else place(gradient, name)
         optimizer.step()
     optimizer.check_consistency()
-    whole = [p.detach() if name == "plain" else p.full_tensor() for p, name in zip(parameters, case.placements)]
+    whole = [(p.full_tensor() if isinstance(p, DTensor) else p).detach() for p in parameters]
     return optimizer.scale.item(), int(optimizer.metrics()["nonfinite_steps"]), [w.clone() for w in whole]
 
 

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from manic import Mechanic, mechanize
+from manic.distributed.layout import Plain
 from manic.testing import ranks
 
 
@@ -71,7 +72,7 @@ def test_different_settings(option: dict[str, Any]) -> None:
 @pytest.mark.parametrize("difference", [
     {"lr": 0.5}, {"betas": (0.9, 0.95)}, {"weight_decay": 0.5}, {"lr": torch.tensor(0.5)}, {"amsgrad": True}, "groups",
 ], ids=str)  # fmt: skip
-def test_different_hyperparameters(difference: dict[str, Any] | str, plain: str) -> None:
+def test_different_hyperparameters(difference: dict[str, Any] | str, plain: Plain) -> None:
     first, second = parameters((3,), (4,))
     odd = dist.get_rank() == 2
     groups = [{"params": [first, second]}]

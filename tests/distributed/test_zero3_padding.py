@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -51,7 +51,7 @@ def deepspeed_is_imported() -> Iterator[None]:
         yield
 
 
-def gradient_of(parameters: list[Tensor], step: int) -> list[Tensor]:
+def gradient_of(parameters: Sequence[Tensor], step: int) -> list[Tensor]:
     return [(p.detach() - 0.1 * index - 0.01 * step) for index, p in enumerate(parameters)]
 
 

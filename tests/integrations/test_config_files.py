@@ -34,11 +34,12 @@ def check(optimizer: object) -> None:
 
 @pytest.mark.framework("LightningCLI", "`class_path: manic.AdamW` with options of both, checked by the parser")
 def test_lightning_cli(tmp_path: Path) -> None:
-    lightning = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
+    pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
     pytest.importorskip("jsonargparse", reason="jsonargparse is not installed")
+    from lightning.pytorch import LightningModule
     from lightning.pytorch.cli import LightningCLI
 
-    class Net(lightning.LightningModule):
+    class Net(LightningModule):
         def __init__(self, width: int = 2) -> None:
             super().__init__()
             self.layer = nn.Linear(width, 1)

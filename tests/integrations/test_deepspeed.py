@@ -101,7 +101,9 @@ def test_partitioned_at_first() -> None:
 
 @pytest.mark.framework("DeepSpeed", '`scale="per group"` and other options of Mechanic')
 def test_options() -> None:
-    options = [{"scale": "per group"}, {"nonfinite": "ignore"}, {"store_delta": True, "check_every": 3}]
+    options: list[dict[str, Any]] = [
+        {"scale": "per group"}, {"nonfinite": "ignore"}, {"store_delta": True, "check_every": 3},
+    ]  # fmt: skip
     runs = [Run(stage, groups=2, options=tuple(each.items())) for each in options for stage in (1, 3)]
     run(equal, 2, runs, 1e-5, 1e-4)
 

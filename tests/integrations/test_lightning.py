@@ -129,7 +129,7 @@ CHANGES: list[dict[str, Any]] = [{}, {"clip": 0.1}, {"accumulate": 2}, {"clip": 
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_trainer_finds_the_scale_of_a_plain_loop(changes: dict[str, Any]) -> None:
     scale, parameters = plain(**changes)
-    clip = {"gradient_clip_val": changes["clip"]} if "clip" in changes else {}
+    clip: dict[str, Any] = {"gradient_clip_val": changes["clip"]} if "clip" in changes else {}
     module, _ = fit(EPOCHS, accumulate=changes.get("accumulate", 1), **clip)
     assert module.scales[-1] == pytest.approx(scale, rel=1e-9)
     torch.testing.assert_close(flat(module), parameters, rtol=1e-9, atol=1e-12)
@@ -183,7 +183,7 @@ def train_on_ranks(layout: str, folder: str) -> tuple[list[float], list[float], 
             return DDPStrategy(process_group_backend="gloo")
         return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
 
-    options = {"devices": 2, "gradient_clip_val": 0.1}
+    options: dict[str, Any] = {"devices": 2, "gradient_clip_val": 0.1}
     path = Path(folder, "first.ckpt")
     _, trainer = fit(1, strategy=strategy(), **options)
     trainer.save_checkpoint(path)
@@ -214,7 +214,8 @@ def train_with_fabric(layout: str, folder: str) -> tuple[float, Tensor, bool]:
     warnings.simplefilter("ignore")
 
     def shard(model: nn.Module, mesh: Any) -> nn.Module:
-        return fully_shard(model, mesh=mesh["data_parallel"])
+        fully_shard(model, mesh=mesh["data_parallel"])
+        return model
 
     strategies = {
         "ddp": DDPStrategyOfFabric(process_group_backend="gloo"),

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 import manic
 
-lightning = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
+pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
+import lightning.pytorch as pl
+from lightning.pytorch.loggers.logger import Logger
 
 STEPS = 6
 
 
-class Kept(lightning.loggers.logger.Logger):
+class Kept(Logger):
     """A logger that keeps what it is given."""
 
     name, version = "kept", 0
@@ -30,7 +32,7 @@ class Kept(lightning.loggers.logger.Logger):
     def log_hyperparams(self, *_: Any) -> None: ...
 
 
-class Net(lightning.LightningModule):
+class Net(pl.LightningModule):
     def __init__(self, optimizers: int) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -61,7 +63,7 @@ def fit(folder: Path, optimizers: int) -> tuple[Net, Kept, Any]:
     from manic.integrations.lightning import MechanicCallback
 
     model, logger = Net(optimizers), Kept()
-    trainer = lightning.Trainer(
+    trainer = pl.Trainer(
         accelerator="cpu", max_steps=STEPS * optimizers, logger=logger, log_every_n_steps=1, default_root_dir=folder,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[MechanicCallback(prog_bar=True)],

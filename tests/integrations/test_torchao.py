@@ -47,7 +47,7 @@ def new(base: str, variant: str | None, seed: int, shards: bool = False) -> tupl
 
 def train(model: nn.Module, optimizer: Any, steps: range) -> None:
     for step in steps:
-        x = torch.randn(8, 64, generator=torch.Generator().manual_seed(step)).to(model[0].weight.dtype)  # type: ignore[index]
+        x = torch.randn(8, 64, generator=torch.Generator().manual_seed(step)).to(model[0].weight.dtype)
         optimizer.zero_grad()
         (model(x) - x.sin()).square().mean().backward()
         torch.manual_seed(step)  # of the stochastic rounding
@@ -64,7 +64,7 @@ def test_torchs_functions_read_the_state_of_a_new_optimizer(base: str) -> None:
 def resume(base: str, variant: str | None, how: str, shards: bool) -> None:
     model, optimizer = new(base, variant, 0, shards)
     train(model, optimizer, range(5))
-    model[0].requires_grad_(how != "frozen")  # type: ignore[index, operator]
+    model[0].requires_grad_(how != "frozen")
     train(model, optimizer, range(5, 6))
     box = [tempfile.mkdtemp()]
     if shards:
@@ -76,7 +76,7 @@ def resume(base: str, variant: str | None, how: str, shards: bool) -> None:
         checkpointer.save(6)
     checkpointer.wait()
     other, resumed = new(base, variant, 1, shards)
-    other[0].requires_grad_(how != "frozen")  # type: ignore[index, operator]
+    other[0].requires_grad_(how != "frozen")
     Checkpointer(box[0], other, resumed).load()
     for each in (model, optimizer), (other, resumed):
         train(*each, range(6, 8))
@@ -112,7 +112,7 @@ def resume_with_dcp(base: str, shards: bool) -> None:
         box = [tempfile.mkdtemp()]
         dist.broadcast_object_list(box)
         dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, optimizer))), checkpoint_id=box[0])
-        state = dict(zip(("model", "optimizer"), get_state_dict(other, resumed)))
+        state: dict[str, Any] = dict(zip(("model", "optimizer"), get_state_dict(other, resumed)))
         dcp.load(state, checkpoint_id=box[0])
         set_state_dict(other, resumed, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         for each in (model, optimizer), (other, resumed):

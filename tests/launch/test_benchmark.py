@@ -12,6 +12,7 @@ import torch
 
 import benchmark
 from benchmarks import host, scale, step, train
+from benchmarks.counting import CallCounter
 from gpt.optimizers import Lion
 
 TINY = scale.Llama(layers=2, width=256, hidden=512, keys=64, vocabulary=1024)
@@ -40,8 +41,8 @@ def test_step_writes_a_row_for_every_method(tmp_path: Path, monkeypatch: pytest.
 def test_cost_per_rank_is_independent_of_world_size(layout: scale.Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = []
     for world_size in (1024, 16384):
-        calls: list[step.CallCounter] = []
-        monkeypatch.setattr(scale, "CallCounter", lambda calls=calls: calls.append(step.CallCounter()) or calls[-1])
+        calls: list[CallCounter] = []
+        monkeypatch.setattr(scale, "CallCounter", lambda calls=calls: calls.append(CallCounter()) or calls[-1])
         cost = scale.measure(TINY, layout, world_size, repeats=1)
         assert cost.collectives == 1
         assert cost.own_bytes - cost.base_bytes < 10_000  # x_ref and Delta, as Adam has two; and the tuner

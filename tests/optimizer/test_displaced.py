@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import random
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -85,6 +89,113 @@ class StepsAnother(Base):
         self.inner.step()
 
 
+class ThroughAFunction(Base):
+    """Its step runs through an attribute that is not copied with it, and takes the original along."""
+
+    def begin(self) -> None:
+        self.calls = 0
+        self.call = self.reaches_itself()
+
+    def reaches_itself(self) -> Callable[[], None]:
+        return lambda: self.do_step()
+
+    def do_step(self) -> None:
+        self.calls += 1
+        super().step()
+
+    def step(self, closure: Any = None) -> None:
+        self.call()
+
+    def update(self, p: Tensor, g: Tensor, state: dict[str, Any], lr: float) -> None:
+        p.add_(g, alpha=-lr)
+
+
+class ThroughACompiledMethod(ThroughAFunction):
+    def reaches_itself(self) -> Callable[[], None]:
+        return torch.compile(self.do_step, backend="eager")
+
+
+class ThroughAMethod(ThroughAFunction):
+    def reaches_itself(self) -> Callable[[], None]:
+        return self.do_step
+
+
+class ThroughAPartial(ThroughAFunction):
+    def reaches_itself(self) -> Callable[[], None]:
+        return partial([lambda own: own.do_step()][0], self)
+
+
+class ThroughADefault(ThroughAFunction):
+    def reaches_itself(self) -> Callable[[], None]:
+        return lambda own=self: own.do_step()  # type: ignore[misc]
+
+
+class ThroughAReference(ThroughAFunction):
+    def begin(self) -> None:
+        super().begin()
+        self.reference = weakref.ref(self)
+
+    def step(self, closure: Any = None) -> None:
+        own = self.reference()
+        assert own is not None
+        own.do_step()
+
+
+class OwnsAHandle(Base):
+    """As one that frees memory of its own."""
+
+    are_open: dict[int, bool] = {}
+
+    def begin(self) -> None:
+        self.handle = id(self)
+        self.are_open[self.handle] = True
+
+    def __del__(self) -> None:
+        self.are_open.pop(self.handle, None)
+
+    def update(self, p: Tensor, g: Tensor, state: dict[str, Any], lr: float) -> None:
+        assert self.are_open[self.handle]
+        p.add_(g, alpha=-lr)
+
+
+class Raises(Mapping[str, int]):
+    """As a setting that has no value."""
+
+    def __getitem__(self, key: str) -> int:
+        raise LookupError(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(["missing"])
+
+    def __len__(self) -> int:
+        return 1
+
+
+class HoldsWhatRaises(Base):
+    def begin(self) -> None:
+        gone = nn.Linear(1, 1)
+        self.held = [Raises(), weakref.proxy(gone), sys]
+
+    def update(self, p: Tensor, g: Tensor, state: dict[str, Any], lr: float) -> None:
+        p.add_(g, alpha=-lr)
+
+
+class OwnLearningRate(Base):
+    """Its weight decay is in proportion to a learning rate that is in no param group."""
+
+    def update(self, p: Tensor, g: Tensor, state: dict[str, Any], lr: float) -> None:
+        p.mul_(1.0 - 0.3).add_(g.sign(), alpha=-1e-3)
+
+
+class RandomNumbers(Base):
+    """From every generator there is."""
+
+    def update(self, p: Tensor, g: Tensor, state: dict[str, Any], lr: float) -> None:
+        drawn = random.random() + float(torch.rand(()))
+        drawn += float(sys.modules["numpy"].random.rand()) if "numpy" in sys.modules else 0.0
+        p.add_(g, alpha=-lr * drawn)
+
+
 def train(optimizer: Optimizer, loss: Callable[[int], Tensor], steps: int = FIRST_STEPS + 2) -> None:
     for step in range(steps):
         optimizer.zero_grad()
@@ -105,18 +216,94 @@ def test_refused(base: type[Base], options: dict[str, Any], dtype: torch.dtype) 
         train(optimizer, loss)
 
 
-@pytest.mark.parametrize("base", [DecaysFast, Noisy, Counts, StepsAnother])
+@pytest.mark.parametrize(
+    "base",
+    [
+        DecaysFast, Noisy, Counts, StepsAnother, RandomNumbers, OwnLearningRate, OwnsAHandle, HoldsWhatRaises,
+        ThroughAFunction, ThroughACompiledMethod, ThroughAMethod, ThroughAPartial, ThroughADefault, ThroughAReference,
+    ],
+)  # fmt: skip
 def test_accepted_and_not_changed_by_asking(base: type[Base], monkeypatch: pytest.MonkeyPatch) -> None:
     ends = []
     for asks in (True, False):
         parameters, loss = problem()
         optimizer = base(parameters, lr=0.5)
+        random.seed(0)
+        if "numpy" in sys.modules:
+            sys.modules["numpy"].random.seed(0)
         if not asks:
             monkeypatch.setattr("manic.optimizer.positions.PositionCheck.ask", lambda *_: None)
         train(Mechanic(optimizer), loss)
         ends.append([*parameters, *getattr(optimizer, "seen", [])])
     assert len(ends[0]) == len(ends[1])
     assert all(torch.equal(one, two) for one, two in zip(*ends))
+
+
+class Registered(Base):
+    """Its step works on what a class holds, where no copy looks."""
+
+    registered: list[Optimizer] = []
+
+    def begin(self) -> None:
+        self.registered[:] = [self]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.registered[0].param_groups:
+            for p in group["params"]:
+                self.write(p, group["lr"])
+
+    def write(self, p: Tensor, lr: float) -> None:
+        p.sub_(lr * p.grad)
+
+
+class RegisteredByData(Registered):
+    def write(self, p: Tensor, lr: float) -> None:
+        p.data.sub_(lr * p.grad)
+
+
+@pytest.mark.parametrize("base", [Registered, RegisteredByData])
+def test_a_copy_that_steps_the_optimizer_itself_is_an_error_in_words(base: type[Base]) -> None:
+    parameters, loss = problem()
+    with pytest.raises(TypeError, match=rf"{base.__name__}: the step of a copy of it has changed its own parameters"):
+        train(Mechanic(base(parameters, lr=0.5)), loss)
+
+
+class HoldsMuch(Base):
+    """More than is copied, though no tensor of floating point says so."""
+
+    def begin(self) -> None:
+        self.codes = torch.zeros(1 << 27, dtype=torch.uint8)[:1]
+
+    def update(self, p: Tensor, g: Tensor, state: dict[str, Any], lr: float) -> None:
+        assert self.codes.untyped_storage().nbytes() == 1 << 27
+        p.add_(g, alpha=-lr)
+
+
+class HoldsMuchInState(HoldsMuch):
+    def begin(self) -> None:
+        super().begin()
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["codes"] = self.codes
+        del self.codes
+
+    def update(self, p: Tensor, g: Tensor, state: dict[str, Any], lr: float) -> None:
+        p.add_(g, alpha=-lr)
+
+
+@pytest.mark.parametrize("base", [HoldsMuch, HoldsMuchInState])
+def test_much_memory_is_not_copied(base: type[Base], monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[int] = []
+    real = torch.UntypedStorage.__deepcopy__
+    monkeypatch.setattr(
+        torch.UntypedStorage,
+        "__deepcopy__",
+        lambda self, memo: copied.append(self.nbytes()) or real(self, memo),
+    )
+    parameters, loss = problem()
+    train(Mechanic(base(parameters, lr=0.5)), loss)
+    assert max(copied, default=0) < 1 << 26
 
 
 def test_nothing_has_changed_after_the_error() -> None:

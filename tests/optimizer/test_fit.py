@@ -218,7 +218,7 @@ def test_a_model_that_is_materialised_after_the_optimizer_was_built() -> None:
         other, others = materialised(True, options)
         assert scale == other
         for a, b in zip(parameters, others):
-            assert torch.equal(a.to_local(), b.to_local())  # type: ignore[operator]
+            assert torch.equal(a.to_local(), b.to_local())  # type: ignore[attr-defined]
 
 
 def test_the_tuner_is_never_on_the_meta_device() -> None:

@@ -121,7 +121,7 @@ def describe(value: Any) -> Any:
 
 def everything(optimizer: Optimizer) -> list[Any]:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    states = [optimizer.state.get(parameter) for parameter in parameters]  # type: ignore[call-overload]
+    states = [optimizer.state.get(parameter) for parameter in parameters]
     groups = [[(k, describe(v)) for k, v in group.items() if k != "params"] for group in optimizer.param_groups]
     return [
         len(optimizer.state), groups, [describe(parameter) for parameter in parameters],

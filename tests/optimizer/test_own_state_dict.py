@@ -28,7 +28,7 @@ class Overriding(AdamW):
         for group in self.param_groups:
             group["__class__"] = type(self)
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:
         super().step()
         self.seen += 1
 
@@ -69,7 +69,7 @@ class Outer(Optimizer):
     def seen(self) -> Any:
         return self.inner.seen
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:
         self.inner.step()
 
     def state_dict(self) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def test_a_saved_state_dict_resumes_the_run(base: type[Any], variant: str | None
 def test_hooks_of_mechanic_see_the_whole_state_dict(base: type[Any]) -> None:
     model, _, optimizer = make(base, "multiplicative", 0)
     train(model, optimizer, range(2))
-    calls = []
+    calls: list[Any] = []
     optimizer.register_state_dict_pre_hook(lambda _: calls.append("before"))
     optimizer.register_state_dict_post_hook(lambda _, saved: calls.append(sorted(saved)))
     optimizer.state_dict()
@@ -219,7 +219,7 @@ def test_refuses_a_state_dict_that_cannot_hold_mechanics_state() -> None:
 class Structured(torch.optim.SGD):
     """Keeps numbers as keys, a list of tensors and a set under each parameter."""
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -247,5 +247,5 @@ def test_checkpointer_keeps_the_structure_of_a_state(variant: str | None, tmp_pa
 def test_torchs_functions_find_state_and_groups() -> None:
     model, _, optimizer = make(Overriding, "optax", 0)
     train(model, optimizer, range(2))
-    found = get_optimizer_state_dict(model, optimizer)
+    found: Any = get_optimizer_state_dict(model, optimizer)
     assert found["state"]["weight"]["mechanic_x_ref"] is optimizer.state[model.weight]["mechanic_x_ref"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ S_INIT = 1e-3
 
 def trajectory(name: str, wrap: object) -> tuple[list[float], list[torch.Tensor]]:
     parameters, loss = problem()
-    optimizer = wrap(parameters, bases.make(name, parameters))  # type: ignore[operator]
+    optimizer = wrap(parameters, bases.make(name, parameters))
     scales = []
     for step in range(STEPS):
         for parameter in parameters:
@@ -41,7 +43,7 @@ COMBINATIONS = [
 
 
 @pytest.mark.parametrize(("name", "options"), COMBINATIONS)
-def test_equals_the_reference(name: str, options: dict[str, object]) -> None:
+def test_equals_the_reference(name: str, options: dict[str, Any]) -> None:
     variant = str(options.get("variant", "optax"))
     expected_scales, expected = trajectory(name, lambda ps, base: reference_of(variant, ps, base, S_INIT))
     scales, parameters = trajectory(
@@ -72,7 +74,7 @@ def test_a_subclass_of_a_known_optimizer_is_not_assumed_position_free() -> None:
         """Halves its position, independent of the gradient."""
 
         @torch.no_grad()
-        def step(self, closure: object = None) -> None:  # type: ignore[override]
+        def step(self, closure: object = None) -> None:
             for group in self.param_groups:
                 for p in group["params"]:
                     p.sub_(p, alpha=0.5)

@@ -62,7 +62,7 @@ def test_an_optimizer_without_param_groups_is_refused() -> None:
 
 
 class NeedsClosure(Base):
-    def step(self, closure: Any) -> None:  # type: ignore[override]
+    def step(self, closure: Any) -> None:
         closure()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from support.problems import problem
 from support.training import adamw, assert_identical, tensors, train
 from support.tuners import rows_of, state_of
 
-BASES = {
+BASES: dict[str, Callable[[Any], Any]] = {
     "adamw": lambda ps: adamw(ps),
     "sgd": lambda ps: torch.optim.SGD(ps, lr=1.0),
     "adagrad": lambda ps: torch.optim.Adagrad(ps, lr=1.0),  # has state before its first step
@@ -79,7 +80,7 @@ def test_reading_the_state_of_a_new_optimizer_changes_nothing(base: str, flat: b
 
     model, optimizer = make(base)
     start = tensors([model.a, model.b])
-    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
+    saved: Any = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
     assert_identical(tensors([model.a, model.b]), start)
     assert any("mechanic_x_ref" in str(key) for key in (saved if flat else saved["state"]["a"]))
     train(optimizer, model.loss, 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import Any
 
 import pytest
@@ -75,6 +76,7 @@ def test_an_interrupted_pass_does_not_write_its_chunk() -> None:
     walk = pieces(small, written=(0,))
     (piece,) = next(walk)
     piece.zero_()
+    assert isinstance(walk, Generator)
     walk.close()  # as an exception in a for loop does
     assert all((tensor == 1).all() for tensor in small)
 
@@ -96,7 +98,10 @@ def test_batched_and_single_passes_are_equal(
         generator = torch.Generator().manual_seed(0)
         parameters = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
         parameters.append(torch.randn(6, 9, generator=generator).to(dtype).t().requires_grad_())
-        groups = [{"params": parameters[:4]}, {"params": parameters[4:], "weight_decay": 0.0, "lr": 0.5}]
+        groups: list[dict[str, Any]] = [
+            {"params": parameters[:4]},
+            {"params": parameters[4:], "weight_decay": 0.0, "lr": 0.5},
+        ]
         optimizer = Mechanic(
             torch.optim.AdamW(groups, lr=1.0, weight_decay=0.1), s_init=1e-3, **{"variant": "optax", **options}
         )

@@ -78,7 +78,7 @@ def train(parameters: list[Tensor], loss: Any, optimizer: Mechanic, steps: Any, 
         optimizer.zero_grad()
         loss(step).backward()
         if step in bad:
-            parameters[1].grad[2, 1] = bad[step]  # type: ignore[index]
+            parameters[1].grad[2, 1] = bad[step]
         optimizer.step()
 
 
@@ -152,7 +152,7 @@ def test_a_run_stopped_beside_a_left_out_step_goes_on_the_same(stop: int, how: s
             optimizer.zero_grad()
             loss(step).backward()
             if step in bad:
-                parameters[1].grad[2, 1] = math.nan  # type: ignore[index]
+                parameters[1].grad[2, 1] = math.nan
             for p, q in zip(mine, others):
                 q.grad = None if p.grad is None else p.grad.clone()
             optimizer.step()
@@ -236,7 +236,7 @@ def _fsdp(skips: bool) -> tuple[list[Tensor], float]:
         optimizer.zero_grad()
         model(x).square().mean().backward()
         if step in bad and dist.get_rank() == 1:
-            model[0].weight.grad.to_local().fill_(math.nan)  # type: ignore[union-attr, operator]
+            model[0].weight.grad.to_local().fill_(math.nan)
         optimizer.step()
     return [p.full_tensor().detach() for p in model.parameters()], optimizer.scale.item()  # type: ignore[attr-defined]
 
@@ -287,3 +287,40 @@ def test_sums_that_lose_digits_do_not_part_the_ranks(fused: tuple[bool, bool]) -
     (_, one, left_out, _), (_, other, _, _) = run(_stages, 2, fused, 0, "tiny")
     assert one == other
     assert left_out == 0
+
+
+def _late_group(bad: int) -> tuple[list[float], float]:
+    """The second group is empty on rank 0, and gets its first gradient on rank 1 in step FIRST."""
+    rank = dist.get_rank()
+    torch.manual_seed(rank)
+    first, second = nn.Parameter(torch.randn(5, 4)), nn.Parameter(torch.randn(5, 4))
+    groups = [{"params": [first]}, {"params": [second] if rank else []}]
+    base = torch.optim.AdamW(groups, lr=1.0, fused=True)
+    optimizer = Mechanic(base, nonfinite="skip", scale="per group", pipeline_stages=2)
+    second.requires_grad_(False)
+    for step in range(FIRST + 6):
+        torch.manual_seed(step)
+        first.grad = torch.randn(5, 4) + first.detach()
+        if step >= FIRST and rank:
+            second.requires_grad_(True)
+            second.grad = torch.randn(5, 4) + second.detach()
+        if step == bad and rank:
+            first.grad[0] = math.nan
+        optimizer.step()
+    return optimizer.scale.tolist(), optimizer.metrics()["nonfinite_steps"].item()
+
+
+@pytest.mark.parametrize(("bad", "left_out"), [(FIRST, 1.0), (FIRST + 2, 1.0), (-1, 0.0)])
+def test_a_group_that_begins_in_a_left_out_step_parts_no_ranks(bad: int, left_out: float) -> None:
+    (ours, count), (theirs, other) = run(_late_group, 2, bad, timeout=60)
+    assert ours == theirs
+    assert count == other == left_out
+
+
+def test_momentum_that_begins_in_a_left_out_step_is_not_made_of_nothing() -> None:
+    parameters, loss, optimizer = make("SGD")
+    train(parameters, loss, optimizer, range(FIRST))
+    for group in optimizer.param_groups:
+        group["momentum"] = 0.9
+    train(parameters, loss, optimizer, [FIRST], {FIRST: math.nan})
+    assert not any("momentum_buffer" in state for state in optimizer.state.values())

@@ -117,7 +117,7 @@ def test_an_edit_and_an_error_in_the_same_step_do_not_spoil_the_scale(options: d
         step()
         raise OSError("out of luck")
 
-    base.step = step_and_fail  # type: ignore[method-assign]
+    base.step = step_and_fail  # type: ignore[assignment, method-assign]
     with pytest.raises(OSError, match="out of luck"):
         train(optimizer, loss, range(3, 4))
     base.step = step  # type: ignore[method-assign]

@@ -140,7 +140,7 @@ def test_one_rank_with_a_gradient_begins_the_run() -> None:
     optimizer.step()
     assert rows(optimizer) <= 0
     rank = torch.distributed.get_rank()
-    model.weight.grad.to_local().fill_(float(rank))  # type: ignore[union-attr, operator]
+    model.weight.grad.to_local().fill_(float(rank))
     optimizer.step()
     assert rows(optimizer) == 1
     assert optimizer.scale > 0
@@ -200,7 +200,7 @@ def test_an_error_while_state_is_created_changes_nothing() -> None:
 def test_a_held_gradient_gives_no_first_scale(weight_decay: float) -> None:
     """As LoRA trained in turns: while B is 0, A has no gradient, and B has one but a learning rate of 0."""
     a, b = torch.randn(4, 5).requires_grad_(), torch.zeros(5, 3, requires_grad=True)
-    groups = [{"params": [a]}, {"params": [b], "lr": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": [a]}, {"params": [b], "lr": 0.0}]
     optimizer = Mechanic(torch.optim.AdamW(groups, lr=1.0, weight_decay=weight_decay))
     (a @ b - 1.0).square().sum().backward()
     optimizer.step()

@@ -164,7 +164,7 @@ def fail_in_the_base(layout: str, is_late: bool) -> None:
             step()
         raise OSError("out of luck")
 
-    base.step = fail  # type: ignore[method-assign]
+    base.step = fail  # type: ignore[assignment, method-assign]
     with pytest.raises(OSError, match="out of luck"):
         prepared.mechanic.step()
     base.step = step  # type: ignore[method-assign]
@@ -272,7 +272,7 @@ def test_state_that_is_only_looked_at_changes_nothing() -> None:
     for looks in (False, True):
         prepared = setup("single", "adamw", torch.float64, variant=Horizons())
         if looks:
-            found = get_optimizer_state_dict(prepared.model, prepared.optimizer)["state"]
+            found: Any = get_optimizer_state_dict(prepared.model, prepared.optimizer)["state"]
             assert set(NAMES) <= found["up.weight"].keys()
         take_steps(prepared, 0, 6)
         scales.append(everything(prepared))

@@ -36,7 +36,7 @@ def run(steps: int, zero_after: int | None = None, **options: Any) -> tuple[Mech
         loss(step).backward()
         if zero_after is not None and step >= zero_after:
             for parameter in parameters:
-                parameter.grad.zero_()  # type: ignore[union-attr]
+                parameter.grad.zero_()
         optimizer.step()
     return optimizer, listener.messages
 

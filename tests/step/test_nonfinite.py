@@ -35,7 +35,7 @@ def train(parameters: list[Tensor], loss: Any, optimizer: Mechanic, steps: Any, 
         optimizer.zero_grad()
         loss(step).backward()
         if step in bad:
-            parameters[1].grad[2, 1] = bad[step]  # type: ignore[index]
+            parameters[1].grad[2, 1] = bad[step]
         optimizer.step()
 
 
@@ -95,7 +95,7 @@ def test_a_nonfinite_parameter_raises_despite_skip(mode: str, when: str, variant
     if when == "after it":
         loss(3).backward()
         if variant == "pytorch":  # it sums the parameters after the base step
-            parameters[0].grad[0, 0] = math.nan  # type: ignore[index]
+            parameters[0].grad[0, 0] = math.nan
     with torch.no_grad():
         parameters[0][0, 0] = math.nan
     if when == "before backward":

@@ -22,7 +22,7 @@ Change = Callable[[list[Tensor], torch.optim.Optimizer], None]
 
 
 def make(parameters: list[Tensor]) -> torch.optim.Optimizer:
-    groups = [{"params": parameters[:1]}, {"params": parameters[1:], "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": parameters[:1]}, {"params": parameters[1:], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.5, weight_decay=0.1)
 
 
@@ -94,7 +94,7 @@ def backward(parameters: list[Tensor], loss: Any, step: int) -> None:
     if parameters[0].dtype == torch.float64:
         loss(step).backward()
     else:
-        sum((p.square() * (1 + step % 3) + p).sum() for p in parameters).backward()  # type: ignore[union-attr]
+        sum((p.square() * (1 + step % 3) + p).sum() for p in parameters).backward()
 
 
 @pytest.mark.parametrize("change", [nothing, *CHANGES])

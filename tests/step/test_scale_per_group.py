@@ -234,7 +234,7 @@ def test_experts_in_a_group_of_their_own() -> None:
         return [torch.randn(4, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(3)]
 
     rank, (dense, *experts) = dist.get_rank(), start()
-    groups = [{"params": [dense]}, {"params": [experts[rank]], "expert_parallel": True}]
+    groups: list[dict[str, Any]] = [{"params": [dense]}, {"params": [experts[rank]], "expert_parallel": True}]
     optimizer = Mechanic(torch.optim.SGD(groups, lr=1.0), scale="per group")
     alone, whole = start(), dist.new_group([rank], use_local_synchronization=True)
     both = [{"params": alone[:1]}, {"params": alone[1:]}]

@@ -47,7 +47,7 @@ class TrustRatio(Optimizer):
 
 def _cases() -> dict[str, Callable[[Any], Optimizer]]:
     optim = torch.optim
-    settings: list[tuple[type[Optimizer], dict[str, Any]]] = [
+    settings: list[tuple[Callable[..., Optimizer], dict[str, Any]]] = [
         (optim.SGD, {}),
         (optim.SGD, {"momentum": 0.9}),
         (optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),

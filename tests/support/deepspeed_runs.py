@@ -51,11 +51,11 @@ class Run:
     @property
     def config(self) -> dict[str, Any]:
         """DeepSpeed's."""
-        zero = {
+        zero: dict[str, Any] = {
             "stage": self.stage, "stage3_param_persistence_threshold": 0, "sub_group_size": self.sub_group_size,
             "reduce_bucket_size": 4096, "allgather_bucket_size": 4096,
         }  # fmt: skip
-        config = {
+        config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": PER_RANK // self.accumulates, "zero_optimization": zero,
             "gradient_accumulation_steps": self.accumulates, "gradient_clipping": self.clipping,
             "zero_allow_untested_optimizer": True, "steps_per_print": None,

@@ -47,10 +47,10 @@ def promises(folder: Path = ROOT / "tests" / "integrations") -> list[Promise]:
 
 def _of_file(file: Path) -> Iterator[Promise]:
     for node in ast.parse(file.read_text()).body:
-        tests = node.body if isinstance(node, ast.ClassDef) else [node]
+        body = node.body if isinstance(node, ast.ClassDef) else [node]
         prefix = f"{node.name}::" if isinstance(node, ast.ClassDef) else ""
-        for test in tests:
-            for decorator in test.decorator_list if isinstance(test, ast.FunctionDef) else []:
+        for test in (each for each in body if isinstance(each, ast.FunctionDef)):
+            for decorator in test.decorator_list:
                 if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "pytest.mark.framework":
                     framework, what = (ast.literal_eval(each) for each in decorator.args)
                     options = {each.arg: ast.literal_eval(each.value) for each in decorator.keywords}

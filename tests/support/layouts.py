@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -114,89 +116,106 @@ def full(parameter: Tensor) -> Tensor:
 
 def setup(layout: str, base: str, dtype: torch.dtype, **options: Any) -> Setup:
     """Place the model on all ranks in ``layout``, and wrap its base optimizer."""
-    model: nn.Module = make_net(dtype)
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    data = (rank, world)
-
-    def gather() -> dict[str, Tensor]:
-        return {name.removeprefix("module."): full(p) for name, p in model.named_parameters()}
-
-    if layout == "fsdp2":
-        for child in (model.up, model.down, model.norm):
-            fully_shard(child)
-        fully_shard(model)
-    elif layout == "hsdp":
-        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
-        fully_shard(model.up, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-    elif layout in ("tp", "tp+fsdp2"):
-        data = (0, 1)
-        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
-        if layout == "tp+fsdp2":
-            mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("dp", "tp"))
-            data = (mesh["dp"].get_local_rank(), 2)
-        parallelize_module(model, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
-        if layout == "tp+fsdp2":
-            fully_shard(model.up, mesh=mesh["dp"])
-            fully_shard(model, mesh=mesh["dp"])
-    elif layout == "mixed":  # one layer sharded over all ranks, one over half of them, the rest plain
-        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("outer", "inner"))
-        fully_shard(model.up)
-        fully_shard(model.down, mesh=mesh["inner"])
-        managed = {id(p) for child in (model.up, model.down) for p in child.parameters()}
-        for parameter in model.parameters():
-            if parameter.requires_grad and id(parameter) not in managed:
-                parameter.register_post_accumulate_grad_hook(_average_gradient)
-        inner = {id(p) for p in model.down.parameters()}
-        for parameter in model.parameters():
-            if id(parameter) in inner:
-                parameter.register_post_accumulate_grad_hook(
-                    lambda p: _average_local_gradient(p, mesh["outer"].get_group())
-                )
-    elif layout == "ddp":
-        model = DistributedDataParallel(model)
-    elif layout == "zero1":
-        model = DistributedDataParallel(model)
-        zero = ZeroRedundancyOptimizer(
-            members(model, base),
-            optimizer_class=mechanize(
-                lambda params, **kw: make_base(base, params), plain="sharded", **{"variant": "optax", **options}
-            ),
-        )
+    net = make_net(dtype)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    options = {"variant": "optax", **options}
+    if layout == "pipeline":  # two stages, each replicated over half of the ranks
+        return _setup_pipeline(base, net, rank, world, options)
+    model, data = PLACEMENTS[layout](net, rank, world)
+    gather = functools.partial(_gather, model)
+    if layout == "zero1":
+        cls = mechanize(lambda params, **_: make_base(base, params), plain="sharded", **options)
+        zero = ZeroRedundancyOptimizer(members(model, base), optimizer_class=cls)
         return Setup(model, zero, zero.optim, *data, gather)
-    elif layout.startswith("fsdp1"):
-        strategy = ShardingStrategy.FULL_SHARD
-        arguments: dict[str, Any] = {}
-        if layout == "fsdp1-hybrid":
-            strategy = ShardingStrategy.HYBRID_SHARD
-            arguments["device_mesh"] = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
-        module = model
-        for name in ("up", "down"):
-            wrapped = FullyShardedDataParallel(
-                getattr(module, name), sharding_strategy=strategy, use_orig_params=layout != "fsdp1-flat",
-                device_id=torch.device("cpu"), **arguments,
-            )  # fmt: skip
-            setattr(module, name, wrapped)
-        model = FullyShardedDataParallel(
-            module, sharding_strategy=strategy, use_orig_params=layout != "fsdp1-flat",
-            device_id=torch.device("cpu"), ignored_modules=[module.frozen], **arguments,
-        )  # fmt: skip
-
-        def gather() -> dict[str, Tensor]:
-            with FullyShardedDataParallel.summon_full_params(model):
-                return {
-                    name.replace("_fsdp_wrapped_module.", ""): p.detach().clone()
-                    for name, p in model.named_parameters()
-                }
-
-    elif layout == "pipeline":  # two stages, each replicated over half of the ranks
-        return _setup_pipeline(base, dtype, rank, world, options)
-    else:
-        assert layout == "single", layout
-
-    optimizer = Mechanic(make_base(base, members(model, base)), **{"variant": "optax", **options})
+    optimizer = Mechanic(make_base(base, members(model, base)), **options)
     return Setup(model, optimizer, optimizer, *data, gather)
+
+
+def _gather(model: nn.Module) -> dict[str, Tensor]:
+    is_fsdp1 = isinstance(model, FullyShardedDataParallel)
+    with FullyShardedDataParallel.summon_full_params(model) if is_fsdp1 else contextlib.nullcontext():
+        named = [(name.replace("_fsdp_wrapped_module.", ""), p) for name, p in model.named_parameters()]
+        return {name.removeprefix("module."): full(p) for name, p in named}
+
+
+Placed = tuple[nn.Module, tuple[int, int]]
+"""The model in its layout; this rank's part of the data, and the number of parts."""
+
+
+def _single(net: Net, rank: int, world: int) -> Placed:
+    return net, (rank, world)
+
+
+def _ddp(net: Net, rank: int, world: int) -> Placed:
+    return DistributedDataParallel(net), (rank, world)
+
+
+def _fsdp2(net: Net, rank: int, world: int) -> Placed:
+    for child in (net.up, net.down, net.norm):
+        fully_shard(child)
+    fully_shard(net)
+    return net, (rank, world)
+
+
+def _hsdp(net: Net, rank: int, world: int) -> Placed:
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+    fully_shard(net.up, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    return net, (rank, world)
+
+
+def _tensor_parallel(net: Net, rank: int, world: int) -> Placed:
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
+    parallelize_module(net, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    return net, (0, 1)
+
+
+def _tensor_parallel_and_fsdp2(net: Net, rank: int, world: int) -> Placed:
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("dp", "tp"))
+    parallelize_module(net, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    fully_shard(net.up, mesh=mesh["dp"])
+    fully_shard(net, mesh=mesh["dp"])
+    return net, (mesh["dp"].get_local_rank(), 2)
+
+
+def _mixed(net: Net, rank: int, world: int) -> Placed:
+    """One layer sharded over all ranks, one over half of them, the rest plain."""
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("outer", "inner"))
+    fully_shard(net.up)
+    fully_shard(net.down, mesh=mesh["inner"])
+    for child in (net.norm, net.head):
+        for parameter in child.parameters():
+            parameter.register_post_accumulate_grad_hook(_average_gradient)
+    for parameter in net.down.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: _average_local_gradient(p, mesh["outer"].get_group()))
+    return net, (rank, world)
+
+
+def _fsdp1(net: Net, rank: int, world: int, *, use_orig_params: bool = True, is_hybrid: bool = False) -> Placed:
+    options: dict[str, Any] = {"use_orig_params": use_orig_params, "device_id": torch.device("cpu")}
+    options["sharding_strategy"] = ShardingStrategy.FULL_SHARD
+    if is_hybrid:
+        options["sharding_strategy"] = ShardingStrategy.HYBRID_SHARD
+        options["device_mesh"] = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+    for name in ("up", "down"):
+        setattr(net, name, FullyShardedDataParallel(getattr(net, name), **options))
+    return FullyShardedDataParallel(net, ignored_modules=[net.frozen], **options), (rank, world)
+
+
+PLACEMENTS: dict[str, Callable[[Net, int, int], Placed]] = {
+    "single": _single,
+    "ddp": _ddp,
+    "zero1": _ddp,
+    "fsdp2": _fsdp2,
+    "hsdp": _hsdp,
+    "tp": _tensor_parallel,
+    "tp+fsdp2": _tensor_parallel_and_fsdp2,
+    "mixed": _mixed,
+    "fsdp1-orig": _fsdp1,
+    "fsdp1-flat": functools.partial(_fsdp1, use_orig_params=False),
+    "fsdp1-hybrid": functools.partial(_fsdp1, is_hybrid=True),
+}
+"""How each layout but the pipeline places the model: from the model, the rank and the number of ranks."""
 
 
 def _average_gradient(parameter: Tensor) -> None:
@@ -215,17 +234,14 @@ def _average_local_gradient(parameter: Tensor, group: dist.ProcessGroup) -> None
         dist.all_reduce(local, group=group)
 
 
-def _setup_pipeline(base: str, dtype: torch.dtype, rank: int, world: int, options: dict[str, Any]) -> Setup:
+def _setup_pipeline(base: str, model: Net, rank: int, world: int, options: dict[str, Any]) -> Setup:
     """A pipeline without a schedule: every rank computes all gradients, and its optimizer owns those of its stage."""
-    model = make_net(dtype)
     per_stage = world // 2
     stage = rank // per_stage
-    stages = [[model.up], [model.down, model.norm, model.head, model.frozen]]
+    stages: list[list[nn.Module]] = [[model.up], [model.down, model.norm, model.head, model.frozen]]
     owned = [p for child in stages[stage] for p in child.parameters()]
     names = {id(p): name for name, p in model.named_parameters()}
-    optimizer = Mechanic(
-        make_base(base, members(model, base, owned)), pipeline_stages=2, **{"variant": "optax", **options}
-    )
+    optimizer = Mechanic(make_base(base, members(model, base, owned)), pipeline_stages=2, **options)
 
     def send_to_other_stages(*_: Any) -> None:
         with torch.no_grad():

@@ -209,7 +209,7 @@ def trial(
         pending = {connections[rank]: rank for rank in range(world_size) if rank != lost}
         while pending and time.monotonic() < deadline:
             for ready in wait(list(pending), timeout=max(0.0, deadline - time.monotonic())):
-                rank = pending.pop(ready)  # type: ignore[arg-type]
+                rank = pending.pop(ready)  # type: ignore[call-overload]
                 try:
                     survivor: Survivor = connections[rank].recv()
                 except EOFError:
@@ -246,7 +246,9 @@ def _live(
     store = store or dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
     # The groups of torch's meshes have a timeout of 30 minutes.
-    layouts.init_device_mesh = lambda kind, shape, mesh_dim_names: make_mesh(kind, shape, mesh_dim_names, timeout)
+    vars(layouts)["init_device_mesh"] = lambda kind, shape, mesh_dim_names: make_mesh(
+        kind, shape, mesh_dim_names, timeout
+    )
     setup_ = setup(layout, base, dtype, **{"s_init": 1e-2, **options})
     if rank == lost:
 

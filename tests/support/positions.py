@@ -202,7 +202,7 @@ class GlobalEntry(KeepsGradient):
     """Keeps a number in ``state`` beside the parameters'."""
 
     def begin(self) -> None:
-        self.state["total"] = 0  # type: ignore[index, assignment]
+        self.state["total"] = 0
 
 
 class StartsAtTheUnitMatrix(Base):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.stateful import Stateful
 
 from manic.checkpoint import Checkpointer
 from support.layouts import BATCH, Setup, batch, setup
@@ -33,7 +34,7 @@ class Run:
         self.counter = Counter()
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.setup.optimizer, T_max=40)
         self.noise = noise and self.setup.data_size == (dist.get_world_size() if dist.is_initialized() else 1)
-        objects = {"counter": self.counter, "scheduler": self.scheduler}
+        objects: dict[str, Stateful] = {"counter": self.counter, "scheduler": self.scheduler}
         self.checkpointer = Checkpointer(directory, self.setup.model, self.setup.optimizer, objects=objects, **options)
 
     def train(self, steps: int) -> list[Any]:

@@ -15,7 +15,7 @@ class Packed(Tensor):
 
     @staticmethod
     def __new__(cls, codes: Tensor, total: Tensor) -> Packed:
-        return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined, no-any-return]
+        return Tensor._make_wrapper_subclass(
             cls, codes.shape, strides=codes.stride(), dtype=torch.float32, device=codes.device
         )
 
@@ -54,7 +54,7 @@ class Packed(Tensor):
             return target.copy_(source.unpacked())
         raise NotImplementedError(f"Packed has no {func}")
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
 
 torch.serialization.add_safe_globals([Packed])
@@ -67,7 +67,7 @@ class PackedMoment(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:

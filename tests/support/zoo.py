@@ -151,7 +151,7 @@ def _without_a_closure(case: Case, error: str) -> Verdict:
         optimizer = case.make(problem.model, None)
         for step in range(4):
             problem.backward(step)
-            optimizer.step(functools.partial(torch.enable_grad()(problem.backward), step))
+            optimizer.step(functools.partial(torch.enable_grad()(problem.backward), step))  # type: ignore[arg-type]
     except Exception:
         return Verdict(UNSUPPORTED, _short(error))
     problem = _Problem(case, dtype)
@@ -318,8 +318,12 @@ def _of_pytorch_optimizer() -> Iterator[Case]:
         "LookSAM": lambda model, lr: package.LookSAM(model.parameters(), sgd, lr=lr),
         "WSAM": lambda model, lr: package.WSAM(model, model.parameters(), sgd, lr=lr),
     }
-    for name, wrap in wrappers.items():
-        yield Case(name, lambda model, lr, wrap=wrap: wrap(model, 1e-3 if lr is None else lr))
+
+    def wrapped(name: str, model: nn.Module, lr: float | None) -> Optimizer:
+        return wrappers[name](model, 1e-3 if lr is None else lr)
+
+    for name in wrappers:
+        yield Case(name, functools.partial(wrapped, name))
 
 
 def _of_timm() -> Iterator[Case]:

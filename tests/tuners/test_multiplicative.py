@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from manic import Mechanic
+from manic.step.guard import Nonfinite
 from manic.tuners.multiplicative_reference import MultiplicativeReference
 from support.failing import FailsAt
 from support.problems import problem
@@ -135,7 +136,7 @@ def test_no_reference_is_fixed() -> None:
     optimizer = Mechanic(sgd(parameters, 1.0))
     before: list[Tensor] = []
     for step in range(12):
-        train(parameters, lambda _, step=step: loss(step), optimizer, schedule=lambda _: 1.0, steps=1)
+        train(parameters, lambda _: loss(step), optimizer, schedule=lambda _: 1.0, steps=1)  # noqa: B023
         states = [optimizer.state[parameter] for parameter in parameters]
         own = {key for state in states for key in state if key.startswith("mechanic")}
         assert own == {"mechanic_x_ref", "mechanic_x_ref_1"}
@@ -218,7 +219,7 @@ def test_a_warm_up_may_start_near_zero(bases: Bases, start: float) -> None:
 
 
 @pytest.mark.parametrize("nonfinite", ["raise", "ignore"])
-def test_groups_of_two_dtypes_use_their_weight_decay(nonfinite: str) -> None:
+def test_groups_of_two_dtypes_use_their_weight_decay(nonfinite: Nonfinite) -> None:
     moved = []
     for together in (True, False):
         wide = torch.full((4,), 2.0, requires_grad=True)
@@ -237,7 +238,7 @@ def test_groups_of_two_dtypes_use_their_weight_decay(nonfinite: str) -> None:
 
 
 @pytest.mark.parametrize("nonfinite", ["raise", "skip", "ignore"])
-def test_an_error_at_the_initial_scale_defers_it_to_the_next_step(nonfinite: str) -> None:
+def test_an_error_at_the_initial_scale_defers_it_to_the_next_step(nonfinite: Nonfinite) -> None:
     scales = []
     for fails in (False, True):
         parameters, loss = problem()

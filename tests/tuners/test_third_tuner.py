@@ -59,7 +59,7 @@ def test_equals_a_separate_implementation_of_dog() -> None:
             largest = max(largest, sum(float((p - x).square().sum()) for p, x in zip(theirs, start)) ** 0.5)
             total += sum(float(p.grad.square().sum()) for p in theirs if p.grad is not None)
             for p in theirs:
-                p.sub_(largest / total**0.5 * p.grad)  # type: ignore[operator]
+                p.sub_(largest / total**0.5 * p.grad)
         assert optimizer.scale.item() == pytest.approx(largest / total**0.5, rel=1e-10)
     for p, q in zip(mine, theirs):
         torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-10, atol=1e-10)

@@ -101,28 +101,49 @@ def wanted_of_optimizer(
         key = entry.removeprefix("optimizer.")
         parameter, state = split(key.removeprefix("state."), names)
         have_state.add(parameter)
-        member = members.get(parameter)
-        if member is None:
+        what = f"{state} of {parameter}"
+        if parameter not in members:
             if parameter not in everyones and state not in _MECHANIC_KEYS:
                 raise ValueError(
                     f"{checkpoint} has {state or 'state'} for {parameter}, which is in no param group of this run: "
                     "add its group before loading (add_param_group), or build the optimizer over the same parameters"
                 )
         elif key in flat:
-            _check_size(flat[key], there, f"{state} of {parameter}", checkpoint)
+            _check_size(flat[key], there, what, checkpoint)
             wanted[key] = flat[key]
-        elif state in _MECHANIC_KEYS | member.own_keys:
-            # With x_ref but no Delta, it recomputes Delta.
-            if state in member.own_keys and not live.get(parameter, set()) & member.own_keys:
-                wanted[key] = target_of(there, member.tensor, f"{state} of {parameter}", checkpoint)
-        elif live.get(parameter, set()) - member.own_keys or (member.tensor.requires_grad and not member.keeps_state):
-            raise ValueError(
-                f"{checkpoint} is of another optimizer or other options: it has {state} for {parameter}, this run's "
-                "optimizer has none (if it has taken steps, load before the first)"
-            )
-        else:
-            wanted[key] = target_of(there, member.tensor, f"{state} of {parameter}", checkpoint)
-            check_kind(state, flat, parameter, checkpoint)
+        elif _needs_a_target(state, parameter, members[parameter], live.get(parameter, set()), checkpoint):
+            wanted[key] = target_of(there, members[parameter].tensor, what, checkpoint)
+            if state not in _MECHANIC_KEYS | members[parameter].own_keys:
+                check_kind(state, flat, parameter, checkpoint)
+    _check_complete(live, have_state, saved, members, checkpoint)
+    check_covered([f"optimizer.{key}" for key in wanted], saved, checkpoint)
+    return wanted
+
+
+def _needs_a_target(state: str, parameter: str, member: Member, live: set[str], checkpoint: str) -> bool:
+    """Whether to read a saved state that the live parameter does not have: ``live`` is what it has.
+
+    Raises:
+        ValueError: if this run's optimizer has no use for it.
+    """
+    if state in _MECHANIC_KEYS | member.own_keys:
+        return state in member.own_keys and not live & member.own_keys  # with x_ref but no Delta, it recomputes Delta
+    if live - member.own_keys or (member.tensor.requires_grad and not member.keeps_state):
+        raise ValueError(
+            f"{checkpoint} is of another optimizer or other options: it has {state} for {parameter}, this run's "
+            "optimizer has none (if it has taken steps, load before the first)"
+        )
+    return True
+
+
+def _check_complete(
+    live: Mapping[str, set[str]],
+    have_state: Container[str],
+    saved: Mapping[str, Any],
+    members: Mapping[str, Member],
+    checkpoint: str,
+) -> None:
+    """Raise ValueError if a parameter has saved state, but not all that this run's optimizer has for it."""
     for parameter, states in live.items():
         member = members.get(parameter)
         for state in states - (member.own_keys if member else frozenset()):
@@ -130,8 +151,6 @@ def wanted_of_optimizer(
                 raise ValueError(
                     f"{checkpoint} is of another optimizer or other options: it has no {state} for {parameter}"
                 )
-    check_covered([f"optimizer.{key}" for key in wanted], saved, checkpoint)
-    return wanted
 
 
 def _parameter_of_setting(key: str) -> str:

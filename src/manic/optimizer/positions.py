@@ -8,6 +8,7 @@ moves a displaced parameter back. It does not know how a step is scaled.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 
 from manic.distributed.collectives import on_any_rank, raise_together
 from manic.distributed.layout import local_storage
-from manic.optimizer.displaced import share_moved_back
+from manic.optimizer.displaced import ChangedByACopyError, share_moved_back
 from manic.optimizer.kinds import is_known
 from manic.optimizer.names import GROUP_KEY, STATE_KEYS, describe
 from manic.step.capture import Capture
@@ -40,8 +41,6 @@ _NEAR = 0.05
 _ASKED = (1, FIRST_STEPS - 1)
 # From which share of a displacement on it counts as moved back; weight decay that ignores the learning rate is below.
 _MOVED_BACK = 0.2
-# Bytes of an optimizer's attributes up to which it is copied.
-_COPIED = 1 << 26
 # How deep an optimizer's attributes are searched, and how many things in them.
 _DEPTH = 6
 _THINGS = 100_000
@@ -93,31 +92,42 @@ class PositionCheck:
         self._asked = ""
         if self._steps not in _ASKED:
             return
+        try:
+            self._asked = self._answer(captures, param_groups)
+        except Exception:  # of an unknown optimizer, on this rank alone perhaps: nothing is known then
+            self._asked = ""
+
+    def _answer(self, captures: Iterable[Capture], param_groups: Sequence[Mapping[str, Any]]) -> str:
         chosen: dict[int, Shard] = {}
         for shard in sorted((each for capture in captures for each in capture.shards), key=_rank_to_ask):
             if any(shard.optimizer is each for each in self._unknown) and self._can_ask(shard):
                 chosen.setdefault(id(shard.group), shard)
         for shard in chosen.values():
             assert shard.gradient is not None
-            x, g = shard.x, shard.gradient
-            share = share_moved_back(shard.optimizer, dict(shard.group), shard.parameter, x, g)
+            x, g, name = shard.x, shard.gradient, type(shard.optimizer).__name__
+            try:
+                share = share_moved_back(shard.optimizer, dict(shard.group), shard.parameter, x, g)
+            except ChangedByACopyError:
+                return (
+                    f"Mechanic cannot scale {name}: the step of a copy of it has changed its own parameters or state, "
+                    "which are not as before the step now. It keeps itself, or what it changes, where no copy of it "
+                    "does: in a class, in a module, or in an object that is not copied. Keep these in attributes of "
+                    "the optimizer, and load the last checkpoint"
+                )
             if share > _MOVED_BACK:
-                self._asked = (
-                    f"Mechanic cannot scale {type(shard.optimizer).__name__}: its next step would move "
+                return (
+                    f"Mechanic cannot scale {name}: its next step would move "
                     f"{describe(shard.parameter, param_groups)} back by {share:.0%} of a displacement, whatever the "
                     "learning rate. It computes the position anew from what it has summed, or projects it, and so "
                     "undoes the scaled steps. Use an optimizer that adds its update to the parameter"
                 )
-                return
+        return ""
 
     def _can_ask(self, shard: Shard) -> bool:
         x, g = shard.x, shard.gradient
         if g is None or shard.keeps_place or not (_is_comparable(x) and _is_comparable(g)):
             return False
-        if not _FEW <= x.numel() <= _COMPARED or not _has_many_values(x):
-            return False
-        held = _tensors(_attributes(shard.optimizer), "attribute")
-        return sum(each.numel() * each.element_size() for _, each in held) <= _COPIED
+        return _FEW <= x.numel() <= _COMPARED and _has_many_values(x)
 
     def raise_if_found(
         self,
@@ -144,7 +154,7 @@ class PositionCheck:
         ]  # fmt: skip
         try:
             complaint = next((self._complaint(found, param_groups) for found in self._find(places)), "")
-        except (RuntimeError, TypeError):  # other ranks wait, and what cannot be compared is not known to be a position
+        except Exception:  # other ranks wait, and what cannot be compared is not known to be a position
             complaint = ""
         raise_together(TypeError, complaint or self._asked, group, device)
 
@@ -220,12 +230,15 @@ def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
         if id(value) in seen:
             continue
         seen.add(id(value))
-        if isinstance(value, Tensor):
+        if issubclass(type(value), Tensor):  # isinstance() may run code of the object
             tensor = local_storage(value)
             if _is_comparable(tensor):
                 yield name, tensor.detach()
         elif depth > 0:
-            things += reversed([(each, f"{name}[{key!r}]", depth - 1) for key, each in _inside(value)])
+            try:
+                things += reversed([(each, f"{name}[{key!r}]", depth - 1) for key, each in _inside(value)])
+            except Exception:  # whatever an unknown object raises where it is looked at
+                continue
 
 
 def _is_comparable(tensor: Tensor) -> bool:
@@ -244,7 +257,7 @@ def _inside(value: Any) -> Iterable[tuple[Any, Any]]:
         return [(index if isinstance(key, Tensor) else key, x) for index, (key, x) in pairs if key not in _OWN_KEYS]
     if isinstance(value, (list, tuple)):
         return list(enumerate(value))
-    is_object = hasattr(value, "__dict__") and not isinstance(value, type) and not callable(value)
+    is_object = hasattr(value, "__dict__") and not isinstance(value, (type, ModuleType)) and not callable(value)
     return list(vars(value).items()) if is_object else []
 
 

@@ -164,6 +164,7 @@ class Planner:
                 key += (
                     id(group),
                     group.get("fused"),
+                    bool(group.get("momentum")),
                     group.get("decoupled_weight_decay"),
                     group.get("maximize"),
                     keeps_place(group),

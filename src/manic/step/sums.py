@@ -82,12 +82,8 @@ def local_sums(
         ranks it is of, shape [len(names) + 1, scales]; or, with a ``place``, in a row of its own for each rank.
     """
     wanted = [name for name in names if name != _LR]
-    pairs = {name: _operands_of(name) for name in wanted if name not in _COUNTS}
     places = 2 if place is None else place[1]
     total = like.new_zeros(len(wanted) + places * (_LR in names), scales)
-    # By what is summed, the column, the weight, the dtype and the device: all products, to be added at the end.
-    found: dict[tuple[tuple[str, ...], int, float, torch.dtype, torch.device], list[Tensor]] = {}
-    scratch = Scratch()
     if DEFERRALS in names:
         total[wanted.index(DEFERRALS)] = float(defers)
     if checks_gradients:
@@ -96,7 +92,20 @@ def local_sums(
             _add_check(check, captures, GRADIENTS in names, exact)
         else:
             check[0] += 0.0 * (local(grad_norm).to(total).reshape(()) if isinstance(grad_norm, Tensor) else grad_norm)
-    for capture in captures if pairs else ():
+    if any(name not in _COUNTS for name in wanted):
+        _add_products(total, wanted, captures, late, exact)
+    if _LR in names:
+        _add_lrs(total[len(wanted) :], lrs, place)
+    return total
+
+
+def _add_products(total: Tensor, wanted: list[str], captures: Iterable[Capture], late: bool, exact: bool) -> None:
+    """Add the products over the shards to the rows of their names, ``wanted``."""
+    pairs = {name: _operands_of(name) for name in wanted if name not in _COUNTS}
+    # By what is summed, the column, the weight, the dtype and the device: all products, to be added at the end.
+    found: dict[tuple[tuple[str, ...], int, float, torch.dtype, torch.device], list[Tensor]] = {}
+    scratch = Scratch()
+    for capture in captures:
         if capture.first.is_frozen:
             continue
         ascends = capture.first.group.get("maximize", False)
@@ -112,17 +121,25 @@ def local_sums(
             key = here, capture.first.column, weight, products[0].dtype, products[0].device
             found.setdefault(key, []).extend(products)
     for (here, column, weight, _, _), products in found.items():
-        sums = torch.stack(products).to(like).view(-1, len(here)).sum(dim=0) * weight
+        sums = torch.stack(products).to(total).view(-1, len(here)).sum(dim=0) * weight
         for name, value in zip(here, sums.unbind()):
             total[wanted.index(name), column] += value
-    if _LR in names:
-        row = len(wanted) + (0 if place is None else place[0])
-        for column, lr in enumerate(lrs):
-            if lr is not None:
-                total[row, column] += lr
-                if place is None:
-                    total[-1, column] += 1
-    return total
+
+
+def _add_lrs(rows: Tensor, lrs: Sequence[float | Tensor | None], place: tuple[int, int] | None) -> None:
+    """Add this rank's learning rates to its row, or, where ranks share one, to the first, and their count to the last.
+
+    Args:
+        rows: The last ones of the sums.
+        lrs: As of :func:`local_sums`.
+        place: Likewise.
+    """
+    for column, lr in enumerate(lrs):
+        if lr is None:
+            continue
+        rows[0 if place is None else place[0], column] += lr
+        if place is None:
+            rows[-1, column] += 1
 
 
 def _add_check(row: Tensor, captures: Iterable[Capture], of_all: bool, exact: bool) -> None:

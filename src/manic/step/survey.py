@@ -158,7 +158,9 @@ class Survey:
         if late and tuner.late_until_scale and state.is_per_group:
             # A frozen group would ask for a second all_reduce in every step. All ranks have the same numbers.
             reading = reading or Reading.of(proposal)
-            if not any(reading.moves(column) for column, has in enumerate(state.has_scale) if not has):
+            wanting = [column for column, has in enumerate(state.has_scale) if not has]
+            # A step that is left out has no late sums: ranks that have waited for it are out of it by now.
+            if not reading.is_finite or not any(map(reading.moves, wanting)):
                 return proposal, reading
         if not late:
             return proposal, reading

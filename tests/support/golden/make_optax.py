@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -19,7 +20,7 @@ import optax.contrib  # noqa: E402
 from support.golden.problems import BASES, PROBLEMS, STEPS, data, start  # noqa: E402
 
 
-def loss(problem, p, x, y):
+def loss(problem: str, p: dict[str, Any], x: Any, y: Any) -> Any:
     if problem == "network":
         return jnp.mean((jnp.tanh(x @ p["w1"] + p["b1"]) @ p["w2"] - y) ** 2)
     out = x @ p["w"] + p["b"]
@@ -28,7 +29,7 @@ def loss(problem, p, x, y):
     return jnp.mean((out - y) ** 2)
 
 
-def base_optimizer(name):
+def base_optimizer(name: str) -> Any:
     schedule = lambda count: 0.5 * (1.0 + jnp.cos(jnp.pi * count / STEPS))  # noqa: E731
     return {
         "sgd": lambda: optax.sgd(1.0),
@@ -38,7 +39,7 @@ def base_optimizer(name):
     }[name]()
 
 
-def trajectory(problem, base):
+def trajectory(problem: str, base: str) -> dict[str, Any]:
     x, y = map(jnp.asarray, data())
     params = {name: jnp.asarray(value) for name, value in start(problem).items()}
     optimizer = optax.contrib.mechanize(base_optimizer(base))
