@@ -2,7 +2,7 @@
 # Create .venv, install manic, and run the test suite. Pass options of pytest: bash launch/test.sh -k layouts
 # Include the slow tests, of minutes each: bash launch/test.sh -m "slow or not slow"
 # Only the tests with the frameworks that manic is used in, in an environment of its own, .venv-integrations, which has
-# them: bash launch/test.sh --integrations. With --write-frameworks they write their outcomes into docs/frameworks.md.
+# them: bash launch/test.sh --integrations. With --write-frameworks they write their outcomes into the docs' table.
 set -euo pipefail
 extras=train,test folder=.venv tests=()
 if [ "${1:-}" = --integrations ]; then

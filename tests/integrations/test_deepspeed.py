@@ -362,6 +362,6 @@ def runs_the_page(folder: Path) -> None:
     assert (folder / "checkpoints" / "latest").read_text() == "global_step10"
 
 
-@pytest.mark.framework("DeepSpeed", "the blocks of this page")
+@pytest.mark.framework("DeepSpeed", "the lines of its page")
 def test_the_page(tmp_path: Path) -> None:
     run(runs_the_page, 2, tmp_path)

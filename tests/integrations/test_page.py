@@ -15,10 +15,11 @@ from torch import Tensor, nn
 import manic
 from manic.testing import run
 from support.accelerated import be_torchrun
-from support.frameworks import PAGE
 from support.language_model import llama, texts, tokenizer
+from support.pages import DOCS
 
 STEPS = 3
+PAGE = DOCS / "frameworks.md"
 SECTIONS = {  # with the packages that each needs
     "Which class do I use": [],
     "Accelerate": ["accelerate", "tensorboard"],

@@ -276,6 +276,6 @@ def runs_the_page() -> None:
     assert names["optimizers"].mechanic.scale.item() > 0.0
 
 
-@pytest.mark.framework("torchtitan", "the blocks of this page")
+@pytest.mark.framework("torchtitan", "the lines of its page")
 def test_the_page() -> None:
     run(runs_the_page, 2)

@@ -1,4 +1,4 @@
-"""What tests/integrations promises by its markers, and the table of docs/frameworks.md that says how it went."""
+"""What tests/integrations promises by its markers, and the table of docs/appendix/frameworks-tested.md of how it went."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "frameworks.md"
+PAGE = ROOT / "docs" / "appendix" / "frameworks-tested.md"
 BEGIN, END = "<!-- Written by pytest --write-frameworks -->\n", "<!-- End of what pytest writes -->\n"
 HEADER = "| | version | what | |\n|---|---|---|---|\n"
 
