@@ -49,7 +49,8 @@ _OWN_KEYS = frozenset(STATE_KEYS)
 _NOT_COPIED = ("state", "param_groups", "step")
 # What a deep copy shares with the original, besides functions and references, and nobody can change.
 _SIMPLE = (type, types.ModuleType, types.CodeType, str, bytes, int, float, complex, type(None), torch.dtype)
-_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.MethodWrapperType)
+# A method is not among these: its copy is bound to the copy of its object.
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodWrapperType)
 
 
 class ChangedByACopyError(Exception):
