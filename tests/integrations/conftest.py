@@ -13,11 +13,15 @@ from support import frameworks
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-frameworks", action="store_true", help="write the outcomes into docs/appendix/frameworks-tested.md")
+    parser.addoption(
+        "--write-frameworks", action="store_true", help="write the outcomes into docs/appendix/frameworks-tested.md"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "framework(name, promise, limit=None): a row of docs/appendix/frameworks-tested.md")
+    config.addinivalue_line(
+        "markers", "framework(name, promise, limit=None): a row of docs/appendix/frameworks-tested.md"
+    )
     if config.getoption("--write-frameworks", default=False) and not hasattr(config, "workerinput"):
         config.pluginmanager.register(_Table())
 
