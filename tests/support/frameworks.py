@@ -1,4 +1,4 @@
-"""What tests/integrations promises by its markers, and the table of docs/appendix/frameworks-tested.md of how it went."""
+"""The promises of tests/integrations, by its markers, and the table of how they went: appendix/frameworks-tested.md."""
 
 from __future__ import annotations
 
