@@ -1,5 +1,6 @@
 # Create a virtual environment in the folder $2 (default: .venv) and install manic in it with the extras in $1. Sourced
-# by the other scripts. Set PYTHON to choose the interpreter, PIP_EXTRA_INDEX_URL to choose the index for torch.
+# by the other scripts. Set PYTHON to choose the interpreter, PIP_EXTRA_INDEX_URL to choose the index for torch, TORCH to
+# choose another torch than the pinned one: a version, newest or nightly.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${2:-.venv}
 if [ ! -x "$venv/bin/python" ]; then
@@ -12,4 +13,15 @@ if [ "$(uname)" = Linux ] && [ -z "${PIP_EXTRA_INDEX_URL:-}" ] && ! command -v n
     curl --silent --fail --head --max-time 5 --output /dev/null "$cpu_index/torch/"; then
     export PIP_EXTRA_INDEX_URL=$cpu_index
 fi
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$1]"
+pip_install=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
+constraints=constraints.txt
+if [ -n "${TORCH:-}" ]; then # another torch than the pinned one
+    constraints=$venv/constraints.txt
+    grep --invert-match '^torch==' constraints.txt >"$constraints"
+    case $TORCH in
+        nightly) "${pip_install[@]}" --pre torch --index-url https://download.pytorch.org/whl/nightly/cpu ;;
+        newest) "${pip_install[@]}" --upgrade torch ;;
+        *) "${pip_install[@]}" "torch==$TORCH" ;;
+    esac
+fi
+"${pip_install[@]}" --constraint "$constraints" --editable ".[$1]"
