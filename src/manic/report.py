@@ -103,7 +103,7 @@ def read(source: str | os.PathLike[str]) -> Run:
     if not run.scales:
         raise ValueError(
             f"{name} has no S: expected JSON lines with 'step' and 'scale' (or 'scale/0', ...), as "
-            "optimizer.metrics(to_host=True) returns them, or checkpoints of a Mechanic"
+            "optimizer.metrics(to_host=True) returns them, or checkpoints of a Mechanic with one of manic's tuners"
         )
     return run
 
@@ -139,7 +139,7 @@ def _checkpoints(url: str) -> Iterable[Mapping[str, Any]]:
         names = ["scale"] if len(tuners) == 1 else [f"scale/{index}" for index in range(len(tuners))]
         yield {
             "step": step,
-            **{name: tuner["scale"] for name, tuner in zip(names, tuners)},
+            **{name: tuner["scale"] for name, tuner in zip(names, tuners) if not math.isnan(tuner["scale"])},
             **{f"effective_lr/{i}": group["effective_lr"] for i, group in enumerate(groups) if "effective_lr" in group},
             **({"nonfinite_steps": max(each["nonfinite_steps"] for each in tuners)} if tuners else {}),
         }

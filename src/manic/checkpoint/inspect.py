@@ -150,7 +150,7 @@ def _groups(settings: Mapping[str, Any]) -> dict[str, Any]:
             if tuner not in tuners:
                 tuners.append(tuner)
             line["tuner"] = tuners.index(tuner)
-            if "lr" in line:
+            if "lr" in line and not math.isnan(tuner["scale"]):
                 line["effective_lr"] = tuner["scale"] * line["lr"]
         same = next((each for each in groups if {**each, "number": 0} == {**line, "number": 0}), None)
         if same is None:
@@ -193,9 +193,7 @@ def _describe(found: Mapping[str, Any]) -> str:
     line("files", f"{found['files']}, {_size(found['bytes'])}")
     line("integrity", _verdict(integrity))
     for index, tuner in enumerate(found.get("tuners", [])):
-        line(
-            "tuner", f"{index}: scale {tuner['scale']:.6g} after {tuner['updates']} updates, variant {tuner['variant']}"
-        )
+        line("tuner", f"{index}: scale {_scale(tuner)} after {tuner['updates']} updates, variant {tuner['variant']}")
         for name, row in tuner["fields"].items():
             line("", f"{name:<18}" + "  ".join(f"{value:.7g}" for value in row))
     for group in found.get("groups", []):
@@ -210,10 +208,15 @@ def _describe(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _scale(tuner: Mapping[str, Any]) -> str:
+    """S in words: of a tuner that manic does not know, nobody does."""
+    return "unknown" if math.isnan(tuner["scale"]) else f"{tuner['scale']:.6g}"
+
+
 def _row(found: Mapping[str, Any]) -> str:
     """One checkpoint of several as one line."""
     manifest = found["manifest"]
-    scales = ", ".join(f"{tuner['scale']:.6g}" for tuner in found.get("tuners", [])) or "-"
+    scales = ", ".join(map(_scale, found.get("tuners", []))) or "-"
     when = f"{manifest['time']}  {manifest['world_size']} rank(s)" if manifest else "-"
     return f"{found['path']}  {when}  {_size(found['bytes'])}  scale {scales}  {_verdict(found['integrity'])}"
 
