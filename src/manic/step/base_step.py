@@ -97,7 +97,8 @@ def _scaled_learning_rates(captures: Sequence[Capture], scales: Sequence[float |
 @contextmanager
 def _flagged(captures: Sequence[Capture], is_left_out: Tensor | None) -> Iterator[None]:
     """Set the flag where fused optimizers of torch read it, as its GradScaler does."""
-    optimizers = [] if is_left_out is None else [capture.first.optimizer for capture in captures]
+    found = {id(capture.first.optimizer): capture.first.optimizer for capture in captures}
+    optimizers = [] if is_left_out is None else list(found.values())
 
     def restore() -> None:
         for optimizer in optimizers:
