@@ -70,7 +70,7 @@ def run_host(options: argparse.Namespace) -> None:
     count = host.count(options.layers)
     print(
         f"{count} DTensors of few elements, rank 0 of {options.ranks}, CPU, {torch.get_num_threads()} thread(s), torch "
-        f"{torch.__version__}, median of {options.repeats} steps",
+        f"{torch.__version__}, {options.repeats} steps: the median of the means of {step.PERIOD} in a row",
         host.table(costs),
         sep="\n\n",
     )

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.optim import AdamW, Optimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from benchmarks.step import PERIOD, Settled
 from manic import Mechanic
 from manic.distributed.layout import local
 
@@ -34,8 +35,14 @@ def _mechanic(**options: Any) -> Callable[[Sequence[Tensor]], Optimizer]:
     return lambda parameters: Mechanic(fused(parameters), **options)
 
 
+def _settled(**options: Any) -> Callable[[Sequence[Tensor]], Optimizer]:
+    return lambda parameters: Mechanic(fused(parameters), variant=Settled(), **options)
+
+
 METHODS: dict[str, Callable[[Sequence[Tensor]], Optimizer]] = {
     REFERENCE: fused,
+    "Mechanic(AdamW), after 1,000 steps": _settled(),
+    'Mechanic(AdamW), after 1,000 steps, nonfinite="ignore"': _settled(nonfinite="ignore"),
     "Mechanic(AdamW)": _mechanic(),
     'Mechanic(AdamW), nonfinite="ignore"': _mechanic(nonfinite="ignore"),
     'Mechanic(AdamW), variant="optax"': _mechanic(variant="optax"),
@@ -49,7 +56,7 @@ class Cost:
     """Cost of one method."""
 
     seconds: float | None = None
-    """Median host time of a step; ``None`` if the method raised."""
+    """Host time of a step; ``None`` if the method raised."""
     error: str | None = None
     """The error that it raised."""
 
@@ -125,11 +132,16 @@ def measure(methods: Sequence[str], layers: int, world_size: int, repeats: int) 
             for run in runs.values():
                 run.step()
         return {
-            method: Cost(error=run.error) if run.error else Cost(seconds=statistics.median(run.seconds[WARM_UP:]))
+            method: Cost(error=run.error) if run.error else Cost(seconds=_of_a_step(run.seconds[WARM_UP:]))
             for method, run in runs.items()
         }
     finally:
         dist.destroy_process_group()
+
+
+def _of_a_step(seconds: Sequence[float]) -> float:
+    """The median over periods, since a settled tuner sums in one step of each."""
+    return statistics.median(statistics.fmean(seconds[at : at + PERIOD]) for at in range(0, len(seconds), PERIOD))
 
 
 def ratio(costs: dict[str, Cost], method: str) -> float | None:

@@ -9,7 +9,6 @@ can be out of date in the next step, and nobody's memory is held between steps.
 from __future__ import annotations
 
 from collections import defaultdict
-from operator import is_
 from typing import Any
 
 from torch import Tensor
@@ -57,8 +56,8 @@ class _Shards:
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer, self._states = optimizer, optimizer.state
         self._local_states: defaultdict[Tensor, Any] = defaultdict(dict)
-        # A DTensor, the tensor in its place, and what that one's state holds before the step.
-        self._stand_ins: list[tuple[DTensor, Tensor, dict[str, Any]]] = []
+        # A DTensor, and the tensor in its place.
+        self._stand_ins: list[tuple[DTensor, Tensor]] = []
         # Groups with a DTensor, their parameters, and those for the step.
         self._groups: list[tuple[dict[str, Any], list[Tensor], list[Tensor]]] = []
 
@@ -76,15 +75,15 @@ class _Shards:
             if gradient is None:  # optimizers leave it alone
                 continue
             shard, shard_of_gradient = _plain_shard(parameter, parameter), _plain_shard(parameter, gradient)
-            state = _plain_state(parameter, self._states.get(parameter))
+            state = _plain_state(parameter, self._states.get(parameter) or {})
             if shard is None or shard_of_gradient is None or state is None:
                 return False
             tensor = shard.detach()
             give_gradient(tensor, shard_of_gradient)
             members.append(tensor)
-            self._stand_ins.append((parameter, tensor, state))
+            self._stand_ins.append((parameter, tensor))
             if state:
-                self._local_states[tensor] = dict(state)
+                self._local_states[tensor] = state
         if len(self._stand_ins) > count:
             self._groups.append((group, group["params"], members))
         return True
@@ -96,7 +95,7 @@ class _Shards:
 
     def enter(self) -> None:
         """Hand them to the optimizer."""
-        increment_version([parameter for parameter, _, _ in self._stand_ins])  # for backward to see that they change
+        increment_version([parameter for parameter, _ in self._stand_ins])  # for backward to see that they change
         self._optimizer.state = self._local_states
         for group, _, members in self._groups:
             group["params"] = members
@@ -112,22 +111,22 @@ class _Shards:
 
         An interrupt leaves all of a parameter's new state, or none.
         """
-        for parameter, tensor, before in self._stand_ins:
-            after = self._local_states.pop(tensor, {})
-            if len(after) == len(before) and all(map(is_, after.values(), before.values())):
-                continue
+        for parameter, tensor in self._stand_ins:
+            after, before = self._local_states.pop(tensor, {}), self._states.get(parameter) or {}
             new = {
                 name: _distributed(name, value, parameter, tensor)
                 for name, value in after.items()
-                if value is not before.get(name, _ABSENT)
+                if not _is_stored(value, before.get(name, _ABSENT))
             }
-            state = self._states.get(parameter)
-            if state is None:
-                self._states[parameter] = new
+            gone = [name for name in before if name not in after and name not in _OWN_KEYS]
+            if not new and not gone:
+                continue
+            if parameter in self._states:
+                self._states[parameter].update(new)
+                for name in gone:
+                    del self._states[parameter][name]
             else:
-                state.update(new)
-                for name in before.keys() - after.keys():
-                    del state[name]
+                self._states[parameter] = new
         for plain, entries in self._local_states.items():
             self._states[plain] = entries
 
@@ -141,10 +140,15 @@ def _find(optimizer: Optimizer) -> _Shards | None:
     return shards if all(map(shards.add, groups)) and shards.are_found else None
 
 
-def _plain_state(parameter: DTensor, state: dict[str, Any] | None) -> dict[str, Any] | None:
+def _is_stored(value: Any, stored: Any) -> bool:
+    """Whether an entry of the local state is what is ``stored`` for it, or its shard."""
+    return value is stored or (isinstance(stored, DTensor) and value is stored._local_tensor)
+
+
+def _plain_state(parameter: DTensor, state: dict[str, Any]) -> dict[str, Any] | None:
     """What the base optimizer keeps under a parameter, with shards for DTensors; ``None`` if one has no plain shard."""
     found: dict[str, Any] = {}
-    for name, value in state.items() if state else ():
+    for name, value in state.items():
         if name in _OWN_KEYS:  # no base optimizer reads it
             continue
         if isinstance(value, DTensor):

@@ -22,7 +22,7 @@ DEVICE_PIECE = 1 << 24
 # Tensors of at most so many elements are copied together to be worked on: calls cost more than copies.
 SMALL = 1 << 17
 # Elements of such a copy, at most.
-_BATCH = 1 << 20
+_BATCH = 1 << 19
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ def batched(items: Iterable[T], size_of: Callable[[T], int], kind_of: Callable[[
         kind_of: Items of different kinds stay apart.
 
     Returns:
-        Every item once: small ones in lists of at most 2**20 elements, each of the others alone.
+        Every item once: small ones in lists of at most 2**19 elements, each of the others alone.
     """
     batches: list[list[T]] = []
     fillable: dict[Hashable, tuple[list[T], int]] = {}
