@@ -114,6 +114,12 @@ def test_names_a_damaged_file_and_reads_nothing(checkpoint: Path, tmp_path: Path
     assert inspect(copy, "size")["integrity"]["problems"] == []
 
 
+def test_a_reader_that_stops_reading_is_no_error(checkpoint: Path) -> None:
+    command = f"{sys.executable} -m manic.inspect --json {checkpoint} | head -n 0; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_command_line(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [sys.executable, "-m", "manic.inspect", str(checkpoint)]
     shown = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -271,8 +271,9 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m manic.inspect", description="Describe a checkpoint from its files alone, or draw a run."
     )
     parser.add_argument(
-        "directory", metavar="DIR", help="a checkpoint, or a directory of checkpoints: a local path or a URL"
-    )
+        "directory", metavar="DIR",
+        help="a checkpoint, or a directory of checkpoints: a local path or a URL; with --plot also a file of metrics",
+    )  # fmt: skip
     parser.add_argument(
         "--plot", metavar="FILE",
         help="draw loss, S and S * lr over the steps to FILE (.html, .png, .svg or .pdf), and print warnings; DIR is a "
