@@ -34,7 +34,7 @@ def single_process(base: str, variant: str) -> dict[int, dict[str, Any]]:
         return records(file)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("mode", "base", "variant"), [
     *((mode, "adamw", "optax") for mode in MODES),
     ("fsdp2", "muon", "optax"), ("tp", "muon", "multiplicative"), ("zero1", "sgd", "multiplicative"),

@@ -18,7 +18,7 @@ from manic.step import chunks
 from manic.step.guard import NonfiniteError
 from manic.testing import ranks, run
 from manic.tuners.base import Learned, Sums, Tuner
-from support.failing import FailsAt
+from support.failing import EVERY, FailsAt, operators
 from support.horizons import FollowingStart, Horizons, HorizonsReference
 from support.layouts import setup
 from support.problems import problem
@@ -181,12 +181,13 @@ def test_an_error_in_the_base_step_moves_none(layout: str, world_size: int, is_l
     run(fail_in_the_base, world_size, layout, is_late)
 
 
+@EVERY
 @pytest.mark.parametrize("tuner", TUNERS)
 @pytest.mark.parametrize(("dtype", "options"), [
     (torch.float64, {}), (torch.float64, {"store_delta": True, "nonfinite": "ignore"}), (torch.bfloat16, {}),
 ], ids=str)  # fmt: skip
 def test_an_error_at_any_operator_moves_none_or_follows_the_step(
-    tuner: type[Tuner], dtype: torch.dtype, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tuner: type[Tuner], dtype: torch.dtype, options: dict[str, Any], every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chunks, "SMALL", 10)
     monkeypatch.setattr(chunks, "CPU_PIECE", 12)
@@ -210,7 +211,7 @@ def test_an_error_at_any_operator_moves_none_or_follows_the_step(
         optimizer.step()
     moved_to, moved = [p.detach().clone() for p in parameters], copies(optimizer, parameters)
     taken = 0
-    for at in range(1, whole.count + 1):
+    for at in operators(whole.count, every, (tuner.name, dtype, options)):
         parameters, optimizer = started()
         with pytest.raises(MemoryError), FailsAt(at) as mode:
             optimizer.step()

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from manic import Mechanic
 from manic.step import chunks
 from support.bases import TrustRatio
-from support.failing import FailsAt
+from support.failing import EVERY, FailsAt, operators
 from support.problems import problem, reference_of
 
 BASES: dict[str, Callable[..., Optimizer]] = {
@@ -140,13 +140,14 @@ def test_a_learning_rate_of_zero_is_no_gradient_of_the_scale(variant: str) -> No
     assert scale_after(0.01) == pytest.approx(scale_after(-0.01), rel=1e-9)
 
 
+@EVERY
 @pytest.mark.parametrize(
     "dtype", [torch.float64, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str
 )  # fmt: skip
 @pytest.mark.parametrize("base", ["sgd", "trust-ratio"])
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_a_step_that_fails_at_any_operator_keeps_its_place(
-    options: dict[str, Any], base: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], base: str, dtype: torch.dtype, every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chunks, "SMALL", 10)
     monkeypatch.setattr(chunks, "CPU_PIECE", 15)  # the matrices are worked on in pieces
@@ -166,7 +167,7 @@ def test_a_step_that_fails_at_any_operator_keeps_its_place(
         take_step(optimizer, parameters, loss, 4)
     scale_after, endured = optimizer.scale, []
     references_after = [optimizer.state[p]["mechanic_x_ref"].clone() for p in parameters]
-    for at in range(1, whole.count + 1):
+    for at in operators(whole.count, every, (options, base, dtype)):
         parameters, loss, optimizer = run_up()
         before, scale = [p.detach().clone() for p in parameters], optimizer.scale
         references = [optimizer.state[p]["mechanic_x_ref"].clone() for p in parameters]

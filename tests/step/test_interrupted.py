@@ -14,7 +14,7 @@ from torch import Tensor
 import manic
 from manic import Mechanic
 from manic.step import chunks
-from support.failing import FailsAt
+from support.failing import EVERY, FailsAt, operators
 from support.tuners import rows_of, state_of
 
 BASES = {
@@ -58,9 +58,10 @@ def set_gradients(parameters: list[Tensor], step: int) -> None:
         parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
 
 
+@EVERY
 @pytest.mark.parametrize(("base", "options", "dtype"), CASES, ids=str)
 def test_a_step_that_fails_at_any_operator_rolls_back(
-    base: str, options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    base: str, options: dict[str, Any], dtype: torch.dtype, every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chunks, "SMALL", 10)  # the first two are batched, the others are single
     monkeypatch.setattr(chunks, "CPU_PIECE", 30)
@@ -77,7 +78,7 @@ def test_a_step_that_fails_at_any_operator_rolls_back(
 
     rounding = 1e-12 if dtype == torch.float64 else 2**-7
     stored = options.get("store_delta", options.get("variant") != "multiplicative" or dtype == torch.bfloat16)
-    for at in range(1, whole.count + 1):
+    for at in operators(whole.count, every, (base, options, dtype)):
         parameters, optimizer = make(base, options, dtype)
         before = [p.detach().clone() for p in parameters]
         tuner = state_of(optimizer).clone()
@@ -118,8 +119,9 @@ def test_a_step_that_fails_at_any_operator_rolls_back(
     ("AdamW", {}), ("AdamW, fused", {"nonfinite": "ignore"}), ("SGD, coupled decay", {"store_delta": False}),
     ("AdamW", {"update": "snapshot"}), ("AdamW", {"variant": "pytorch"}), ("AdamW", {"variant": "multiplicative"}),
 ], ids=str)  # fmt: skip
+@EVERY
 def test_a_first_step_that_fails_at_any_operator_leaves_no_state(
-    base: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    base: str, options: dict[str, Any], every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chunks, "SMALL", 10)
     undisturbed, optimizer = make(base, options, torch.float64, steps=0)
@@ -131,7 +133,7 @@ def test_a_first_step_that_fails_at_any_operator_leaves_no_state(
     for step in (1, 2):
         set_gradients(undisturbed, step)
         optimizer.step()
-    for at in range(1, whole.count + 1):
+    for at in operators(whole.count, every, (base, options)):
         parameters, optimizer = make(base, options, torch.float64, steps=0)
         before = [p.detach().clone() for p in parameters]
         set_gradients(parameters, 0)

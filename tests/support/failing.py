@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
+import pytest
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -33,6 +35,15 @@ class FailsAt(TorchDispatchMode):
             self.failed_in = str(func)
             raise self.error
         return func(*args, **(kwargs or {}))
+
+
+# A test of every operator is slow; by default it tries every third, others in other cases.
+EVERY = pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)], ids="every {}".format)
+
+
+def operators(count: int, every: int, case: object) -> range:
+    """Numbers of the operators, of ``count``, at which a test fails a step."""
+    return range(1 + zlib.crc32(repr(case).encode()) % every, count + 1, every)
 
 
 class FailingTuner(MechanicOptax):
