@@ -185,6 +185,8 @@ def run_tuning(options: argparse.Namespace) -> None:
         (ladder_report if options.ladder else tuning_plots).plot(known, found, seeds, options.plot)
     if options.profile:
         tuning_plots.profile(found, chosen, options.profile)
+    if options.sweeps:
+        tuning_plots.sweeps(known, found, seeds, options.sweeps)
 
 
 def step_options(parser: argparse.ArgumentParser) -> None:
@@ -270,6 +272,7 @@ def tuning_options(parser: argparse.ArgumentParser) -> None:
     add("--no-runs", action="store_true", help="only report what the file has")
     add("--plot", type=Path, metavar="FILE", help="plot losses and scales, by task or horizon")
     add("--profile", type=Path, metavar="FILE", help="plot how often each method comes how near")
+    add("--sweeps", type=Path, metavar="FILE", help="plot the tuner's run and the sweep on six tasks, by rank")
 
 
 def device_option(parser: argparse.ArgumentParser) -> None:

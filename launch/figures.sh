@@ -101,7 +101,7 @@ figure run-untuned 1 "${torchrun[@]}" "${run[@]}" --tuner none --metrics "$outpu
 # The runs that docs/ has are taken from there; only runs of other code are made again.
 cp docs/tuning.jsonl docs/tuning-generated.jsonl docs/tuning-ladder.jsonl "$output"
 figure tuning-held-out 1 launch/benchmark.py tuning --held-out --seeds 3 --base-lrs 1 \
-    --results "$output/tuning-generated.jsonl" --profile "$output/tuning-profile.png" \
+    --results "$output/tuning-generated.jsonl" --profile "$output/tuning-profile.png" --sweeps "$output/sweeps.png" \
     --methods sweep 'fixed lr' multiplicative optax pytorch Prodigy D-Adaptation Schedule-Free "${runs[@]}"
 figure tuning-choosing 1 launch/benchmark.py tuning --generated --seeds 1 \
     --results "$output/tuning-generated.jsonl" "${runs[@]}"

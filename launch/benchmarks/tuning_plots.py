@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +56,39 @@ def plot(results: Results, found: Sequence[Row], seeds: Sequence[int], image: Pa
     plots.close(figure)
 
 
-def _losses(axis: Any, results: Results, row: Row, seeds: Sequence[int]) -> None:
+def sweeps(results: Results, found: Sequence[Row], seeds: Sequence[int], image: Path) -> None:
+    """Plot one run of the tuner beside the sweep, on six tasks: nearest, farthest, and evenly between by rank."""
+    plots = pyplot()
+    ranked = sorted((row for row in found if TUNER in row.excess), key=lambda row: row.excess[TUNER])
+    shown = [ranked[round(place * (len(ranked) - 1) / 5)] for place in range(6)]
+    figure, axes = plots.subplots(2, 3, figsize=(10, 5.2))
+    for axis, row in zip(axes.flat, shown):
+        _losses(axis, results, row, seeds, [TUNER])
+        excess = row.excess[TUNER]
+        kind = f"{row.task.what.split(',')[0]}, {row.task.base}"
+        rank = f"{ranked.index(row) + 1} of {len(ranked)}: {excess:+.1%}"
+        axis.set_title(f"{rank}\n{kind}", fontsize=9)
+        axis.set_xlabel("lr of the sweep", fontsize=8)
+        axis.tick_params(labelsize=7, which="both")
+        axis.grid(alpha=0.3)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("held-out loss", fontsize=8)
+    lines = axes[0, 0].get_lines()
+    figure.legend(lines, ["runs of the sweep", "one run of manic"], loc="upper center", ncols=2, fontsize=9)
+    figure.tight_layout(rect=(0, 0, 1, 0.95))
+    figure.savefig(image, dpi=120)
+    plots.close(figure)
+
+
+def _losses(
+    axis: Any, results: Results, row: Row, seeds: Sequence[int], methods: Iterable[str] = tuple(_COLORS)
+) -> None:
     from matplotlib.ticker import NullFormatter
 
     losses = row.sweep.losses
     axis.plot(losses.keys(), losses.values(), "o-", color="tab:gray", markersize=3, label="sweep")
-    for method, color in _COLORS.items():
+    for method in methods:
+        color = _COLORS[method]
         loss = mean_loss(results, row.task.name, method, 1.0, seeds)
         if loss is not None:
             axis.axhline(loss, color=color, linewidth=1.2, label=method)

@@ -53,7 +53,7 @@ def test_quick_figures_go_to_the_folder_and_leave_the_pages(tmp_path: Path) -> N
     assert contents() == before
     assert "| AdamW, fused |" in made("step", tmp_path)
     assert re.search(r"^\| multiplicative \| 32 \|", made("tuning-held-out", tmp_path), re.MULTILINE)
-    for name in ("step", "tuning-profile"):
+    for name in ("step", "tuning-profile", "sweeps"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(PICTURE), name
     assert not (tmp_path / "host.txt").exists()
 

@@ -267,15 +267,15 @@ def test_a_benchmark_of_generated_tasks_has_fixed_learning_rates_and_a_profile(
     monkeypatch.setattr(
         results, "generated", lambda seed: dataclasses.replace(short, name=f"g{seed}", guess=1.0, steps=3 + 20 * seed)
     )
-    file, image = tmp_path / "results.jsonl", tmp_path / "profile.png"
+    file, images = tmp_path / "results.jsonl", [tmp_path / "profile.png", tmp_path / "sweeps.png"]
     command = ["benchmark.py", "tuning", "--generated-seeds", "0", "2", "--seeds", "1", "--processes", "1"]
     command += ["--results", str(file), "--methods", methods.SWEEP, methods.FIXED, methods.TUNER, "--base-lrs", "1"]
-    monkeypatch.setattr(sys, "argv", [*command, "--profile", str(image)])
+    monkeypatch.setattr(sys, "argv", [*command, "--profile", str(images[0]), "--sweeps", str(images[1])])
     benchmark.main()
     table = capsys.readouterr().out
     assert "2 of 2 tasks" in table
     assert "| fixed lr | 2 |" in table
-    assert image.stat().st_size > 1000
+    assert all(image.stat().st_size > 1000 for image in images)
     before = file.read_text()
     monkeypatch.setattr(sys, "argv", [*command, "--no-runs"])
     benchmark.main()
