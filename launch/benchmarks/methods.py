@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from benchmarks.digest import code_digest, package_version
 from benchmarks.training import Task
 from manic import Mechanic
+from manic.tuners.registry import TUNERS
 
 SWEEP = "sweep"
 """The reference: the base optimizer at the best of a grid of learning rates."""
@@ -134,6 +135,13 @@ METHODS: dict[str, Method] = {
         _schedule_free, (*_ADAMS, *_SGDS), {**_ADAMS, **_SGDS}, keeps_schedule=False, package="schedulefree"
     ),
 }
+METHODS.update(
+    {
+        name: Method(_mechanic(name), modules=(tuner.__module__,))
+        for name, tuner in TUNERS.items()
+        if name not in METHODS
+    }
+)
 # By set of tasks: what runs there if no methods are named.
 NAMED_METHODS = (*METHODS, FIXED)
 GENERATED_METHODS = (SWEEP, FIXED, TUNER, "optax", "pytorch", "Prodigy", "D-Adaptation", "Schedule-Free")

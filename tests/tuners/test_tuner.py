@@ -45,7 +45,7 @@ class Driven:
 
 
 def driven(variant: str, **options: Any) -> Driven:
-    return Driven(make_tuner(variant, **{**OPTIONS[variant], **options}))
+    return Driven(make_tuner(variant, **{**OPTIONS.get(variant, {}), **options}))
 
 
 @pytest.mark.parametrize("variant", PUBLISHED)

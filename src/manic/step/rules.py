@@ -20,13 +20,13 @@ from manic.step.capture import (
     DeltaInStorage,
     NoUpdate,
     ScaledLearningRate,
-    Snapshot,
     UpdateInStorage,
 )
 from manic.step.chunks import Scratch
 from manic.step.held import Frozen, Held
 from manic.step.position import Position
 from manic.step.shards import Shard
+from manic.step.snapshot import Snapshot
 
 __all__ = ["Means", "Rule", "ScaleDisplacement", "ScaleUpdates", "rule_for"]
 
