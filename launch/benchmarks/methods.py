@@ -135,13 +135,8 @@ METHODS: dict[str, Method] = {
         _schedule_free, (*_ADAMS, *_SGDS), {**_ADAMS, **_SGDS}, keeps_schedule=False, package="schedulefree"
     ),
 }
-METHODS.update(
-    {
-        name: Method(_mechanic(name), modules=(tuner.__module__,))
-        for name, tuner in TUNERS.items()
-        if name not in METHODS
-    }
-)
+for _name, _tuner in TUNERS.items():
+    METHODS.setdefault(_name, Method(_mechanic(_name), modules=(_tuner.__module__,)))
 # By set of tasks: what runs there if no methods are named.
 NAMED_METHODS = (*METHODS, FIXED)
 GENERATED_METHODS = (SWEEP, FIXED, TUNER, "optax", "pytorch", "Prodigy", "D-Adaptation", "Schedule-Free")

@@ -80,6 +80,8 @@ def test_every_benchmark_that_a_page_names_is_made_with_the_same_options(tmp_pat
     named = re.findall(r"python launch/benchmark\.py ([a-z][^`\n]*?)(?:[`\n]|\.?$)", text, re.MULTILINE)
     assert len(named) > 8
     for command in named:
+        if "NAME" in command.split():  # a method that a reader is to add
+            continue
         assert normalised(shlex.split(command)) in there, command
 
 
