@@ -16,7 +16,9 @@ def reference_of(
 ) -> MechanicReference | MultiplicativeReference:
     if variant == "multiplicative":
         return MultiplicativeReference(parameters, base, s_init)
-    return MechanicReference(parameters, base, variant, s_init)
+    if variant in ("optax", "pytorch"):
+        return MechanicReference(parameters, base, variant, s_init)
+    raise ValueError(f"no reference of variant {variant!r}; add it here")
 
 
 def problem(dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], Callable[[int], Tensor]]:

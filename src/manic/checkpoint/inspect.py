@@ -64,7 +64,10 @@ def inspect(path: str | os.PathLike[str], verify: Verify = "full") -> dict[str, 
     except (FileNotFoundError, NotADirectoryError):
         names = set()
     if not names & {".metadata", MANIFEST}:
-        raise FileNotFoundError(f"{os.fspath(path)} is not a checkpoint: no .metadata and no {MANIFEST}")
+        raise FileNotFoundError(
+            f"{os.fspath(path)} is not a checkpoint: no .metadata and no {MANIFEST}. For a file of metrics "
+            "pass --plot FILE"
+        )
     verified: str = verify
     problems: list[str] = []
     manifest = None
