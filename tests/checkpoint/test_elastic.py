@@ -67,14 +67,14 @@ def kill_ranks(tmp_path: Path, kills: int, seed: int, *arguments: str) -> tuple[
         agent = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
         try:
             before: list[int] = []
-            for _ in range(kills):
+            for number in range(kills):
                 started = wait_for_restart(agent, before, file)
                 target = max(records(file)) + rng.randint(0, 20)
                 wait_until(functools.partial(has_reached, file, target), agent)
                 time.sleep(rng.uniform(0.0, 0.05))
-                if rng.random() < 0.5:
-                    wait_until(functools.partial(is_saving, checkpoints, started), agent)
-                before = ranks_of(agent)
+                before, hits_a_save = ranks_of(agent), number == 0 or rng.random() < 0.5
+                while hits_a_save and not is_saving(checkpoints, started):
+                    assert agent.poll() is None, "the job has ended"
                 os.kill(rng.choice(before), signal.SIGKILL)
                 unfinished += is_saving(checkpoints, started)
                 reached.append(max(step_numbers(checkpoints), default=0))
@@ -97,7 +97,7 @@ def assert_equals_uninterrupted(tmp_path: Path, kills: int, seed: int, *argument
     print(f"{kills} kills, {unfinished} of them while saving; newest checkpoint at each: {reached}")
     assert records(tmp_path / "killed.jsonl") == uninterrupted
     assert reached == sorted(reached), "a checkpoint was lost"
-    assert unfinished or kills < 10, "no kill hit a save"
+    assert unfinished, "no kill hit a save"
     # With a damaged checkpoint, the script would fall back and still end equally.
     assert not list((tmp_path / "run").glob(".damaged_*"))
     assert "falling back" not in (tmp_path / "output.txt").read_text()
