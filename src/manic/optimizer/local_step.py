@@ -112,7 +112,8 @@ class _Shards:
         An interrupt leaves all of a parameter's new state, or none.
         """
         for parameter, tensor in self._stand_ins:
-            after, before = self._local_states.pop(tensor, {}), self._states.get(parameter) or {}
+            after, state = self._local_states.pop(tensor, {}), self._states.get(parameter)
+            before = state or {}
             new = {
                 name: _distributed(name, value, parameter, tensor)
                 for name, value in after.items()
@@ -121,12 +122,12 @@ class _Shards:
             gone = [name for name in before if name not in after and name not in _OWN_KEYS]
             if not new and not gone:
                 continue
-            if parameter in self._states:
-                self._states[parameter].update(new)
-                for name in gone:
-                    del self._states[parameter][name]
-            else:
+            if state is None:
                 self._states[parameter] = new
+            else:
+                state.update(new)
+                for name in gone:
+                    del state[name]
         for plain, entries in self._local_states.items():
             self._states[plain] = entries
 
