@@ -108,6 +108,25 @@ def test_block_runs(page: str, index: int) -> None:
     run(execute, 2, page, index)
 
 
+@pytest.mark.parametrize("page", PAGES.values(), ids=PAGES.keys())
+def test_names_are_imported_where_a_page_first_uses_them(page: Path) -> None:
+    for name in ("torch", "manic", "Mechanic", "Checkpointer", "fully_shard", "init_device_mesh", "dcp"):
+        import_of_it = rf"^(import (.* as )?{name}$|from \S+ import (.*\W)?{name}\b)"
+        read = ""
+        for block in blocks(page):
+            read += block
+            code = re.sub(r"#.*", "", re.sub(r"^\s*(import|from) .*", "", block, flags=re.MULTILINE))
+            if re.search(rf"(?<![\w.\"'/]){name}[.(]", code):
+                assert re.search(import_of_it, read, re.MULTILINE), f"{name} in:\n{block}"
+                break
+
+
+def test_the_sample_of_inspect_has_the_rows_of_the_default_tuner() -> None:
+    sample = (DOCS / "checkpoints.md").read_text()
+    rows = re.findall(r"^ {17}(\w+) +[-\d.e]+$", sample, re.MULTILINE)
+    assert tuple(rows) == multiplicative.Multiplicative.fields
+
+
 def test_page_of_faults_counts_the_tests() -> None:
     rows = [line.split("|") for line in (DOCS / "appendix" / "faults.md").read_text().splitlines()]
     counts = {row[1].split(":")[0].strip(): (row[2].strip(), row[3].strip()) for row in rows if len(row) == 6}
