@@ -7,7 +7,7 @@ author = "the manic developers"
 project_copyright = f"2026, {author}"
 version = release = manic.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_copybutton"]
 exclude_patterns = ["images"]
 
 myst_heading_anchors = 3  # anchors as GitHub makes them, so that links work in both

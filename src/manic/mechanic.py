@@ -334,10 +334,11 @@ class Mechanic(OptimizerWrapper):
 
         Returns:
             ``scale``; ``h``, ``grad_norm`` and ``param_norm`` of the last step in which the tuner made its sums, over
-            the whole model, estimated where the tuner sums over samples (nan before the first); with a scale per group
-            ``scale/<i>`` and ``h/<i>`` of each; ``nonfinite_steps``, how many steps were left out, or under
-            ``"ignore"`` not learned from; ``effective_lr/<i>``, S * lr of param group i of this rank, which other
-            stages of a pipeline may not have.
+            the whole model, estimated where the tuner sums over samples (nan before the first; with ``"pytorch"``
+            ``param_norm`` is that of x as the base optimizer left it); with a scale per group ``scale/<i>`` and
+            ``h/<i>`` of each; ``nonfinite_steps``, how many steps were left out, or under ``"ignore"`` not learned
+            from; ``effective_lr/<i>``, S * lr of param group i of this rank, which other stages of a pipeline may not
+            have.
         """
         self._share_global_state()
         metrics = self._monitor.metrics(self.param_groups)
