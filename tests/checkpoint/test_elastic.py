@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from manic.testing import run
-from support.jobs import LAUNCH, SMALL, children_of, job, kill_all, records, wait_until
+from support.jobs import LAUNCH, SMALL, job, records, wait_until
+from support.torchrun import children_of, kill_all
 
 
 def ranks_of(agent: subprocess.Popen[bytes]) -> list[int]:

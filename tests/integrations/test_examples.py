@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from support.torchrun import run_example
+
 pytestmark = pytest.mark.timeout(900)  # each calls torchrun three times
-EXAMPLES = Path(__file__).parents[2] / "launch" / "examples"
-
-
-def call(example: str, output: Path, steps: int) -> str:
-    """What the example prints on two ranks."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(EXAMPLES / f"{example}.py"), "--output", str(output), "--steps", str(steps)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def check(example: str, weights: str, steps: int, folder: Path) -> None:
     from safetensors.torch import load_file
 
-    once = call(example, folder / "once", 2 * steps)
-    call(example, folder / "twice", steps)
-    resumed = call(example, folder / "twice", 2 * steps)
+    once = run_example(example, folder / "once", "--steps", str(2 * steps))
+    run_example(example, folder / "twice", "--steps", str(steps))
+    resumed = run_example(example, folder / "twice", "--steps", str(2 * steps))
     whole, again = (load_file(folder / name / weights.format(2 * steps)) for name in ("once", "twice"))
     assert whole.keys() == again.keys()
     for name, value in whole.items():
@@ -45,18 +33,18 @@ def check(example: str, weights: str, steps: int, folder: Path) -> None:
 def test_accelerate_fsdp2(tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
-    check("accelerate_fsdp2", "model/model.safetensors", 20, tmp_path)
+    check("accelerate_fsdp2.py", "model/model.safetensors", 20, tmp_path)
 
 
 @pytest.mark.framework("transformers", "example `hf_trainer.py`, 2 ranks: trains, resumes bit for bit")
 def test_hf_trainer(tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
     pytest.importorskip("accelerate", reason="accelerate is not installed")
-    check("hf_trainer", "checkpoint-{}/model.safetensors", 20, tmp_path)
+    check("hf_trainer.py", "checkpoint-{}/model.safetensors", 20, tmp_path)
 
 
 @pytest.mark.framework("PEFT", "example `lora_peft.py`, 2 ranks: trains, resumes bit for bit")
 def test_lora_peft(tmp_path: Path) -> None:
     pytest.importorskip("peft", reason="peft is not installed")
     pytest.importorskip("accelerate", reason="accelerate is not installed")
-    check("lora_peft", "lora/adapter_model.safetensors", 20, tmp_path)
+    check("lora_peft.py", "lora/adapter_model.safetensors", 20, tmp_path)

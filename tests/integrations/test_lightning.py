@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from manic import Mechanic
 from manic.testing import run, shutdown
 from support.pages import run_page
+from support.torchrun import run_example
 
 pytest.importorskip("lightning", reason="Lightning is not installed")
 import lightning as L
@@ -201,7 +200,7 @@ def train_on_ranks(layout: str, folder: str) -> tuple[list[float], list[float], 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
 def test_trainer_on_two_ranks(layout: str, tmp_path: Path) -> None:
     scale, parameters = plain(clip=0.1)
-    for whole, resumed, last, found, is_same in run(train_on_ranks, 2, layout, str(tmp_path)):
+    for whole, resumed, last, found, is_same in run(train_on_ranks, 2, layout, str(tmp_path), timeout=280.0):
         assert last == pytest.approx(scale, rel=1e-9)
         torch.testing.assert_close(found, parameters, rtol=1e-9, atol=1e-12)
         assert resumed == whole[-len(resumed) :]
@@ -259,35 +258,20 @@ def train_with_fabric(layout: str, folder: str) -> tuple[float, Tensor, bool]:
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
 def test_fabric_on_two_ranks(layout: str, tmp_path: Path) -> None:
     scale, parameters = plain(clip=0.1, accumulate=2)
-    for found, there, is_same in run(train_with_fabric, 2, layout, str(tmp_path)):
+    for found, there, is_same in run(train_with_fabric, 2, layout, str(tmp_path), timeout=280.0):
         assert found == pytest.approx(scale, rel=1e-9)
         torch.testing.assert_close(there, parameters, rtol=1e-9, atol=1e-12)
         assert is_same
 
 
-EXAMPLE = Path(__file__).parents[2] / "launch" / "examples" / "lightning_fabric.py"
-
-
-def run_example(output: Path, steps: int) -> str:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(EXAMPLE)]
-    result = subprocess.run(
-        [*command, "--steps", str(steps), "--output", str(output)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
-
-
 @pytest.mark.framework("Lightning Fabric", "the example launch/examples/lightning_fabric.py resumes bit for bit")
+@pytest.mark.timeout(900)  # it calls torchrun three times
 def test_the_example_resumes_bit_for_bit(tmp_path: Path) -> None:
-    run_example(tmp_path / "parts", 4)
-    resumed = run_example(tmp_path / "parts", 8)
+    run_example("lightning_fabric.py", tmp_path / "parts", "--steps", "4")
+    resumed = run_example("lightning_fabric.py", tmp_path / "parts", "--steps", "8")
     assert "resumed at step 4" in resumed
     assert re.search(r"step +8 .* S \S+ +effective lr \S+", resumed)
-    run_example(tmp_path / "whole", 8)
+    run_example("lightning_fabric.py", tmp_path / "whole", "--steps", "8")
     ends = []
     for name in ("parts", "whole"):
         dcp_to_torch_save(tmp_path / name / "step_000008", tmp_path / f"{name}.pt")

@@ -17,7 +17,8 @@ import torch
 from gpt.parallel import MODES
 from gpt.report import read_records
 from manic.testing import RankError, run
-from support.jobs import LAUNCH, SMALL, job, kill_all, records, wait_until
+from support.jobs import LAUNCH, SMALL, job, records, wait_until
+from support.torchrun import kill_all
 from train import parse, train
 
 ADAMW = [(mode, "adamw") for mode in MODES]

@@ -1,10 +1,7 @@
-"""A small run of launch/train.py: run it on ranks or under torchrun, wait for it, kill it, and read its records."""
+"""A small run of launch/train.py: run it on ranks, wait for it, and read its records."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -39,17 +36,3 @@ def wait_until(condition: Any, process: subprocess.Popen[bytes], timeout: float 
         assert process.poll() is None, "the job has ended"
         assert time.monotonic() < deadline, "timed out"
         time.sleep(0.02)
-
-
-def children_of(pid: int) -> list[int]:
-    with contextlib.suppress(OSError):
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return []
-
-
-def kill_all(process: subprocess.Popen[bytes]) -> None:
-    """Kill torchrun and its ranks, which have separate sessions and would outlive it."""
-    for pid in (*children_of(process.pid), process.pid):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait()

@@ -1,8 +1,10 @@
-"""A script of launch/examples on two CPU ranks, in processes of its own, and what it has saved."""
+"""A script under torchrun: run an example on two CPU ranks, kill all ranks, and read what was saved."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,23 +17,42 @@ EXAMPLES = Path(__file__).parents[2] / "launch" / "examples"
 
 
 def run_example(name: str, output: Path, *arguments: str, timeout: float = 400.0) -> str:
-    """Run it under torchrun, and return what it has printed; it must succeed."""
+    """Run it under torchrun, and return what it has printed; it must succeed, and no rank outlives this call."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
+    process = subprocess.Popen(
         [*torchrun, str(EXAMPLES / name), "--output", str(output), *arguments],
         # DeepSpeed compiles there, and waits for a lock that a killed run leaves.
         env={
             **os.environ,
             "DS_ACCELERATOR": "cpu",
+            "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
             "TORCH_EXTENSIONS_DIR": str(output.parent / "extensions"),
         },
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=timeout,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    try:
+        printed, errors = process.communicate(timeout=timeout)
+    finally:
+        kill_all(process)
+    assert process.returncode == 0, printed + errors
+    return printed
+
+
+def children_of(pid: int) -> list[int]:
+    with contextlib.suppress(OSError):
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+def kill_all(process: subprocess.Popen[Any]) -> None:
+    """Kill torchrun and its ranks, which have separate sessions and would outlive it."""
+    for pid in (*children_of(process.pid), process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
 
 
 def by_path(saved: Any) -> dict[str, Any]:
