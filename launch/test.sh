@@ -8,8 +8,8 @@ launch=$(dirname "${BASH_SOURCE[0]}")
 if [ "${1:-}" = --integrations ]; then
     shift
     export HF_HUB_OFFLINE=1
-    exec bash "$launch/frameworks.sh" python -m pytest --numprocesses auto --durations 5 tests/integrations "$@"
+    exec bash "$launch/frameworks.sh" python -m pytest --numprocesses auto --durations 5 -rs tests/integrations "$@"
 fi
 source "$launch/venv.sh" train,test
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec .venv/bin/python -m pytest --numprocesses auto --durations 5 "$@"
+exec .venv/bin/python -m pytest --numprocesses auto --durations 5 -rs "$@"

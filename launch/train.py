@@ -119,11 +119,12 @@ def train(options: argparse.Namespace, device: torch.device) -> None:
     job.open_report()
     stopped = False
     while job.steps_taken < options.steps and not stopped:
-        loss, lr = job.step()
+        loss = job.step()
         stopped = stop.on_any_rank()
         is_last = stopped or job.steps_taken == options.steps
         if job.steps_taken % options.log_every == 0 or is_last:
-            job.log(loss, lr)
+            job.log(loss)
+        job.step_schedules()
         if options.eval_every and job.steps_taken % options.eval_every == 0 and not is_last:
             job.evaluate()
         if job.steps_taken % options.checkpoint_every == 0 or is_last:

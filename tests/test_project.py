@@ -33,7 +33,7 @@ def test_pre_commit_runs_the_ruff_that_ci_runs() -> None:
 def test_the_version_is_in_one_place_of_the_code_and_has_a_changelog() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert "version" not in project["project"]
-    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "manic.__version__"}
+    assert project["tool"]["hatch"]["version"] == {"path": "src/manic/__init__.py"}
     headings = re.findall(r"^## \[?(\d+\.\d+\.\d+)", (ROOT / "docs" / "changelog.md").read_text(), re.MULTILINE)
     assert headings[0] == manic.__version__
     assert headings == sorted(headings, key=lambda version: [int(part) for part in version.split(".")], reverse=True)

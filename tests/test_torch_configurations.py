@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from manic import Mechanic
+from manic.tuners.registry import TUNERS
 from support.problems import problem, reference_of
 
 STEPS = 10
@@ -135,7 +136,7 @@ def is_refused(name: str, options: dict[str, Any]) -> bool:
     return False
 
 
-@pytest.mark.parametrize("variant", ["optax", "pytorch", "multiplicative"])
+@pytest.mark.parametrize("variant", TUNERS)
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in REFUSED])
 def test_equals_the_reference(name: str, variant: str, database: Any) -> None:
     compared = 0

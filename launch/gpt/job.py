@@ -200,30 +200,33 @@ class Job:
         if step >= options.steps:
             self._report.message("nothing left to train; pass more --steps, or another --checkpoint-dir for a new run")
 
-    def step(self) -> tuple[Tensor, float]:
-        """Take a step; return this rank's loss, and the base learning rate of the step."""
+    def step(self) -> Tensor:
+        """Take a step; return this rank's loss."""
         loss = next_token_loss(self._parallel, self._batch(self._progress.step))
         loss.backward()
         known: dict[str, Any] = {}
         if self._options.clip > 0:
             norm = clip_gradients(self._parallel.model, self._options.clip)
             known = {"grad_norm": norm} if self._options.tuner == "mechanic" else {}  # need not read gradients again
-        lr = self._optimizers[0].param_groups[0]["lr"]
         for optimizer in self._optimizers:
             optimizer.step(**known)
             optimizer.zero_grad()
-        for scheduler in self._schedulers:
-            scheduler.step()
         self._progress.step += 1
         if self._report is not None:
             self._report.advance()
-        return loss, lr
+        return loss
 
-    def log(self, loss: Tensor, lr: float) -> None:
-        """Report the loss, the tuner and the speed since the last call."""
+    def step_schedules(self) -> None:
+        """Set the learning rates of the next step."""
+        for scheduler in self._schedulers:
+            scheduler.step()
+
+    def log(self, loss: Tensor) -> None:
+        """Report the loss, the tuner and the speed since the last call; before :meth:`step_schedules`."""
         step, options = self._progress.step, self._options
+        lr = self._optimizers[0].param_groups[0]["lr"]
         self._last_loss = mean_over_ranks(loss, self._parallel)
-        metrics = {name: value.item() for name, value in self._mechanic.metrics().items()} if self._mechanic else {}
+        metrics = self._mechanic.metrics(to_host=True) if self._mechanic else {}
         if self._report is not None:
             scale = metrics.pop("scale", None if options.scale == "per group" and self._mechanic else 1.0)
             of_all = {} if scale is None else {"scale": scale, "lr": scale * lr}

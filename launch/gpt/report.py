@@ -81,9 +81,10 @@ class Report:
         if self._events is not None:
             self._events.close()
         if self._metrics is not None and importlib.util.find_spec("matplotlib") and read_records(self._metrics):
-            run = read(self._metrics)
-            for suffix in (".png", ".html"):
-                draw(run, self._metrics.with_suffix(suffix))
+            run, pictures = read(self._metrics), [self._metrics.with_suffix(suffix) for suffix in (".png", ".html")]
+            for picture in pictures:
+                draw(run, picture)
+            print("wrote", *pictures)
 
 
 def read_records(metrics: Path) -> list[dict[str, Any]]:

@@ -222,7 +222,7 @@ def _figure(run: Run, file: Path | io.BytesIO) -> None:
             is_sparse = 4 * len(values) < max(map(len, series.values()))  # a held-out loss among training losses
             axis.plot(list(values), list(values.values()), "o-" if is_sparse or len(values) < 3 else "-", label=name)
         if is_logarithmic and any(value > 0.0 for values in series.values() for value in values.values()):
-            axis.set_yscale("log")
+            axis.set_yscale("log", nonpositive="mask")  # a schedule may end at 0
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
         axis.legend(loc="best", fontsize="small")

@@ -15,9 +15,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from manic import Mechanic
 from manic.step.guard import Nonfinite
+from manic.tuners.registry import TUNERS
 
 WORLD_SIZE = 8
-VARIANTS = ("optax", "pytorch", "multiplicative")
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +44,7 @@ def take_steps(model: nn.Module, optimizer: Mechanic) -> None:
 
 
 @pytest.mark.parametrize("nonfinite", ["raise", "ignore"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", TUNERS)
 def test_fsdp2(variant: str, nonfinite: Nonfinite) -> None:
     model = make_model()
     fully_shard(model, mesh=init_device_mesh("cpu", (WORLD_SIZE,)))

@@ -39,11 +39,12 @@ def single(*arguments: str) -> Any:
     return train("single", *arguments)
 
 
-@pytest.mark.parametrize("variant", ["optax", "multiplicative"])
-@pytest.mark.parametrize(
-    ("layout", "world_size", "how"),
-    [*((*each, "lr") for each in LAYOUTS), *((*each, "requires_grad") for each in BY_LAYER)],
-)
+@pytest.mark.parametrize(("layout", "world_size", "how", "variant"), [
+    *((*each, "lr", "multiplicative") for each in LAYOUTS),
+    *((*each, "requires_grad", "optax") for each in BY_LAYER),
+    *(pytest.param(*each, "lr", "optax", marks=pytest.mark.slow) for each in LAYOUTS),
+    *(pytest.param(*each, "requires_grad", "multiplicative", marks=pytest.mark.slow) for each in BY_LAYER),
+])  # fmt: skip
 def test_freezing_equals_a_single_process(layout: str, world_size: int, how: str, variant: str) -> None:
     expected_scale, expected = single("adamw", how, variant)
     for scale, parameters in run(train, world_size, layout, "adamw", how, variant):

@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from manic.testing import run
+from manic.tuners.registry import TUNERS
 from support.layouts import Trained, make_net, train
 
 STEPS = 20
 S_INIT = 1e-3
+SOME = [("ddp", 3), ("fsdp2", 3), ("hsdp", 4), ("tp", 2), ("fsdp1-orig", 2), ("zero1", 2), ("pipeline", 2)]
+EVERYWHERE = ("optax", "multiplicative")  # the variants that are tried in every layout, one for each rule
 LAYOUTS = [
     ("single", 1),
     ("ddp", 2), ("ddp", 3),
@@ -48,8 +51,10 @@ def assert_equals_a_single_process(
             torch.testing.assert_close(trained.parameters[name], value, rtol=10 * rtol, atol=10 * rtol)
 
 
-@pytest.mark.parametrize("base", ["adamw", "sgd"])
-@pytest.mark.parametrize(("layout", "world_size"), LAYOUTS)
+@pytest.mark.parametrize(("layout", "world_size", "base"), [
+    *((*each, "adamw") for each in LAYOUTS),
+    *(pytest.param(*each, "sgd", marks=() if each in SOME else pytest.mark.slow) for each in LAYOUTS),
+])  # fmt: skip
 def test_float64(layout: str, world_size: int, base: str) -> None:
     assert_equals_a_single_process(layout, world_size, base, torch.float64, rtol=1e-12)
 
@@ -60,7 +65,8 @@ def test_float32(layout: str, world_size: int) -> None:
 
 
 @pytest.mark.parametrize("options", [
-    {"store_delta": False}, {"variant": "pytorch"}, {"variant": "pytorch", "store_delta": False},
+    {"store_delta": False}, {"variant": "pytorch", "store_delta": False},
+    *({"variant": variant} for variant in TUNERS if variant not in EVERYWHERE),
     {"update": "snapshot"}, {"variant": "multiplicative", "store_delta": False},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize(("layout", "world_size"), [("fsdp2", 4), ("tp+fsdp2", 4), ("zero1", 2), ("fsdp1-hybrid", 4)])

@@ -18,6 +18,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from manic import Mechanic
 from manic.checkpoint import Checkpointer
 from manic.testing import ranks
+from manic.tuners.registry import TUNERS
 
 STEPS = 30
 # The learning rate of each of three layers by the step.
@@ -102,7 +103,7 @@ def test_a_learning_rate_that_is_nan_in_one_stage_raises_on_every_rank() -> None
 
 
 @ranks(2)
-@pytest.mark.parametrize("variant", ["multiplicative", "optax", "pytorch"])
+@pytest.mark.parametrize("variant", TUNERS)
 @pytest.mark.parametrize("bases", [[adamw, adamw, adamw], [adamw, muon, adamw], [muon, adamw, muon]])
 def test_stages_with_bases_of_their_own(bases: list[Any], variant: str) -> None:
     """The second stage has one base optimizer more than the first, or others."""

@@ -54,7 +54,8 @@ def calls(folder: Path) -> list[str]:
     return (folder / "calls").read_text().splitlines()
 
 
-@pytest.mark.timeout(900)  # a minute, on two cores that nothing else uses
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_dry_run_walks_through_every_section(tmp_path: Path) -> None:
     before = PAGE.read_bytes()
     done = report("--dry-run", "--output", tmp_path / "page.md")

@@ -143,7 +143,9 @@ def test_refuses_a_checkpoint_of_another_run(tmp_path: Path) -> None:
         assert str(caught.value).count(words) >= 2, words
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
+@pytest.mark.parametrize("number", [
+    signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL,
+], ids=lambda s: s.name)  # fmt: skip
 def test_resumes_bit_for_bit_after_a_signal(number: signal.Signals, tmp_path: Path) -> None:
     """Started by torchrun."""
     arguments = ["--steps", "40", "--checkpoint-every", "7"]

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from manic import Mechanic
 from manic.testing import run
+from manic.tuners.registry import TUNERS
 from support.problems import problem
 from support.training import train
 
@@ -23,7 +24,7 @@ def without_x_ref(saved: dict[str, Any]) -> dict[str, Any]:
     return {**saved, "state": state}
 
 
-@pytest.mark.parametrize("variant", ["optax", "multiplicative", "pytorch"])
+@pytest.mark.parametrize("variant", TUNERS)
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
 def test_refuses_a_tuner_that_was_loaded_without_any_x_ref(base: Any, variant: str) -> None:
     def new() -> tuple[list[torch.Tensor], Any, Mechanic]:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from manic import Mechanic
 from manic.optimizer.positions import FIRST_STEPS
 from manic.testing import ranks
+from manic.tuners.registry import TUNERS
 from support.bases import SignMomentum, TrustRatio
 from support.positions import (
     Anchored,
@@ -103,7 +104,7 @@ STARTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", ["optax", "pytorch", "multiplicative"])
+@pytest.mark.parametrize("variant", TUNERS)
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize(
     "base", [MomentumOfUpdates, KeepsGradient, StartsAtOnes, SignMomentum, StartsAtTheUnitMatrix, Masks]

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from manic import Mechanic
+from manic.tuners.registry import TUNERS
 from support.positions import Base
 from support.problems import problem
 
@@ -38,7 +39,7 @@ def train(optimizer: Optimizer, closure: Any = None) -> None:
         optimizer.step(closure)
 
 
-@pytest.mark.parametrize("variant", ["multiplicative", "optax", "pytorch"])
+@pytest.mark.parametrize("variant", TUNERS)
 def test_the_base_optimizer_sees_no_entry_but_its_own(variant: str) -> None:
     parameters, _ = problem()
     optimizer = Mechanic(CountsItsState(parameters), variant=variant)

@@ -18,13 +18,14 @@ LAYOUTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("nonfinite", ["raise", "ignore"])
 @pytest.mark.parametrize(("variant", "sizes"), [
     ("optax", [32]),
     ("multiplicative", [64]),  # includes the learning rate
     ("pytorch", [16, 16]),  # half of its sums need the base step
 ])  # fmt: skip
-@pytest.mark.parametrize(("layout", "world_size"), LAYOUTS)
+@pytest.mark.parametrize(("layout", "world_size", "nonfinite"), [
+    *((*each, "raise") for each in LAYOUTS), ("fsdp2", 2, "ignore"), ("pipeline", 2, "ignore"),
+])  # fmt: skip
 def test_one_all_reduce_of_at_most_64_bytes(
     layout: str, world_size: int, variant: str, sizes: list[int], nonfinite: str
 ) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from manic import Mechanic
-from manic.step.monitor import INTERVAL, PATIENCE
+from manic.step.monitor import IDLE, INTERVAL, PATIENCE
 from support.problems import problem
 
 
@@ -53,10 +53,10 @@ def test_warns_about_a_scale_that_does_not_grow(options: dict[str, Any]) -> None
 
 @pytest.mark.parametrize("options", [{}, {"nonfinite": "ignore"}, {"variant": "multiplicative"}], ids=str)
 def test_warns_about_gradients_that_have_always_been_zero(options: dict[str, Any]) -> None:
-    assert run(PATIENCE - 1, zero_after=0, **options)[1] == []
-    _, messages = run(2 * PATIENCE, zero_after=0, **options)
+    assert run(IDLE - 1, zero_after=0, **options)[1] == []
+    _, messages = run(2 * IDLE, zero_after=0, **options)
     assert len(messages) == 1
-    assert f"no step in {PATIENCE} calls" in messages[0]
+    assert f"no step in {IDLE} calls" in messages[0]
 
 
 @pytest.mark.parametrize("options", [{}, {"nonfinite": "ignore"}, {"variant": "pytorch"}], ids=str)

@@ -12,6 +12,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import manic
+from manic.integrations.deepspeed import whole_model_steps
+from support.deepspeed_runs import begin
 
 STEPS, BATCH = 12, 6
 
@@ -62,17 +64,33 @@ def alone(world: int, lora: bool = False, **options: Any) -> list[list[float]]:
     return scales
 
 
+def zero_plugin(stage: int) -> Any:
+    from accelerate import DeepSpeedPlugin
+
+    config = {
+        "train_micro_batch_size_per_gpu": BATCH, "gradient_clipping": 0.5, "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage},
+    }  # fmt: skip
+    return DeepSpeedPlugin(hf_ds_config=config)
+
+
 class Accelerated:
-    """The same with Accelerate; it can be saved and loaded."""
+    """The same with Accelerate; it can be saved and loaded. With ZeRO in float32."""
 
     def __init__(self, layout: str, seed: int = 0, lora: bool = False, split: int = 1, **options: Any) -> None:
         from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
+        from accelerate.state import AcceleratorState
         from accelerate.utils import GradientAccumulationPlugin
 
+        is_zero = layout.startswith("ZeRO")
+        if is_zero:
+            begin()
+            PartialState(cpu=True)  # Accelerator(cpu=True) would take no notice of DeepSpeed
+            AcceleratorState._reset_state()  # a second Accelerator of a process may not have a plugin
         self.accelerator = Accelerator(
-            cpu=True,
             step_scheduler_with_optimizer=False,
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=split, sync_with_dataloader=False),
+            **({"deepspeed_plugin": zero_plugin(int(layout[-1]))} if is_zero else {"cpu": True}),
         )
         if layout == "FSDP2":  # Accelerate shards on accelerators only; this is what it does for one
             PartialState().distributed_type = self.accelerator.state.distributed_type = DistributedType.FSDP
@@ -80,9 +98,14 @@ class Accelerated:
                 fsdp_version=2, auto_wrap_policy="no_wrap", state_dict_type="SHARDED_STATE_DICT"
             )
         model, groups = make(lora, seed)
+        if is_zero:
+            model.float()
+            options = {"plain": "sharded", **options}
         base = manic.AdamW(groups, lr=1.0, **options)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(base, T_max=STEPS)
         self.model, self.optimizer, self.scheduler = self.accelerator.prepare(model, base, schedule)
+        if is_zero:
+            whole_model_steps(self.model)
         self.split = split
         assert all(isinstance(p, DTensor) == (layout == "FSDP2") for p in self.model.parameters())
         assert isinstance(self.model, DistributedDataParallel) == (layout == "DDP")
@@ -92,7 +115,7 @@ class Accelerated:
         rank, world, scales = self.accelerator.process_index, self.accelerator.num_processes, []
         for step in steps:
             share = slice(rank * BATCH, (rank + 1) * BATCH)
-            x, y = (each[share] for each in batch(step, world))
+            x, y = (each[share].to(next(self.model.parameters()).dtype) for each in batch(step, world))
             for part in torch.arange(BATCH).chunk(self.split):
                 with self.accelerator.accumulate(self.model):
                     self.accelerator.backward((self.model(x[part]) - y[part]).square().mean())

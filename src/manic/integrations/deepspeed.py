@@ -30,9 +30,16 @@ def whole_model_steps(engine: Any) -> None:
         engine: A DeepSpeed engine with :class:`~manic.Mechanic`, declared ``plain="sharded"``, as its optimizer.
 
     Raises:
-        TypeError: if there is no Mechanic in the engine, or its ZeRO has steps of another form: ZenFlow, SuperOffload
-            and NVMe have.
+        TypeError: if it is no engine, or there is no Mechanic in it, or its ZeRO has steps of another form: ZenFlow,
+            SuperOffload and NVMe have.
     """
+    from deepspeed import DeepSpeedEngine
+
+    if not isinstance(engine, DeepSpeedEngine):
+        raise TypeError(
+            f"expected a DeepSpeed engine, got {type(engine).__name__}: pass what deepspeed.initialize returns, or the "
+            "model that accelerator.prepare returns. Accelerate prepares no engine where it is told to use the CPU"
+        )
     zero = engine.optimizer
     mechanic = zero if isinstance(zero, Mechanic) else getattr(zero, "optimizer", None)
     if isinstance(mechanic, _StepOfParts):

@@ -1,4 +1,4 @@
-"""transformers' Trainer, and those derived from it: S, and S * lr as the learning rate, in all its logs."""
+"""transformers' Trainer, and those derived from it: S * lr as the learning rate in all its logs; DeepSpeed's groups."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from manic.integrations.deepspeed import whole_model_steps
 from manic.unwrap import unwrap
 
 __all__ = ["MechanicCallback"]
@@ -22,16 +23,32 @@ class MechanicCallback(TrainerCallback):
     progress bars have the values then, reporters do not.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._trainer: Trainer | None = None
+
     @classmethod
     def add_to(cls, trainer: Trainer) -> MechanicCallback:
         """Add a new callback to ``trainer``, before all others.
+
+        If the trainer uses DeepSpeed, the callback also calls
+        :func:`~manic.integrations.deepspeed.whole_model_steps` once there is an engine: the Trainer makes two param
+        groups, which ZeRO steps one by one.
 
         Returns:
             The callback.
         """
         callback = cls()
+        callback._trainer = trainer
         trainer.callback_handler.callbacks.insert(0, callback)
         return callback
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let DeepSpeed's param groups share a step."""
+        if self._trainer is not None and self._trainer.is_deepspeed_enabled:
+            whole_model_steps(self._trainer.deepspeed)
 
     def on_log(
         self,

@@ -111,5 +111,5 @@ def _check_state_dict(optimizer: Optimizer, is_alone: bool) -> None:
     if not isinstance(state_dict, dict) or not state_dict.keys() >= {"state", "param_groups"}:
         raise TypeError(
             f"{name}.state_dict() has no 'state' and 'param_groups', where Mechanic would keep its own state. Wrap the "
-            "optimizers inside it instead: Mechanic([first, second])"
+            "optimizers inside it instead, alone or together: Mechanic([first, second])"
         )

@@ -17,12 +17,15 @@ from manic.optimizer.kinds import keeps_place, learning_rate
 from manic.tuners.base import Proposal
 from manic.tuners.state import TunerState
 
-__all__ = ["INTERVAL", "LARGEST_LEARNING_RATE", "PATIENCE", "TOO_MANY", "Monitor"]
+__all__ = ["IDLE", "INTERVAL", "LARGEST_LEARNING_RATE", "PATIENCE", "TOO_MANY", "Monitor"]
 
 logger = logging.getLogger("manic")
 
 PATIENCE = 200
 """Steps in which the scale should have left its start."""
+
+IDLE = 10
+"""Calls before the run's first gradient; frameworks make one, to see the state."""
 
 TOO_MANY = 20
 """Steps that are left out one after the other."""
@@ -110,10 +113,11 @@ class Monitor:
     def step_without_gradient(self, logs: bool) -> None:
         """Watch a call before the run's first gradient that is not 0."""
         self._idle += 1
-        if self._idle == PATIENCE:
+        if self._idle == IDLE:
             text = (
-                f"Mechanic has taken no step in {PATIENCE} calls, for every gradient has been 0 or None on all ranks: "
-                "the run has not begun. See whether the loss depends on the parameters, and backward() is called"
+                f"Mechanic has taken no step in {IDLE} calls, for every gradient has been 0 or None on all ranks: the "
+                "run has not begun. See whether the optimizer has the parameters that train (a framework may have "
+                "replaced or frozen the model's since, as PEFT does), and whether backward() is called"
             )
             self._warn([("idle", text)], logs)
 
