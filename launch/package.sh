@@ -5,7 +5,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh" build
 root=$PWD
 rm -rf dist
-.venv/bin/python -m build --outdir dist . >/dev/null
+.venv/bin/python -m build --quiet --outdir dist .
 .venv/bin/python -m tarfile --list dist/manic-*.tar.gz | grep '/LICENSE' >/dev/null
 .venv/bin/python -m zipfile --list dist/manic-*.whl | grep 'manic/py.typed' >/dev/null
 empty=$(mktemp -d)

@@ -96,6 +96,7 @@ def main() -> None:
         accelerator.print(f"resumed at step {progress.step}")
     if progress.step >= options.steps:
         accelerator.print("nothing left to train")
+        accelerator.end_training()
         return
 
     for (tokens,) in accelerator.skip_first_batches(loader, progress.step):
@@ -117,6 +118,7 @@ def main() -> None:
             )
     accelerator.save_state(options.output / f"state-{progress.step:06}")
     accelerator.save_model(model, options.output / "model")
+    accelerator.wait_for_everyone()  # a collective that gloo is still cleaning up would abort the exit
     accelerator.end_training()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from manic import Mechanic
@@ -99,6 +100,8 @@ def main() -> None:
             )
     engine.save_checkpoint(checkpoints)
     engine.destroy()
+    dist.barrier()  # a collective that gloo is still cleaning up would abort the exit
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -81,11 +81,14 @@ def main() -> None:
     last = get_last_checkpoint(options.output) if options.output.is_dir() else None
     if last is not None and int(last.rpartition("-")[2]) >= options.steps:
         print("nothing left to train")  # the Trainer would take one more step
-        return
-    trainer.train(resume_from_checkpoint=last)
-    metrics = manic.unwrap(trainer.optimizer).metrics(to_host=True)
-    if trainer.is_world_process_zero():
-        print(f"S {metrics['scale']:.3e}, lr {metrics['effective_lr/0']:.3e}, after step {trainer.state.global_step}")
+    else:
+        trainer.train(resume_from_checkpoint=last)
+        metrics = manic.unwrap(trainer.optimizer).metrics(to_host=True)
+        if trainer.is_world_process_zero():
+            done = trainer.state.global_step
+            print(f"S {metrics['scale']:.3e}, lr {metrics['effective_lr/0']:.3e}, after step {done}")
+    trainer.accelerator.wait_for_everyone()  # a collective that gloo is still cleaning up would abort the exit
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

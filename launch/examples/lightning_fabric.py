@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import ModelParallelStrategy
 from torch import Tensor, nn
@@ -102,6 +103,9 @@ def main() -> None:
     if options.steps > state["step"]:
         state |= {"scheduler": scheduler.state_dict(), "step": options.steps}
         fabric.save(options.output / f"step_{options.steps:06}", state)
+    fabric.barrier()  # a collective that gloo is still cleaning up would abort the exit
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

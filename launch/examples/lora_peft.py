@@ -91,8 +91,11 @@ def main() -> None:
 
     model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
     fit(model, data(capital=True), options.steps, options.output / "adapter")
-    if Accelerator().is_main_process:
+    accelerator = Accelerator()
+    if accelerator.is_main_process:
         model.save_pretrained(options.output / "lora")
+    accelerator.wait_for_everyone()  # a collective that gloo is still cleaning up would abort the exit
+    accelerator.end_training()
 
 
 if __name__ == "__main__":
