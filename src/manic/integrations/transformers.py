@@ -1,4 +1,4 @@
-"""transformers' Trainer, and those derived from it: S * lr as the learning rate in all its logs; DeepSpeed's groups."""
+"""What transformers' Trainer, and those derived from it, need beyond the optimizer: one callback."""
 
 from __future__ import annotations
 
