@@ -147,7 +147,7 @@ def test_equals_the_reference(name: str, variant: str, database: Any) -> None:
             continue  # it takes snapshots in every implementation
         trajectory = Trajectory.of(name, options, variant)
         moved = [(a - b).abs().max().item() for a, b in zip(trajectory.parameters[0], trajectory.parameters[-1])]
-        assert min(moved) > 1e-4, f"{description}: the displacement is too small for a comparison"
+        assert min(moved) > 1e-5, f"{description}: the displacement is too small for a comparison"
         parameters, _ = problem()
         optimizer = Mechanic(make(name, parameters, options), variant=variant, s_init=S_INIT)
         trajectory.compare(optimizer, parameters, 1e-9, description)

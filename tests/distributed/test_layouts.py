@@ -15,7 +15,10 @@ from support.layouts import Trained, make_net, train
 STEPS = 20
 S_INIT = 1e-3
 SOME = [("ddp", 3), ("fsdp2", 3), ("hsdp", 4), ("tp", 2), ("fsdp1-orig", 2), ("zero1", 2), ("pipeline", 2)]
-EVERYWHERE = ("optax", "multiplicative")  # the variants that are tried in every layout, one for each rule
+# The variants that are tried in every layout, one for each rule; others are among the options below.
+EVERYWHERE: dict[str, dict[str, Any]] = {
+    "optax": {}, "multiplicative": {"variant": "multiplicative", "s_init": 1e-2},
+}  # fmt: skip
 LAYOUTS = [
     ("single", 1),
     ("ddp", 2), ("ddp", 3),
@@ -51,12 +54,17 @@ def assert_equals_a_single_process(
             torch.testing.assert_close(trained.parameters[name], value, rtol=10 * rtol, atol=10 * rtol)
 
 
-@pytest.mark.parametrize(("layout", "world_size", "base"), [
-    *((*each, "adamw") for each in LAYOUTS),
-    *(pytest.param(*each, "sgd", marks=() if each in SOME else pytest.mark.slow) for each in LAYOUTS),
-])  # fmt: skip
-def test_float64(layout: str, world_size: int, base: str) -> None:
-    assert_equals_a_single_process(layout, world_size, base, torch.float64, rtol=1e-12)
+@pytest.mark.parametrize("variant", EVERYWHERE)
+@pytest.mark.parametrize(("layout", "world_size"), LAYOUTS)
+def test_float64(layout: str, world_size: int, variant: str) -> None:
+    assert_equals_a_single_process(layout, world_size, "adamw", torch.float64, rtol=1e-11, **EVERYWHERE[variant])
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size"), [pytest.param(*each, marks=() if each in SOME else pytest.mark.slow) for each in LAYOUTS]
+)
+def test_another_base(layout: str, world_size: int) -> None:
+    assert_equals_a_single_process(layout, world_size, "sgd", torch.float64, rtol=1e-12)
 
 
 @pytest.mark.parametrize(("layout", "world_size"), [("ddp", 3), ("fsdp2", 4), ("tp+fsdp2", 4), ("fsdp1-flat", 4)])
@@ -72,13 +80,6 @@ def test_float32(layout: str, world_size: int) -> None:
 @pytest.mark.parametrize(("layout", "world_size"), [("fsdp2", 4), ("tp+fsdp2", 4), ("zero1", 2), ("fsdp1-hybrid", 4)])
 def test_options(layout: str, world_size: int, options: dict[str, Any]) -> None:
     assert_equals_a_single_process(layout, world_size, "sgd", torch.float64, rtol=1e-10, **options)
-
-
-@pytest.mark.parametrize(("layout", "world_size"), LAYOUTS)
-def test_multiplicative_variant(layout: str, world_size: int) -> None:
-    assert_equals_a_single_process(
-        layout, world_size, "adamw", torch.float64, rtol=1e-11, variant="multiplicative", s_init=1e-2
-    )
 
 
 @pytest.mark.parametrize(("layout", "world_size"), [("fsdp2", 3), ("tp+fsdp2", 4)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from manic import Mechanic, mechanize
 from manic.distributed.layout import Plain
 from manic.testing import ranks
+from manic.tuners.base import Learned, Sums, Tuner
 
 
 def parameters(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -35,6 +37,21 @@ def assert_all_ranks_raise(optimizer: torch.optim.Optimizer, words: str) -> None
     assert len(set(messages)) == 1
     for p, q in zip(held, before):
         assert torch.equal(p.detach(), q)
+
+
+class Constant(Tuner):
+    """Its options are attributes, of any name."""
+
+    name = "constant"
+    scales = "updates"
+    sums = ("grad_square", "x_square")
+
+    def __init__(self, size: float, kind: str = "plain") -> None:
+        super().__init__()
+        self._size, self.kind = size, kind
+
+    def learn(self, state: Mapping[str, Tensor], sums: Sums) -> Learned:
+        return Learned({"s": torch.full_like(state["s"], self._size)}, signal=sums["grad_square"])
 
 
 @ranks(3)
@@ -64,6 +81,15 @@ def test_different_settings(option: dict[str, Any]) -> None:
     options = option if dist.get_rank() == 1 else {}
     assert_all_ranks_raise(
         Mechanic(torch.optim.SGD(parameters((3,)), lr=1.0), **{"variant": "optax", **options}), "different settings"
+    )
+
+
+@ranks(2)
+@pytest.mark.parametrize(("option", "words"), [({"size": 2.0}, "size=2.0"), ({"kind": "fancy"}, "kind=fancy")])
+def test_different_settings_of_a_tuner_of_ones_own(option: dict[str, Any], words: str) -> None:
+    tuner = Constant(**{"size": 1.0, **(option if dist.get_rank() == 1 else {})})
+    assert_all_ranks_raise(
+        Mechanic(torch.optim.SGD(parameters((3,)), lr=1.0), variant=tuner), f"different settings: .*{words}"
     )
 
 

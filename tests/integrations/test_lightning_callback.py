@@ -38,25 +38,29 @@ class Net(pl.LightningModule):
         torch.manual_seed(0)
         self.layers = nn.ModuleList(nn.Linear(8, 4) for _ in range(optimizers))
         self.automatic_optimization = optimizers == 1
-        self.seen: list[list[float]] = []
+        self.seen: list[list[tuple[float, float]]] = []
 
     def training_step(self, batch: list[Tensor]) -> Tensor | None:
         (x,) = batch
         losses = [(layer(x) - x[:, :4].sin()).square().mean() for layer in self.layers]
         if self.automatic_optimization:
             return losses[0]
-        for optimizer, loss in zip(self.optimizers(), losses, strict=True):
+        for optimizer, scheduler, loss in zip(self.optimizers(), self.lr_schedulers(), losses, strict=True):
             optimizer.zero_grad()
             self.manual_backward(loss)
             optimizer.step()
+            scheduler.step()
         return None
 
     def on_train_batch_end(self, *_: Any) -> None:
-        found = [manic.unwrap(optimizer) for optimizer in self.trainer.optimizers]
-        self.seen.append([each.scale.item() * each.param_groups[0]["lr"] for each in found])
+        """The schedule has gone on."""
+        lr = 0.5 / (1 + len(self.seen))
+        self.seen.append([(manic.unwrap(each).scale.item(), lr) for each in self.trainer.optimizers])
 
-    def configure_optimizers(self) -> list[Any]:
-        return [manic.AdamW(layer.parameters(), lr=0.5) for layer in self.layers]
+    def configure_optimizers(self) -> Any:
+        optimizers = [manic.AdamW(layer.parameters(), lr=0.5) for layer in self.layers]
+        schedulers = [torch.optim.lr_scheduler.LambdaLR(each, lambda step: 1 / (1 + step)) for each in optimizers]
+        return optimizers, [{"scheduler": each, "interval": "step"} for each in schedulers]
 
 
 def fit(folder: Path, optimizers: int) -> tuple[Net, Kept, Any]:
@@ -80,8 +84,8 @@ def test_loggers_get_the_effective_learning_rate(optimizers: int, tmp_path: Path
     logged = [values for values, _ in logger.logs if "scale" in values]
     assert len(logged) == len(model.seen) == STEPS
     for values, seen in zip(logged, model.seen, strict=True):
-        for end, lr in zip(("", "-1"), seen):
-            assert values[f"effective_lr/0{end}"] == pytest.approx(lr, rel=1e-6)
-            assert values[f"scale{end}"] == pytest.approx(lr / 0.5, rel=1e-6)
+        for end, (scale, lr) in zip(("", "-1"), seen):
+            assert values[f"effective_lr/0{end}"] == pytest.approx(scale * lr, rel=1e-6)
+            assert values[f"scale{end}"] == pytest.approx(scale, rel=1e-6)
     assert trainer.progress_bar_metrics.keys() >= {"scale", "effective_lr/0"}
     assert "grad_norm" not in trainer.progress_bar_metrics

@@ -223,7 +223,6 @@ def test_the_ladder_shows_how_learning_rates_go_with_the_horizon(tmp_path: Path)
     assert image.stat().st_size > 1000
 
 
-# The extra "test" installs only mechanic-pytorch of the peers; the extra "bench" installs the others.
 PEERS = {"Prodigy": "prodigyopt", "D-Adaptation": "dadaptation", "Schedule-Free": "schedulefree"}
 
 

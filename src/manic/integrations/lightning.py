@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from manic.unwrap import mechanics
 
@@ -24,6 +25,13 @@ class MechanicCallback(Callback):
 
     def __init__(self, prog_bar: bool = False, prefix: str = "") -> None:
         self._prog_bar, self._prefix = prog_bar, prefix
+        self._lrs: dict[int, list[Any]] = {}  # of the last step of each optimizer, by its id
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Keep the learning rates: the schedule has gone on before the metrics are logged."""
+        for mechanic in mechanics(optimizer):
+            lrs = [group.get("lr") for group in mechanic.param_groups]
+            self._lrs[id(mechanic)] = [lr.clone() if isinstance(lr, Tensor) else lr for lr in lrs]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -31,6 +39,11 @@ class MechanicCallback(Callback):
         """Log the metrics of the last step."""
         for index, mechanic in enumerate(mechanics(trainer.optimizers)):
             end = f"-{index}" if index else ""
-            for name, value in mechanic.metrics().items():
+            metrics = mechanic.metrics()
+            for group, lr in enumerate(self._lrs.get(id(mechanic), ())):
+                if lr is not None:
+                    scale = metrics["scale"] if "scale" in metrics else metrics[f"scale/{group}"]
+                    metrics[f"effective_lr/{group}"] = scale * lr
+            for name, value in metrics.items():
                 shown = self._prog_bar and name.startswith(("scale", "effective_lr"))
                 self.log(f"{self._prefix}{name}{end}", value, on_step=True, on_epoch=False, prog_bar=shown)

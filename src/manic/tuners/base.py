@@ -108,8 +108,6 @@ class Tuner(ABC):
     itself if there are more, with sums of shape [columns]. Late sums of columns that do not need them are 0."""
     eps: float = 0.0
     """Added to S where Delta is recomputed as (x - x_ref) / S."""
-    smallest_bound: float = 0.0
-    """What ``s_max`` must not be under."""
 
     def __init__(self, s_max: float | None = None) -> None:
         self.s_max = None if s_max is None else float(s_max)
@@ -119,8 +117,16 @@ class Tuner(ABC):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The arguments it was made with, by name."""
-        return {"s_max": self.s_max}
+        """What its constructor has set, by name: its attributes that are numbers, strings, ``None``, or tuples of them.
+
+        All ranks must have the same.
+        """
+        return {name.lstrip("_"): value for name, value in vars(self).items() if _is_plain(value)}
+
+    @property
+    def smallest_bound(self) -> float:
+        """What ``s_max`` must not be under."""
+        return 0.0
 
     @property
     def columns(self) -> int:
@@ -250,6 +256,12 @@ class Tuner(ABC):
     def tag(self) -> int:
         """What stands for the name, the fields and the references in a saved state with one scale."""
         return tag_of(self.name, self.fields, self.references)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def checked(name: str, value: float, smallest: float, *, strictly: bool = True) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -50,16 +50,15 @@ class _Mechanic(Tuner):
         s_max: float | None = None,
     ) -> None:
         self.betas = checked_betas(betas)
-        self.s_init = self.smallest_bound = checked("s_init", self.default_s_init if s_init is None else s_init, 0.0)
+        self.s_init = checked("s_init", self.default_s_init if s_init is None else s_init, 0.0)
         self.s_decay = checked("s_decay", s_decay, 0.0, strictly=False)
         self.eps = checked("eps", eps, 0.0)
         super().__init__(s_max)
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """The arguments it was made with, by name."""
-        mine = {"betas": self.betas, "s_init": self.s_init, "s_decay": self.s_decay, "eps": self.eps}
-        return {**mine, **super().settings}
+    def smallest_bound(self) -> float:
+        """The first scale."""
+        return self.s_init
 
     @property
     def columns(self) -> int:
