@@ -112,6 +112,17 @@ def test_the_first_step_has_length_s_init(x_square: float) -> None:
     assert bounded.learn(update_square=5.0, x_square=5.0, delta_square=0.0) == 1e-9
 
 
+@given(
+    steps=st.lists(st.tuples(COSINES, st.floats(1e-6, 1e6), st.floats(0.01, 1.0)), min_size=1, max_size=40),
+    s_max=st.floats(1e-9, 1e3),
+)
+def test_the_scale_is_never_above_s_max(steps: list[tuple[float, ...]], s_max: float) -> None:
+    tuner = driven("multiplicative", s_max=s_max)
+    assert tuner.learn(update_square=1.0, x_square=1e6, delta_square=0.0) <= s_max
+    for cosine, far, lr in steps:
+        assert tuner.learn(delta_grad=-cosine * far, delta_square=far**2, delta_grad_1=0.0, lr=lr) <= s_max
+
+
 @pytest.mark.parametrize("variant", PUBLISHED)
 def test_the_lambda_term_uses_global_norms(variant: str) -> None:
     tuner = driven(variant, s_init=0.5, s_decay=0.1)

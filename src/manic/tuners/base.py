@@ -249,8 +249,9 @@ class Tuner(ABC):
         return self.propose(state, {**proposal.sums, **late}, interval)
 
     def _bounded(self, s: Tensor) -> Tensor:
-        whole = s if self.per_group else s.sum()
-        return s if self.s_max is None else s * (self.s_max / whole).clamp(max=1.0)
+        if self.s_max is None:
+            return s
+        return s.clamp(max=self.s_max) if self.columns == 1 else s * (self.s_max / s.sum()).clamp(max=1.0)
 
     @property
     def tag(self) -> int:
