@@ -7,6 +7,7 @@ tuner does not know is in base.py; multiplicative_reference.py has the same rule
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,6 +73,11 @@ class Multiplicative(Tuner):
             raise ValueError(f"variant 'multiplicative' has one beta, got {self.betas}; pass betas=(0.99,) or the like")
         self.s_init = checked("s_init", s_init, 0.0)
         super().__init__(s_max)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments it was made with, by name."""
+        return {"betas": self.betas, "s_init": self.s_init, **super().settings}
 
     def initial(self) -> Mapping[str, float | Sequence[float]]:
         """S is 0 until there is an update to take it from."""
