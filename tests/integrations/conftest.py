@@ -51,6 +51,14 @@ class _Table:
         terminalreporter.write_line(f"wrote the table of {frameworks.PAGE.name}")
 
 
+@pytest.fixture
+def processes_of_its_own() -> Iterator[None]:
+    """Processes of its own for a test: DeepSpeed keeps process groups in its modules, Accelerate one state."""
+    shutdown()
+    yield
+    shutdown()
+
+
 @pytest.fixture(scope="module")
 def new_processes() -> Iterator[None]:
     """Processes of its own for a test module: frameworks keep state in their modules and in the environment."""

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from manic.testing import run, shutdown
+from manic.testing import run
 from support.accelerated import STEPS, Accelerated, alone, be_torchrun, resume
 
 for package in ("accelerate", "deepspeed"):
     pytest.importorskip(package, reason=f"{package} is not installed")
 
 
-@pytest.fixture(autouse=True)
-def _new_processes() -> Iterator[None]:
-    """Both keep one state for a whole process."""
-    shutdown()
-    yield
-    shutdown()
+pytestmark = pytest.mark.usefixtures("processes_of_its_own")
 
 
 def scales(layout: str) -> tuple[list[list[float]], list[list[float]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from manic import Mechanic, mechanize
 from manic.integrations.deepspeed import whole_model_steps
-from manic.testing import run, shutdown
+from manic.testing import run
 from support.deepspeed_runs import (
     STEPS,
     Run,
@@ -31,12 +31,7 @@ from support.pages import run_page
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 
 
-@pytest.fixture(autouse=True)
-def _new_processes() -> Iterator[None]:
-    """DeepSpeed keeps process groups in its modules, so that each test needs processes of its own."""
-    shutdown()
-    yield
-    shutdown()
+pytestmark = pytest.mark.usefixtures("processes_of_its_own")
 
 
 VARIANTS = ("multiplicative", "optax")

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,7 @@ from support.torchrun import by_path, run_example
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 
 
-@pytest.fixture(autouse=True)
-def _new_processes() -> Iterator[None]:
-    """DeepSpeed keeps process groups in its modules, so that each test needs processes of its own."""
-    shutdown()
-    yield
-    shutdown()
+pytestmark = pytest.mark.usefixtures("processes_of_its_own")
 
 
 SAVED = 6

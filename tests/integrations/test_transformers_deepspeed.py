@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from manic import unwrap
-from manic.testing import run, shutdown
+from manic.testing import run
 from support.deepspeed_runs import begin
 from support.trainers import STEPS, alone, trainer
 
@@ -18,12 +17,7 @@ for package in ("transformers", "accelerate", "deepspeed"):
     pytest.importorskip(package, reason=f"{package} is not installed")
 
 
-@pytest.fixture(autouse=True)
-def _new_processes() -> Iterator[None]:
-    """DeepSpeed keeps process groups in its modules, so that each test needs processes of its own."""
-    shutdown()
-    yield
-    shutdown()
+pytestmark = pytest.mark.usefixtures("processes_of_its_own")
 
 
 def with_deepspeed(folder: str, stage: int, seed: int = 0, **settings: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from manic.optimizer.kinds import learning_rate
 from manic.unwrap import mechanics
 
 __all__ = ["MechanicCallback"]
@@ -30,7 +31,7 @@ class MechanicCallback(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Keep the learning rates: the schedule has gone on before the metrics are logged."""
         for mechanic in mechanics(optimizer):
-            lrs = [group.get("lr") for group in mechanic.param_groups]
+            lrs = map(learning_rate, mechanic.param_groups)
             self._lrs[id(mechanic)] = [lr.clone() if isinstance(lr, Tensor) else lr for lr in lrs]
 
     def on_train_batch_end(
@@ -41,9 +42,8 @@ class MechanicCallback(Callback):
             end = f"-{index}" if index else ""
             metrics = mechanic.metrics()
             for group, lr in enumerate(self._lrs.get(id(mechanic), ())):
-                if lr is not None:
-                    scale = metrics["scale"] if "scale" in metrics else metrics[f"scale/{group}"]
-                    metrics[f"effective_lr/{group}"] = scale * lr
+                scale = metrics["scale"] if "scale" in metrics else metrics[f"scale/{group}"]
+                metrics[f"effective_lr/{group}"] = scale * lr
             for name, value in metrics.items():
                 shown = self._prog_bar and name.startswith(("scale", "effective_lr"))
                 self.log(f"{self._prefix}{name}{end}", value, on_step=True, on_epoch=False, prog_bar=shown)
